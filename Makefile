@@ -1,0 +1,61 @@
+## make run      prepare data, execute the notebooks, print the table (the first time: install)
+## make test     style, notebook hygiene, all tests
+## make lab      open JupyterLab
+## make format   rewrite code and notebooks in the house style
+## make clean    remove the virtual environment and caches; never runs/ or data/
+##
+## DATA=cub ROOT=folder   another data set; OUT=folder: another place for what is made
+## PYTHON=python3.12      another interpreter for the virtual environment; VENV=folder: another one
+## ARGS='...'             further arguments: of the road (run), pytest (test), JupyterLab (lab)
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= diagnostic
+ROOT ?= data/$(DATA)
+OUT ?= runs/$(DATA)
+ARGS ?=
+RUN = $(VENV)/bin/python -m
+
+.PHONY: help run test lab format clean
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+run: $(VENV)/.installed
+	$(RUN) ramslib road --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) nbstripout --verify notebooks/*.ipynb
+	$(RUN) pytest $(ARGS)
+
+lab: $(VENV)/.installed
+	root=; [ "$$(id -u)" != 0 ] || root=--allow-root; \
+	$(RUN) jupyterlab --LabApp.default_url=/lab/tree/notebooks $$root $(ARGS)
+
+format: $(VENV)/.installed-test
+	$(RUN) ruff check --fix-only --quiet .
+	$(RUN) ruff format .
+	$(RUN) nbstripout notebooks/*.ipynb
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf ramslib/__pycache__ tests/__pycache__ notebooks/.ipynb_checkpoints
+
+# A stamp older than pyproject.toml makes pip look again; a working environment is kept.
+$(VENV)/.installed: pyproject.toml
+	@$(RUN) pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "$(PYTHON) is not there or older than 3.11; name a newer one: make PYTHON=python3.12" >&2; \
+	    exit 1; }; \
+	  $(PYTHON) -m venv "$(VENV)" || { \
+	    echo "no virtual environment: install Python's venv package, remove $(VENV), try again" >&2; \
+	    exit 1; }; \
+	  echo "Installing into $(VENV), once; on Linux torch comes with CUDA, about 6 GB on disk"; }
+	$(RUN) pip install --disable-pip-version-check -e .
+	@touch "$@"
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) pip install --disable-pip-version-check -e '.[test]'
+	@touch "$@"
