@@ -1,0 +1,113 @@
+"""Look inside any timm ViT from outside: query and key of every block, fused attention on.
+
+Fused attention never forms the N x N attention probabilities, and the recurrence of RAMS-Trans does
+not need them all at once. So this module keeps query and key of each block (which the backward
+pass keeps anyway) and forms the probabilities of one block when they are asked for. The forward
+pass, its logits and its gradients are unchanged to the bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class QueryKey(NamedTuple):
+    """What one block's attention compares.
+
+    Attributes:
+        query: (B, A, N, D), after normalisation and rotary embedding.
+        key: (B, A, N, D), expanded to all heads where the block groups its queries.
+        bias: added to the logits, broadcastable to (B, A, N, N), or None.
+        scale: factor of the inner product.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with record_attention(...))
+    """Record query and key of every block while a backbone runs.
+
+    Use as ``with record_attention(backbone) as blocks: backbone.forward_features(images)``;
+    afterwards ``blocks`` is a list of L `QueryKey`, first block first. It catches torch's
+    ``scaled_dot_product_attention`` in the current thread, so query and key already include
+    normalisation, rotary embedding and head grouping, with no code per model family. Attention
+    whose query and key differ in length (attention pooling) is not a block and is passed over.
+
+    Raises:
+        RuntimeError: on exit, unless each block was seen exactly once (fused attention switched
+            off, a block with two attentions, or a model replica in another thread).
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.depth = len(backbone.blocks)
+        self.blocks: list[QueryKey] = []
+
+    def __enter__(self) -> list[QueryKey]:
+        super().__enter__()
+        return self.blocks
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Pass every call on, keeping what attention was given."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._keep(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _keep(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        """Append one attention call, given what torch's function is given."""
+        query, key = query.detach(), key.detach()
+        tokens = query.shape[-2]
+        if tokens != key.shape[-2]:
+            return
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        if is_causal:
+            attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        bias = None if attn_mask is None else attn_mask.detach()
+        if bias is not None and bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, float("-inf"))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.blocks.append(QueryKey(query, key, bias, scale))
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if error[0] is None and len(self.blocks) != self.depth:
+            raise RuntimeError(
+                f"recorded {len(self.blocks)} attention calls for {self.depth} blocks; "
+                "is fused attention off, or does a block hold more than one attention?"
+            )
+
+
+def attention_probabilities(block: QueryKey, rows: slice = slice(None)) -> Tensor:
+    """Softmax attention probabilities of one block, in float32 whatever the recorded type.
+
+    Args:
+        block: the recorded query and key.
+        rows: which query tokens; all by default.
+
+    Returns:
+        (B, A, rows, N); each row sums to 1.
+    """
+    query = block.query[..., rows, :].float() * block.scale
+    logits = query @ block.key.float().mT
+    if block.bias is not None:
+        bias = block.bias if block.bias.shape[-2] == 1 else block.bias[..., rows, :]
+        logits += bias
+    return logits.softmax(dim=-1)

@@ -1,0 +1,158 @@
+"""Any timm Vision Transformer as the encoder that all scales share.
+
+Sizes, patch grids and token layouts are read from the model, never repeated. RAMS-Trans puts one
+class token per scale into the sequence; `create_backbone` gives an unmodified timm model its class
+tokens through the parameters that it has anyway, so every timm feature keeps working.
+"""
+
+import difflib
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ramslib.errors import InputError
+from ramslib.weights import load_pretrained
+
+
+def create_backbone(
+    name: str,
+    image_size: int | tuple[int, int],
+    class_tokens: int = 1,
+    pretrained: str = "none",
+    drop_path: float = 0.0,
+    **weight_options,
+) -> tuple[nn.Module, str]:
+    """Build a timm Vision Transformer without classifier.
+
+    Args:
+        name: timm architecture name, such as ``vit_base_patch16_224``.
+        image_size: pixels, one number or (height, width); multiples of the patch size.
+        class_tokens: class tokens in the sequence, each starting from the pretrained one and its
+            position. 1 leaves the model as timm builds it.
+        pretrained: where weights come from, see `ramslib.weights`.
+        drop_path: stochastic depth rate of the last block, growing linearly from the first.
+        **weight_options: passed to `load_pretrained` (``position_resize``, ``final_norm``).
+
+    Returns:
+        The model, and one sentence about the weights in it.
+
+    Raises:
+        InputError: unknown name, no Vision Transformer of equal blocks, an image size that the
+            patches do not tile, or weights that cannot be had.
+    """
+    backbone = _build(name, _pair(image_size), drop_path)
+    origin = load_pretrained(backbone, name, pretrained, **weight_options)
+    if class_tokens > 1:
+        extend_class_tokens(backbone, class_tokens)
+    return backbone, origin
+
+
+def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Module:
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0.0))
+        raise InputError(f"timm has no model named {name!r}; the nearest are {near}")
+    options = {"num_classes": 0, "drop_path_rate": drop_path}
+    with torch.device("meta"):  # shows the architecture without the cost of its weights
+        sketch = _create(name, options)
+    embed = getattr(sketch, "patch_embed", None)
+    if not (hasattr(sketch, "blocks") and hasattr(embed, "grid_size")):
+        raise InputError(
+            f"{name} is not a Vision Transformer with one grid of patches; choose another"
+        )
+    _check_size(name, image_size, embed.patch_size)
+    if count_class_tokens(sketch):
+        options["global_pool"] = "token"
+    return _create(name, options | {"img_size": image_size})
+
+
+def _check_size(name: str, image_size: tuple[int, int], patch: tuple[int, int]) -> None:
+    sides = list(zip(image_size, patch, strict=True))
+    if any(side < step or side % step for side, step in sides):
+        nearest = " x ".join(str(max(step, round(side / step) * step)) for side, step in sides)
+        raise InputError(
+            f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size "
+            f"{patch[0]} x {patch[1]} of {name}; use {nearest}"
+        )
+
+
+def _create(name: str, options: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except TypeError as error:
+        raise InputError(f"{name} is not a Vision Transformer that fits here: {error}") from None
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_size(backbone: nn.Module) -> tuple[int, int]:
+    """(H, W) pixels that the backbone was built for."""
+    return _pair(backbone.patch_embed.img_size)
+
+
+def patch_grid(backbone: nn.Module) -> tuple[int, int]:
+    """(h, w) patches of that image."""
+    return tuple(backbone.patch_embed.grid_size)
+
+
+def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel that the pretrained backbone expects, for pixels in [0, 1]."""
+    config = timm.data.resolve_model_data_config(backbone)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def count_class_tokens(backbone: nn.Module) -> int:
+    """How many class tokens lead the sequence; 0 if it starts with a register or a patch."""
+    token = getattr(backbone, "cls_token", None)
+    return 0 if token is None else token.shape[1]
+
+
+def extend_class_tokens(backbone: nn.Module, count: int) -> None:
+    """Give a freshly built timm model ``count`` class tokens in place of its one.
+
+    Each starts as a copy of the pretrained token with the same position row, as in the released
+    code. The sequence becomes ``[class 1 .. class S, registers, patches]``.
+
+    Raises:
+        InputError: the model has no class token, does not read it, has a second special token, or
+            positions that are tied to the sequence length (relative position bias).
+    """
+    name = type(backbone).__name__
+    if not count_class_tokens(backbone):
+        raise InputError(f"{name} has no class token to copy per scale; use class_token='shared'")
+    if backbone.global_pool != "token":
+        raise InputError(f"{name} does not read its class token; build it with global_pool='token'")
+    bias = any(
+        "rel_pos" in key or "relative_position" in key for key, _ in backbone.named_modules()
+    )
+    bias = bias or any("relative_position" in key for key, _ in backbone.named_parameters())
+    if bias or hasattr(backbone, "dist_token"):
+        raise InputError(
+            f"{name} ties positions to exactly one class token; use class_token='shared'"
+        )
+    added = count - 1
+    with torch.no_grad():
+        backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
+        position = getattr(backbone, "pos_embed", None)
+        if position is not None and not getattr(backbone, "no_embed_class", False):
+            first = position[:, :1].repeat(1, added, 1)
+            backbone.pos_embed = nn.Parameter(torch.cat([first, position], dim=1))
+    for module in backbone.modules():
+        if hasattr(module, "num_prefix_tokens"):
+            module.num_prefix_tokens += added
+
+
+def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:
+    """The feature that a scale classifies, from the backbone's final tokens.
+
+    Args:
+        backbone: the model that made the tokens.
+        tokens: (B, N, D) from ``forward_features``.
+        class_index: which class token. Models without one pool as timm built them, with index 0.
+
+    Returns:
+        (B, D).
+    """
+    return backbone.forward_head(tokens[:, class_index:], pre_logits=True)

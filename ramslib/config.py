@@ -1,0 +1,241 @@
+"""One frozen configuration for a run: every choice, its default, and the reason.
+
+Patch size and grid are not here: they are read from the backbone. Two presets name the two methods
+that the literature mixes up, ``paper`` and ``released`` (see the README for every difference).
+"""
+
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from ramslib.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run."""
+
+    # data
+    data: str = "diagnostic"  # a key of readers.READERS
+    root: str = "data/diagnostic"  # folder of that data set
+    image_size: int | tuple[int, int] = 112  # input pixels of every scale; (height, width) allowed
+    source_size: int | tuple[int, int] | None = 336  # crops are cut here; None: the previous crop
+    crop_fraction: float = 0.875  # training crop and test centre crop; the paper's is 448/600
+    augment: str = "flip"  # none, flip, autoaugment, or a timm string such as rand-m9-mstd0.5
+    normalise: str = "backbone"  # pixel mean and std of the backbone's pre-training, or imagenet
+    validation_fraction: float = 0.15  # of train, per class; the test split chooses nothing
+    workers: int = 1  # loader processes per training process
+
+    # model
+    backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
+    pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights)
+    position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
+    final_norm: bool = True  # load the final LayerNorm; the released code does not
+    scales: int = 2  # 1 is a plain ViT
+    strength: str = "last_class"  # finds real birds best (README); released: rollout_mean
+    threshold: float | tuple[float, ...] = 1.0  # eta, one number or one per proposal
+    proposal: str = "attention"  # a key of dppm.PROPOSALS
+    class_token: str = "per_scale"  # per_scale (paper) or shared
+    released_boxes: bool = False  # shift boxes as the released code does
+    align_corners: bool = False  # of the crop's resize; the released code has True
+    drop_path: float = 0.0  # stochastic depth, timm's
+
+    # objective
+    loss: str = "sum"  # sum over scales (paper's figure 2), first (released), or last
+    label_smoothing: float = 0.0
+
+    # optimisation
+    epochs: int = 10
+    batch_size: int = 16  # images per step over all processes
+    accumulate: int = 1  # micro-batches per step
+    optimizer: str = "adamw"  # any timm optimizer name
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    momentum: float = 0.9  # of SGD; AdamW keeps its own betas
+    layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
+    warmup_steps: int = 20  # linear, then cosine to 0, by step
+    clip_norm: float = 1.0  # 0 switches clipping off
+    frozen_blocks: int = 6  # first blocks (with the patch embedding) that are not trained
+    amp: str = "none"  # none, bf16 or fp16
+    ema_decay: float = 0.0  # 0 switches the moving average off
+    patience: int = 0  # epochs without a better validation accuracy before stopping; 0: never
+    seed: int = 0
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Field names in order."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "Config":
+        """A named starting point: ``default``, ``paper`` or ``released``."""
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls().replace(**PRESETS[name]).replace(**changes)
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> "Config":
+        """Read a configuration written by `to_json` (or a JSON object with some of its fields)."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: not a readable JSON configuration ({error})") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: a configuration is a JSON object of names and values")
+        try:
+            return cls().replace(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def to_json(self) -> str:
+        """The configuration as an indented JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def replace(self, **changes) -> "Config":
+        """A copy with some fields changed; strings are read as the field's type.
+
+        Raises:
+            InputError: an unknown name (the nearest one is named) or a value of the wrong kind.
+        """
+        read = {name: _read(name, value) for name, value in changes.items()}
+        config = replace(self, **read)
+        _check(config)
+        return config
+
+    def thresholds(self) -> tuple[float, ...]:
+        """One threshold per proposal: scales - 1 numbers."""
+        count = self.scales - 1
+        given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * count
+        return given[:count]
+
+
+_RELEASED = {
+    "backbone": "vit_base_patch32_224",
+    "image_size": 448,
+    "source_size": None,
+    "crop_fraction": 448 / 600,
+    "strength": "rollout_mean",
+    "threshold": 1.2,
+    "loss": "first",
+    "position_resize": "zoom",
+    "final_norm": False,
+    "released_boxes": True,
+    "align_corners": True,
+    "normalise": "imagenet",
+    "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
+    "learning_rate": 0.03,
+    "weight_decay": 0.0,
+    "warmup_steps": 500,
+    "frozen_blocks": 0,
+    "epochs": 27,  # 10,000 steps of 16 on CUB's 5,994 training images
+}
+
+PRESETS: dict[str, dict] = {
+    "default": {},
+    "released": _RELEASED,
+    "paper": _RELEASED
+    | {
+        "backbone": "vit_base_patch16_224",
+        "loss": "sum",
+        "position_resize": "timm",
+        "final_norm": True,
+        "released_boxes": False,
+        "align_corners": False,
+    },
+}
+
+_CHOICES = {
+    "class_token": ("per_scale", "shared"),
+    "loss": ("sum", "first", "last"),
+    "amp": ("none", "bf16", "fp16"),
+    "position_resize": ("timm", "zoom"),
+    "normalise": ("backbone", "imagenet"),
+}
+_POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
+_POSITIVE += ("learning_rate",)
+_NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
+_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed")
+_FRACTIONS = {
+    "crop_fraction": (0.1, 1.0),
+    "validation_fraction": (0.0, 0.5),
+    "label_smoothing": (0.0, 0.99),
+    "ema_decay": (0.0, 0.99999),
+    "drop_path": (0.0, 0.99),
+    "layer_decay": (0.01, 1.0),
+}
+
+
+def _read(name: str, value):
+    """One value as the type of the field it is for."""
+    hints = typing.get_type_hints(Config)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
+        raise InputError(f"unknown setting {name!r}; did you mean {near!r}?")
+    hint = hints[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and str not in kinds:
+        value = _parse(name, value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and float in kinds
+        and int not in kinds
+    ):
+        value = float(value)
+    bases = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    wrong_bool = isinstance(value, bool) and bool not in bases
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if wrong_bool or endless or not isinstance(value, bases):
+        expected = " or ".join(getattr(base, "__name__", str(base)) for base in bases)
+        raise InputError(f"setting {name!r} takes {expected}, not {value!r}")
+    if isinstance(value, tuple):
+        _check_items(name, value, int if name.endswith("size") else float)
+    return value
+
+
+def _parse(name: str, text: str):
+    """A value typed on a command line: JSON, or numbers with commas."""
+    words = {"none": "null", "true": "true", "false": "false"}
+    try:
+        return json.loads(words.get(text.lower(), f"[{text}]" if "," in text else text))
+    except json.JSONDecodeError:
+        raise InputError(f"setting {name!r} cannot read {text!r}") from None
+
+
+def _check_items(name: str, values: tuple, kind: type) -> None:
+    plain = all(isinstance(v, (int, kind)) and not isinstance(v, bool) for v in values)
+    numbers = plain and all(math.isfinite(v) for v in values)
+    if not numbers or not values or (kind is int and len(values) != 2):
+        what = "(height, width)" if kind is int else "a list of numbers"
+        raise InputError(f"setting {name!r} takes {what}, not {values!r}")
+
+
+def _check(config: Config) -> None:
+    """Ranges and choices that no single type can say."""
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(
+                f"setting {name!r} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
+            )
+    for name in _POSITIVE + _NOT_NEGATIVE:
+        value = getattr(config, name)
+        lowest = min(value) if isinstance(value, tuple) else value
+        if lowest is not None and (lowest < 0 or lowest == 0 and name in _POSITIVE):
+            floor = "above 0" if name in _POSITIVE else "0 or more"
+            raise InputError(f"setting {name!r} must be {floor}, not {value}")
+    for name, (low, high) in _FRACTIONS.items():
+        if not low <= getattr(config, name) <= high:
+            raise InputError(
+                f"setting {name!r} must lie in [{low}, {high}], not {getattr(config, name)}"
+            )
+    if isinstance(config.threshold, tuple) and len(config.threshold) < config.scales - 1:
+        raise InputError(
+            f"setting 'threshold' has {len(config.threshold)} numbers for {config.scales - 1} "
+            "proposals; give one number, or one per scale after the first"
+        )

@@ -1,0 +1,110 @@
+"""The dynamic patch proposal module (DPPM), and what it can be compared with.
+
+RAMS-Trans, section 3.3: threshold the attention strength at eta times its mean, keep the largest
+8-connected component, take its bounding box. The region is amplified by `regions.crop_and_resize`.
+
+A proposal is a function ``(strength, threshold) -> Proposal``; ``PROPOSALS`` maps names to them,
+and a new strategy is one more entry there. The alternatives are the controls of an ablation: they
+see the same strength, so that ``random`` and ``centre`` spend exactly the area that the DPPM spends.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ramslib.errors import InputError
+from ramslib.regions import bounding_boxes, largest_component, patch_mask
+
+
+class Proposal(NamedTuple):
+    """The region that one scale proposes to the next.
+
+    Attributes:
+        mask: (B, h, w) bool, patches above the threshold.
+        component: (B, h, w) bool, the patches that the box encloses.
+        patch_boxes: (B, 4) long, in patches, bottom and right exclusive.
+    """
+
+    mask: Tensor
+    component: Tensor
+    patch_boxes: Tensor
+
+
+def attention_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The DPPM: the box around the largest component of strong patches.
+
+    Constant, NaN or infinite strength, or a threshold that no patch passes, gives the whole image.
+
+    Args:
+        strength: (B, h, w) attention strength.
+        threshold: the paper's eta, a multiple of the mean strength; one number or (B,).
+    """
+    mask = patch_mask(strength, threshold)
+    component = largest_component(mask)
+    return Proposal(mask, component, bounding_boxes(component))
+
+
+def all_patches_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The box around all strong patches, connected or not: the DPPM without its component step."""
+    mask = patch_mask(strength, threshold)
+    return Proposal(mask, mask, bounding_boxes(mask))
+
+
+def whole_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The whole image, whatever the attention says."""
+    mask = torch.ones_like(strength, dtype=torch.bool)
+    return Proposal(mask, mask, bounding_boxes(mask))
+
+
+def centre_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The DPPM's box moved to the centre of the image."""
+    dppm = attention_proposal(strength, threshold)
+    room = _room(dppm, strength)
+    return _moved(dppm, strength, room // 2)
+
+
+def random_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The DPPM's box moved to a random place of the image, drawn from torch's global generator."""
+    dppm = attention_proposal(strength, threshold)
+    room = _room(dppm, strength)
+    return _moved(dppm, strength, (torch.rand(room.shape, device=room.device) * (room + 1)).long())
+
+
+def _room(proposal: Proposal, strength: Tensor) -> Tensor:
+    """Free patches above-or-below and left-or-right of each box: (B, 2)."""
+    boxes = proposal.patch_boxes
+    return torch.tensor(strength.shape[1:], device=boxes.device) - (boxes[:, 2:] - boxes[:, :2])
+
+
+def _moved(proposal: Proposal, strength: Tensor, corner: Tensor) -> Proposal:
+    """The proposal's box at another top left corner (B, 2), all its patches kept."""
+    boxes = proposal.patch_boxes
+    moved = torch.cat([corner, corner + boxes[:, 2:] - boxes[:, :2]], dim=1)
+    rows = torch.arange(strength.shape[1], device=boxes.device)[None, :, None]
+    columns = torch.arange(strength.shape[2], device=boxes.device)[None, None, :]
+    top, left, bottom, right = moved[:, :, None, None].unbind(dim=1)
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    return Proposal(proposal.mask, inside, moved)
+
+
+PROPOSALS: dict[str, Callable[[Tensor, float | Tensor], Proposal]] = {
+    "attention": attention_proposal,
+    "all_patches": all_patches_proposal,
+    "random": random_proposal,
+    "centre": centre_proposal,
+    "whole": whole_proposal,
+}
+
+
+def propose(strength: Tensor, threshold: float | Tensor, name: str = "attention") -> Proposal:
+    """Propose a region by name.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in PROPOSALS:
+        raise InputError(f"unknown proposal {name!r}; choose one of {', '.join(PROPOSALS)}")
+    with torch.no_grad():
+        return PROPOSALS[name](strength, threshold)

@@ -1,0 +1,259 @@
+"""RAMS-Trans: one Vision Transformer that looks at the image, then at the region it chose.
+
+Scale 1 sees the whole image. Its attention strength goes through the DPPM, the proposed region is
+cut out and resized to the input size, and scale 2 sees that with the same encoder and classifier
+but its own class token; recursively for any number of scales (RAMS-Trans, section 3, figure 2).
+
+No gradient flows through a crop, so the scales are independent given their views.
+`RAMSTrans.scales` hands them out one at a time: a training step can back-propagate and free one
+before the next runs, and inference can stop early. `RAMSTrans.forward` simply collects them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from ramslib.attention import record_attention
+from ramslib.backbone import (
+    count_class_tokens,
+    create_backbone,
+    image_size,
+    normalisation,
+    patch_grid,
+    read_feature,
+)
+from ramslib.config import Config
+from ramslib.dppm import PROPOSALS, Proposal, propose
+from ramslib.errors import InputError
+from ramslib.regions import crop_and_resize, map_boxes
+from ramslib.strength import STRENGTHS, attention_strength
+
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+class Look(NamedTuple):
+    """One scale's look at its view.
+
+    Attributes:
+        logits: (B, K).
+        view: (B, 3, H, W) what this scale saw.
+        boxes: (B, 4) float32, where that view lies, in pixels of the input image.
+        strength: (B, h, w) attention strength, None at the last scale.
+        proposal: what the next scale will look at, None at the last scale.
+    """
+
+    logits: Tensor
+    view: Tensor
+    boxes: Tensor
+    strength: Tensor | None
+    proposal: Proposal | None
+
+
+class RAMSOutput(NamedTuple):
+    """All scales, coarse to fine: the fields of `Look`, each a tuple with one entry per scale.
+
+    ``strengths`` and ``proposals`` have one entry less: the last scale proposes nothing.
+    """
+
+    logits: tuple[Tensor, ...]
+    boxes: tuple[Tensor, ...]
+    strengths: tuple[Tensor, ...]
+    proposals: tuple[Proposal, ...]
+
+
+class RAMSTrans(nn.Module):
+    """Recurrent attention multi-scale transformer over any timm Vision Transformer.
+
+    Args:
+        backbone: from `create_backbone`, with one class token per scale, or a single one that all
+            scales share. Input size and patch grid are read from it.
+        num_classes: K.
+        scales: S >= 1; 1 is a plain Vision Transformer.
+        thresholds: the paper's eta for each of the S - 1 proposals.
+        strength: a key of ``STRENGTHS``.
+        proposal: a key of ``PROPOSALS``.
+        per_scale_token: scale s reads class token s; otherwise all read the first.
+        released_boxes: shift each box by one pixel up and left and include its lower ends, as the
+            released code does.
+        align_corners: resize crops with coinciding corner pixels, as the released code does.
+        mean_std: (mean, std) per channel that inputs are normalised with; the backbone's own by
+            default. Kept for those who prepare inputs, see `transforms.prepare`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        scales: int = 2,
+        thresholds: Sequence[float] = (1.0,),
+        strength: str = "last_class",
+        proposal: str = "attention",
+        per_scale_token: bool = True,
+        released_boxes: bool = False,
+        align_corners: bool = False,
+        mean_std: tuple | None = None,
+    ):
+        super().__init__()
+        _check_options(backbone, scales, thresholds, strength, proposal)
+        if per_scale_token and scales > 1 and count_class_tokens(backbone) != scales:
+            raise InputError(
+                f"{scales} scales need as many class tokens, {type(backbone).__name__} has "
+                f"{count_class_tokens(backbone)}; extend_class_tokens it, or share one token"
+            )
+        self.backbone = backbone
+        self.classifier = nn.Linear(backbone.num_features, num_classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+        self.num_scales = scales
+        self.thresholds = tuple(thresholds)
+        self.strength = strength
+        self.proposal = proposal
+        self.per_scale_token = per_scale_token and scales > 1
+        self.released_boxes = released_boxes
+        self.align_corners = align_corners
+        self.mean_std = mean_std or normalisation(backbone)
+        self.image_size = image_size(backbone)
+        self.grid = patch_grid(backbone)
+
+    def forward(self, images: Tensor, source: Tensor | None = None) -> RAMSOutput:
+        """Look at all scales.
+
+        Args:
+            images: (B, 3, H, W) normalised, of the backbone's input size.
+            source: (B, 3, Hs, Ws) the same view at a higher resolution, normalised alike; crops are
+                cut from it. None cuts each crop from the view of the scale before, as in the paper.
+
+        Returns:
+            `RAMSOutput`.
+        """
+        looks = list(self.scales(images, source))
+        return RAMSOutput(
+            logits=tuple(look.logits for look in looks),
+            boxes=tuple(look.boxes for look in looks),
+            strengths=tuple(look.strength for look in looks[:-1]),
+            proposals=tuple(look.proposal for look in looks[:-1]),
+        )
+
+    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
+        """Look at one scale after the other, each only when it is asked for.
+
+        Takes what `forward` takes. Yields a `Look` per scale.
+
+        Raises:
+            InputError: images of another size than the backbone's.
+        """
+        if images.shape[-2:] != self.image_size:
+            given, taken = (" x ".join(map(str, s)) for s in (images.shape[-2:], self.image_size))
+            raise InputError(f"images are {given} pixels; this model takes {taken}: resize them")
+        view, boxes = images, _whole(images).repeat(len(images), 1)
+        for scale in range(self.num_scales):
+            logits, strength = self.look(view, scale)
+            proposal = None
+            if strength is not None:
+                proposal = propose(strength, self.thresholds[scale], self.proposal)
+            yield Look(logits, view, boxes, strength, proposal)
+            if proposal is not None:
+                view, boxes = self.amplify(view, source, boxes, proposal.patch_boxes)
+
+    def look(self, view: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Encode and classify one view.
+
+        Args:
+            view: (B, 3, H, W) normalised.
+            scale: 0 for scale 1; chooses the class token.
+
+        Returns:
+            Logits (B, K), and the attention strength (B, h, w), or None at the last scale, which
+            proposes nothing and so records nothing.
+        """
+        token = scale if self.per_scale_token else 0
+        if scale == self.num_scales - 1:
+            tokens = self.backbone.forward_features(view)
+            return self.classifier(read_feature(self.backbone, tokens, token)), None
+        with record_attention(self.backbone) as blocks:
+            tokens = self.backbone.forward_features(view)
+        logits = self.classifier(read_feature(self.backbone, tokens, token))
+        return logits, attention_strength(blocks, self.strength, self.grid, token)
+
+    @torch.no_grad()
+    def amplify(
+        self, view: Tensor, source: Tensor | None, boxes: Tensor, patch_boxes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Region amplification: the next scale's view (no gradient) and where it lies.
+
+        Args:
+            view: (B, 3, H, W) what this scale saw.
+            source: (B, 3, Hs, Ws) or None, see `forward`.
+            boxes: (B, 4) where that view lies, in input pixels.
+            patch_boxes: (B, 4) the proposed region, in patches of that view.
+
+        Returns:
+            The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
+        """
+        inside = map_boxes(patch_boxes, self.grid, _whole(view))
+        if self.released_boxes:
+            inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
+        regions = map_boxes(inside, self.image_size, boxes)
+        if source is not None:
+            view, inside = source, map_boxes(regions, self.image_size, _whole(source))
+        return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
+
+
+def _whole(images: Tensor) -> Tensor:
+    """The box of a whole image: (..., H, W) -> (4,) float32."""
+    return torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
+
+
+def _check_options(
+    backbone: nn.Module, scales: int, thresholds: Sequence[float], strength: str, proposal: str
+) -> None:
+    if scales < 1:
+        raise InputError(f"a model needs at least one scale, not {scales}")
+    if len(thresholds) != scales - 1 or any(eta != eta for eta in thresholds):
+        wanted = f"{scales} scales need {scales - 1} numbers as thresholds"
+        raise InputError(f"{wanted}, not {tuple(thresholds)}")
+    for name, known in ((strength, STRENGTHS), (proposal, PROPOSALS)):
+        if name not in known:
+            raise InputError(f"unknown name {name!r}; choose one of {', '.join(known)}")
+    if scales > 1 and strength.endswith("_class") and not count_class_tokens(backbone):
+        raise InputError(
+            f"{type(backbone).__name__} has no class token for strength {strength!r}; "
+            "use 'rollout_mean'"
+        )
+
+
+def build_model(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
+    """The model that a configuration describes.
+
+    Returns:
+        The model, and one sentence about where its weights come from.
+
+    Raises:
+        InputError: a configuration that no model fits.
+    """
+    per_scale = config.class_token == "per_scale"
+    backbone, origin = create_backbone(
+        config.backbone,
+        config.image_size,
+        class_tokens=config.scales if per_scale else 1,
+        pretrained=config.pretrained,
+        drop_path=config.drop_path,
+        position_resize=config.position_resize,
+        final_norm=config.final_norm,
+    )
+    model = RAMSTrans(
+        backbone,
+        num_classes,
+        scales=config.scales,
+        thresholds=config.thresholds(),
+        strength=config.strength,
+        proposal=config.proposal,
+        per_scale_token=per_scale,
+        released_boxes=config.released_boxes,
+        align_corners=config.align_corners,
+        mean_std=IMAGENET if config.normalise == "imagenet" else None,
+    )
+    return model, origin
