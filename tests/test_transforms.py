@@ -1,0 +1,438 @@
+"""Every kind of image file, the view against torchvision, boxes, and reproducible randomness."""
+
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from ramslib import transforms
+from ramslib.annotations import image_size
+from ramslib.errors import InputError
+from ramslib.transforms import ImageDataset, View, isolated_random, open_image, prepare
+
+ORIENTATION = 0x0112
+
+
+def picture(width=40, height=30, seed=0):
+    """A smooth colour picture without symmetry."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def message(call):
+    with pytest.raises(InputError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def difference(first, second):
+    first, second = (np.asarray(image, dtype=int) for image in (first, second))
+    assert first.shape == second.shape
+    return np.abs(first - second).max()
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"])
+def test_modes_show_the_same_picture(tmp_path, mode):
+    grey = mode in ("1", "L", "LA")
+    original = picture().convert(mode if mode != "P" else "RGB")
+    if mode == "P":
+        original = original.quantize(16)
+    path = tmp_path / ("file.tif" if mode in ("CMYK", "YCbCr") else "file.png")
+    original.save(path)
+    found = open_image(path)
+    assert found.mode == "RGB" and found.size == (40, 30)
+    expected = original.convert("L").convert("RGB") if grey else original.convert("RGB")
+    assert difference(found, expected) == 0
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "gif", "tif", "png"])
+def test_formats(tmp_path, suffix):
+    picture().save(tmp_path / f"file.{suffix}")
+    assert difference(open_image(tmp_path / f"file.{suffix}"), picture()) < 90
+
+
+def test_jpeg_in_cmyk_and_grey(tmp_path):
+    picture().convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    picture().convert("L").save(tmp_path / "grey.jpg", quality=100)
+    assert difference(open_image(tmp_path / "cmyk.jpg"), picture()) < 30
+    expected = picture().convert("L").convert("RGB")
+    assert difference(open_image(tmp_path / "grey.jpg"), expected) < 8
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_range(tmp_path, suffix):
+    values = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
+    Image.fromarray(values).save(tmp_path / f"file.{suffix}")
+    found = np.asarray(open_image(tmp_path / f"file.{suffix}"))
+    assert (found == (values // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_other_numbers_are_stretched(tmp_path, kind):
+    values = np.linspace(-500, 70_000, 30 * 40).astype(kind).reshape(30, 40)
+    Image.fromarray(values).save(tmp_path / "file.tif")
+    found = np.asarray(open_image(tmp_path / "file.tif"))
+    assert found.min() == 0 and found.max() == 255 and (np.diff(found[..., 0].ravel()) >= 0).all()
+    Image.fromarray(np.full((3, 4), np.nan, np.float32)).save(tmp_path / "file.tif")
+    assert np.asarray(open_image(tmp_path / "file.tif")).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparency_lies_over_white(tmp_path, mode):
+    path = tmp_path / "file.png"
+    if mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+        image.putpixel((0, 0), (0, 0, 0, 255))
+        image.convert(mode).save(path)
+    else:
+        image = Image.new("L", (4, 4), 1)
+        image.putpixel((0, 0), 0)
+        if mode == "P":
+            image = image.convert("P")
+            image.putpalette([0, 0, 0, 9, 9, 9])
+        image = image.convert("RGB") if mode == "RGB" else image
+        image.save(path, transparency=(1, 1, 1) if mode == "RGB" else 1)
+    found = np.asarray(open_image(path))
+    assert (found[0, 0] == 0).all() and (found[1:] == 255).all()
+
+
+UPRIGHT = {
+    1: [],
+    2: [Image.Transpose.FLIP_LEFT_RIGHT],
+    3: [Image.Transpose.ROTATE_180],
+    4: [Image.Transpose.FLIP_TOP_BOTTOM],
+    5: [Image.Transpose.TRANSPOSE],
+    6: [Image.Transpose.ROTATE_90],
+    7: [Image.Transpose.TRANSVERSE],
+    8: [Image.Transpose.ROTATE_270],
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, suffix, orientation):
+    """The stored pixels are the upright picture, turned back from what the tag asks for."""
+    stored = picture()
+    for turn in UPRIGHT[orientation]:
+        stored = stored.transpose(turn)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / f"file.{suffix}"
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {"quality": 100}))
+    assert image_size(path) == (30, 40)
+    assert difference(open_image(path), picture()) <= (40 if suffix == "jpg" else 0)
+
+
+def test_damaged_exif_is_ignored(tmp_path):
+    picture().save(tmp_path / "file.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage")
+    assert open_image(tmp_path / "file.jpg").size == (40, 30)
+    assert image_size(tmp_path / "file.jpg") == (30, 40)
+
+
+def test_one_pixel(tmp_path):
+    Image.new("L", (1, 1), 77).save(tmp_path / "file.png")
+    view = View((6, 9))(open_image(tmp_path / "file.png"))
+    assert view.shape == (3, 6, 9) and (view == 77).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp"])
+def test_truncated(tmp_path, suffix):
+    path = tmp_path / f"file.{suffix}"
+    picture(200, 200).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert message(lambda: open_image(path)).startswith(f"{path}: ")
+
+
+def test_not_an_image(tmp_path):
+    (tmp_path / "text.jpg").write_text("not a photo\n")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("text.jpg", "empty.jpg"):
+        found = message(lambda name=name: open_image(tmp_path / name))
+        assert found == f"{tmp_path / name}: not an image that Pillow can read; replace it"
+    assert "folder.jpg: " in message(lambda: open_image(tmp_path / "folder.jpg"))
+    assert "none.jpg: no such image" in message(lambda: open_image(tmp_path / "none.jpg"))
+    assert "none.jpg: no such image" in message(lambda: image_size(tmp_path / "none.jpg"))
+
+
+def bmp_header(width, height):
+    """The header of a 24-bit BMP file, without its pixels."""
+    words = [40, width, height, 1 | 24 << 16, 0, 0, 0, 0, 0, 0]
+    body = b"".join(word.to_bytes(4, "little") for word in words)
+    return b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + body
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_many_pixels(tmp_path):
+    (tmp_path / "bomb.bmp").write_bytes(bmp_header(20_000, 20_000))
+    assert "bomb.bmp: too large to decode" in message(lambda: open_image(tmp_path / "bomb.bmp"))
+    (tmp_path / "large.bmp").write_bytes(bmp_header(10_000, 10_000))
+    assert image_size(tmp_path / "large.bmp") == (10_000, 10_000)
+
+
+def test_large_jpeg_is_decoded_smaller_only_where_that_will_do(tmp_path, monkeypatch):
+    path = tmp_path / "file.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture(800, 400).save(path, exif=exif, quality=95)
+    assert open_image(path, at_least=50).size == (400, 800)
+    monkeypatch.setattr(transforms, "LARGE", 800 * 400 - 1)
+    assert open_image(path).size == (400, 800)
+    assert open_image(path, at_least=201).size == (400, 800)
+    assert open_image(path, at_least=200).size == (200, 400)
+    assert open_image(path, at_least=50).size == (50, 100)
+    table = pd.DataFrame({"path": [str(path)], "label": [0]})
+    item = ImageDataset(table, View((20, 30)))[0]
+    assert item["size"].tolist() == [800, 400]
+    seen = []
+    monkeypatch.setattr(View, "__call__", lambda view, image: seen.append(image.size))
+    ImageDataset(table, View((40, 50), 1.0))[0]
+    assert seen == [(100, 200)]
+    monkeypatch.undo()
+    whole = View((20, 30))(open_image(path))
+    assert (item["source"].int() - whole.int()).abs().max() <= 6
+
+
+# ---------------------------------------------------------------- the view
+
+
+def test_test_view_is_torchvisions(tmp_path):
+    reference = v2.Compose(
+        [
+            v2.Resize((80, 100), interpolation=v2.InterpolationMode.BILINEAR),
+            v2.CenterCrop((60, 75)),
+            v2.PILToTensor(),
+        ]
+    )
+    image = picture(123, 77)
+    assert torch.equal(View((60, 75), crop_fraction=0.75)(image), reference(image))
+
+
+def test_papers_sizes():
+    assert View(448, 448 / 600).resized == (600, 600)
+    assert View(224, 0.5).resized == (448, 448)
+    assert View(304, 304 / 400).resized == (400, 400)
+
+
+def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
+    image, view = picture(90, 70), View(24, 0.5, train=True)
+    resized = image.resize((48, 48), Image.Resampling.BILINEAR)
+    pictures = [np.asarray(resized), np.asarray(ImageOps.mirror(resized))]
+    windows = {
+        np.ascontiguousarray(array[top : top + 24, left : left + 24]).tobytes(): (flip, top, left)
+        for flip, array in enumerate(pictures)
+        for top in range(25)
+        for left in range(25)
+    }
+    with isolated_random(0):
+        seen = [windows[view(image).permute(1, 2, 0).numpy().tobytes()] for _ in range(400)]
+    flips, tops, lefts = map(np.array, zip(*seen, strict=True))
+    assert 150 < flips.sum() < 250
+    assert set(tops) == set(lefts) == set(range(25))
+
+
+def test_no_augmentation_is_the_test_view():
+    image = picture()
+    view = View(16, train=True, augment="none")
+    assert torch.equal(view(image), View(16)(image)) and not view.is_random
+
+
+@pytest.mark.parametrize("augment", ["autoaugment", "rand", "rand-m9-mstd0.5", "rand-n3-m7-inc1"])
+def test_augmentations_change_pixels_and_keep_the_shape(augment):
+    image = picture(90, 70)
+    views = {}
+    for name in ("flip", augment):
+        view = View(24, train=True, augment=name)
+        for seed in range(8):
+            with isolated_random(seed):
+                views[name, seed] = view(image)
+    assert all(view.shape == (3, 24, 24) and view.dtype == torch.uint8 for view in views.values())
+    same = [torch.equal(views["flip", seed], views[augment, seed]) for seed in range(8)]
+    assert sum(same) < 5
+
+
+@pytest.mark.parametrize("augment", ["", "flips", "rand-x3", "rand-n2.5", "rand-", "augmix"])
+def test_unknown_augmentation(augment):
+    found = message(lambda: View(24, train=True, augment=augment))
+    assert f"augment is {augment!r}; choose none, flip, autoaugment" in found
+
+
+@pytest.mark.parametrize("size,fraction", [(0, 1.0), ((3, 4, 5), 1.0), (8, 0.0), (8, 1.5)])
+def test_impossible_views(size, fraction):
+    assert "crop_fraction" in message(lambda: View(size, fraction))
+
+
+def drawn_box(box, size=(150, 200)):
+    """A white box on black, as its test view shows it, and where it is brighter than half."""
+    image = Image.new("L", size[::-1])
+    top, left, bottom, right = box
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return image.convert("RGB")
+
+
+def located(view):
+    bright = view[0] > 127
+    rows, columns = bright.any(dim=1).nonzero()[:, 0], bright.any(dim=0).nonzero()[:, 0]
+    return [int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1]
+
+
+@pytest.mark.parametrize("box", [(40, 60, 90, 150), (0, 0, 80, 50), (100, 10, 150, 200)])
+@pytest.mark.parametrize("size,fraction", [((120, 96), 0.8), ((300, 420), 0.75), (75, 1.0)])
+def test_boxes_are_where_the_view_shows_them(box, size, fraction):
+    view = View(size, fraction)
+    sizes = torch.tensor([[150, 200]])
+    expected = view.to_view_boxes(torch.tensor([box]), sizes, view.size)[0]
+    found = torch.tensor(located(view(drawn_box(box))))
+    assert (found - expected).abs().max() <= 0.51
+
+
+def test_boxes_in_another_frame_and_nan():
+    view = View((100, 200), 0.8)
+    boxes = torch.tensor([[10.0, 20.0, 60.0, 90.0], [torch.nan] * 4])
+    sizes = torch.tensor([[80, 120], [50, 60]])
+    found = view.to_view_boxes(boxes, sizes, view.size)
+    half = view.to_view_boxes(boxes, sizes, (50, 50))
+    assert torch.allclose(half[0], found[0] * torch.tensor([0.5, 0.25, 0.5, 0.25]).double())
+    assert found[1].isnan().all()
+
+
+@given(
+    st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.floats(0.3, 1),
+    st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4),
+)
+@settings(max_examples=100, deadline=None)
+def test_boxes_go_there_and_back(image_size, size, fraction, box):
+    view, frame = View(size, fraction), (56, 70)
+    boxes = torch.tensor([box], dtype=torch.float64) * torch.tensor([*frame, *frame])
+    sizes = torch.tensor([image_size])
+    there = view.to_image_boxes(boxes, sizes, frame)
+    assert torch.allclose(view.to_view_boxes(there, sizes, frame), boxes)
+    assert (there >= 0).all() and (there <= torch.tensor([*image_size, *image_size])).all()
+
+
+# ---------------------------------------------------------------- randomness
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{row}.png" for row in range(6)]
+    for row, path in enumerate(paths):
+        picture(50 + row, 40, seed=row).save(path)
+    return pd.DataFrame({"path": list(map(str, paths)), "label": [0, 1, 2, 0, 1, 2]})
+
+
+def sources(batches):
+    return torch.cat([batch["source"] for batch in batches])
+
+
+@pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
+def test_views_do_not_depend_on_workers(table, augment):
+    dataset = ImageDataset(table, View(16, 0.6, train=True, augment=augment), seed=3)
+    alone = sources(DataLoader(dataset, batch_size=2))
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    assert torch.equal(sources(DataLoader(dataset, batch_size=3, num_workers=2)), alone)
+    order = [4, 2, 5]
+    assert torch.equal(sources(DataLoader(dataset, sampler=order)), alone[order])
+
+
+def test_epochs_and_seeds_differ_and_repeat(table):
+    view = View(16, 0.6, train=True)
+    dataset = ImageDataset(table, view, seed=3)
+    first = sources(DataLoader(dataset))
+    dataset.set_epoch(1)
+    second = sources(DataLoader(dataset))
+    other = sources(DataLoader(ImageDataset(table, view, seed=4)))
+    for epoch in (second, other):
+        assert sum(torch.equal(a, b) for a, b in zip(first, epoch, strict=True)) < 3
+    keys = [[(0, 0), (1, 1)], [(1, 2), (0, 3)]]
+    mixed = sources(DataLoader(dataset, batch_sampler=keys))
+    assert torch.equal(mixed, torch.stack([first[0], second[1], second[2], first[3]]))
+
+
+def test_rows_differ_even_of_one_image(table):
+    twelve = pd.concat([table.iloc[:1]] * 12)
+    found = sources(DataLoader(ImageDataset(twelve, View(16, 0.6, train=True))))
+    assert len({source.numpy().tobytes() for source in found}) > 6
+
+
+def test_workers_that_live_on_see_the_epoch(table):
+    dataset = ImageDataset(table, View(16, 0.6, train=True))
+    loader = DataLoader(dataset, num_workers=1, persistent_workers=True)
+    first = sources(loader)
+    dataset.set_epoch(1)
+    assert not torch.equal(sources(loader), first)
+    dataset.set_epoch(0)
+    assert torch.equal(sources(loader), first)
+
+
+@pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
+def test_global_generators_are_left_alone(table, augment):
+    dataset = ImageDataset(table, View(16, 0.6, train=True, augment=augment))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    [dataset[row] for row in range(len(dataset))]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == states
+    with pytest.raises(KeyError), isolated_random(1):
+        torch.rand(3)
+        raise KeyError
+    assert torch.get_rng_state().tolist() == states[2]
+
+
+def test_item(table):
+    dataset = ImageDataset(table, View(16))
+    item = dataset[4]
+    assert item["source"].shape == (3, 16, 16) and item["source"].dtype == torch.uint8
+    assert (item["label"], item["index"], item["size"].tolist()) == (1, 4, [40, 54])
+    assert dataset[-1]["index"] == 5 and len(dataset) == 6
+    with pytest.raises(IndexError):
+        dataset[6]
+    batch = next(iter(DataLoader(dataset, batch_size=6)))
+    assert batch["label"].tolist() == table["label"].tolist() and batch["size"].shape == (6, 2)
+
+
+def test_broken_image_is_named_by_the_loader(table, tmp_path):
+    (tmp_path / "broken.jpg").write_text("text")
+    broken = pd.concat([table, pd.DataFrame({"path": [str(tmp_path / "broken.jpg")], "label": 0})])
+    dataset = ImageDataset(broken, View(16))
+    with pytest.raises(InputError, match=r"broken\.jpg: not an image"):
+        list(DataLoader(dataset, num_workers=0))
+
+
+# ---------------------------------------------------------------- on the device
+
+
+def test_prepare_equals_torchvisions_antialiased_resize():
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    source = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    images, kept = prepare(source, (16, 20), mean, std)
+    normalise = v2.Normalize(mean, std)
+    as_float = v2.functional.to_dtype(source, torch.float32, scale=True)
+    resized = v2.functional.resize(as_float, [16, 20], antialias=True)
+    assert torch.allclose(images, normalise(resized), atol=1e-5)
+    assert torch.allclose(kept, normalise(as_float), atol=1e-6)
+    assert source.dtype == torch.uint8
+
+
+def test_prepare_without_a_larger_source():
+    source = torch.randint(0, 256, (2, 3, 16, 20), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.5, 0.5, 0.5])
+    images, kept = prepare(source, (16, 20), mean, std)
+    assert kept is None and torch.allclose(images, source / 127.5 - 1, atol=1e-6)
