@@ -72,18 +72,20 @@ class Config:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
-        """A named starting point: ``default``, ``paper`` or ``released``."""
+        """A named starting point: ``small``, ``tiny``, ``paper`` or ``released``."""
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls().replace(**PRESETS[name]).replace(**changes)
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Config":
-        """Read a configuration written by `to_json` (or a JSON object with some of its fields)."""
+        """Read a configuration: a JSON object with some of the fields, or a run's config.json."""
         try:
             values = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a readable JSON configuration ({error})") from None
+        if isinstance(values, dict) and isinstance(values.get("config"), dict):
+            values = values["config"]
         if not isinstance(values, dict):
             raise InputError(f"{path}: a configuration is a JSON object of names and values")
         try:
@@ -134,8 +136,18 @@ _RELEASED = {
     "epochs": 27,  # 10,000 steps of 16 on CUB's 5,994 training images
 }
 
+_TINY = {  # random weights, seconds: does every step run?
+    "backbone": "test_vit",
+    "pretrained": "none",
+    "image_size": 64,
+    "source_size": 128,
+    "frozen_blocks": 0,
+    "epochs": 2,
+}
+
 PRESETS: dict[str, dict] = {
-    "default": {},
+    "small": {},  # the defaults: minutes on two CPU cores
+    "tiny": _TINY,
     "released": _RELEASED,
     "paper": _RELEASED
     | {
@@ -159,6 +171,8 @@ _POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "acc
 _POSITIVE += ("learning_rate",)
 _NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
 _NOT_NEGATIVE += ("frozen_blocks", "patience", "seed")
+_LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}
+_LARGEST |= {"seed": 2**32 - 1}
 _FRACTIONS = {
     "crop_fraction": (0.1, 1.0),
     "validation_fraction": (0.0, 0.5),
@@ -204,8 +218,9 @@ def _parse(name: str, text: str):
     words = {"none": "null", "true": "true", "false": "false"}
     try:
         return json.loads(words.get(text.lower(), f"[{text}]" if "," in text else text))
-    except json.JSONDecodeError:
-        raise InputError(f"setting {name!r} cannot read {text!r}") from None
+    except (ValueError, RecursionError):
+        shown = text if len(text) < 50 else text[:50] + ".."
+        raise InputError(f"setting {name!r} cannot read {shown!r}") from None
 
 
 def _check_items(name: str, values: tuple, kind: type) -> None:
@@ -229,6 +244,11 @@ def _check(config: Config) -> None:
         if lowest is not None and (lowest < 0 or lowest == 0 and name in _POSITIVE):
             floor = "above 0" if name in _POSITIVE else "0 or more"
             raise InputError(f"setting {name!r} must be {floor}, not {value}")
+    for name, largest in _LARGEST.items():
+        value = getattr(config, name)
+        highest = max(value) if isinstance(value, tuple) else value
+        if highest is not None and highest > largest:
+            raise InputError(f"setting {name!r} must be at most {largest}")
     for name, (low, high) in _FRACTIONS.items():
         if not low <= getattr(config, name) <= high:
             raise InputError(

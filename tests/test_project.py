@@ -1,0 +1,220 @@
+"""The project's own shape: dependencies, import order, size of modules, notebooks, wording."""
+
+import ast
+import graphlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "ramslib").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# The road that data take. Nothing here needs, directly or through others, what stands after it.
+ORDER = """
+errors config diagnostic readers datasets transforms weights backbone attention strength regions
+dppm model evaluation checkpoint training launch ablation plots explorer road __main__
+""".split()
+
+CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
+IMPORT_NAMES = {"PIL": "pillow"}
+USED_AS_COMMANDS = {"jupyterlab", "ipykernel", "nbval"}
+
+
+def read_requirements(texts):
+    """Name -> version range, as text in one order."""
+    parsed = [Requirement(text) for text in texts]
+    return {each.name: str(each.specifier) for each in parsed}
+
+
+def read_pyproject():
+    """The ``project`` table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def imported_names(path):
+    """Every module that a file imports, anywhere in it, with ``from a import b`` as ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "ramslib" if node.level else ""
+            parts = [part for part in (base, node.module) if part]
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
+def test_environment_names_what_pyproject_names():
+    project = read_pyproject()
+    texts = project["dependencies"] + project["optional-dependencies"]["test"]
+    wanted = {CONDA_NAMES.get(k, k): v for k, v in read_requirements(texts).items()}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    *packages, pip = environment["dependencies"]
+    assert pip == {"pip": ["-e ."]}
+    named = read_requirements(packages)
+    assert named.pop("python") == project["requires-python"]
+    assert named.pop("pip") == ""
+    assert named == wanted
+
+
+def test_every_dependency_has_a_range_and_is_what_the_library_imports():
+    project = read_pyproject()
+    named = read_requirements(project["dependencies"])
+    for name, versions in named.items():
+        assert ">=" in versions and "<" in versions and "==" not in versions, name
+    imported = {name.split(".")[0] for path in MODULES for name in imported_names(path)}
+    third_party = imported - set(sys.stdlib_module_names) - {"ramslib"}
+    imported = {IMPORT_NAMES.get(name, name) for name in third_party}
+    assert imported == set(named) - USED_AS_COMMANDS
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "ramslib" / "__init__.py").read_text())[1]
+    assert citation["version"] == version
+    assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def needs():
+    """Module -> the modules of ramslib that it imports."""
+    own = {path.stem for path in MODULES}
+    return {
+        path.stem: own & {name.split(".")[1] for name in imported_names(path) if "ramslib." in name}
+        for path in MODULES
+    }
+
+
+def test_imports_go_one_way(needs):
+    earlier = {}
+    for name in graphlib.TopologicalSorter(needs).static_order():  # raises at a circle
+        earlier[name] = needs[name].union(*(earlier[other] for other in needs[name]))
+    wrong = {name: earlier.get(name, set()) & set(ORDER[i:]) for i, name in enumerate(ORDER)}
+    assert {name: later for name, later in wrong.items() if later} == {}
+    assert needs["__init__"] == set(), "importing the package imports no module"
+
+
+def test_importing_only_defines_names(tmp_path):
+    modules = [path.stem for path in MODULES if not path.stem.startswith("__")]
+    third_party = {name.split(".")[0] for path in MODULES for name in imported_names(path)}
+    third_party -= {"ramslib"}
+    code = f"""
+import importlib, os, random, sys, threading, warnings
+for name in {sorted(third_party)} + ["matplotlib.pyplot", "torch.distributed"]:
+    importlib.import_module(name)
+import matplotlib, numpy, torch
+def state():
+    return (sys.argv, sys.path, dict(os.environ), os.getcwd(), threading.active_count(),
+            random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(),
+            torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+            matplotlib.get_backend(), dict(matplotlib.rcParams), warnings.filters[:])
+before = state()
+for name in {modules}:
+    importlib.import_module("ramslib." + name)
+assert [a == b for a, b in zip(before, state())] == [True] * len(before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, "--help"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_stays_thin():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: count for name, count in lengths.items() if count > 300} == {}
+    assert sum(lengths.values()) <= 3500
+
+
+def test_the_numbered_notebooks_are_there():
+    names = "01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold"
+    assert {*names.split(), "05_attention_explorer"} <= {path.stem for path in NOTEBOOKS}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    """Each notebook in turn."""
+    return nbformat.read(request.param, 4)
+
+
+@pytest.fixture
+def code_cells(notebook):
+    """The code cells of each notebook in turn."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_notebook_file_is_small_clean_and_for_any_python(notebook, request):
+    path = request.node.callspec.params["notebook"]
+    assert path.stat().st_size <= 50 * 1024
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    assert not {"widgets", "papermill"} & set(notebook.metadata)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert json.loads(path.read_text())["nbformat"] == 4
+
+
+def test_notebook_keeps_no_outputs(code_cells):
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells)
+
+
+def test_notebook_code_is_short(code_cells):
+    lengths = [len(cell.source.splitlines()) for cell in code_cells]
+    assert max(lengths) <= 25 and sum(lengths) <= 120
+    nodes = [node for cell in code_cells for node in ast.walk(ast.parse(cell.source))]
+    assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert len(functions) <= 1
+    assert all(node.end_lineno - node.lineno < 6 for node in functions)
+
+
+def test_notebook_parameters_are_one_cell_of_literals(code_cells):
+    tagged = [cell for cell in code_cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    values = {}
+    for node in ast.parse(tagged[0].source).body:
+        assert isinstance(node, ast.Assign) and node.lineno == node.end_lineno, "papermill's limit"
+        values[node.targets[0].id] = ast.literal_eval(node.value)
+    assert {"data", "root", "out", "small"} <= set(values)
+    assert values["small"] in (True, False)
+
+
+def test_notebook_ends_with_what_it_claims(code_cells):
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code_cells[-1].source)))
+
+
+FORBIDDEN = {
+    "package host": r"pypi[.]org|python[h]osted|pytorch[.]org/whl|huggingface[.]co/|anaconda[.]org",
+    "path of one machine": r"(?<![\w.}])/(w[o]rk|t[m]p|r[o]ot|h[o]me|mnt|U[s]ers)/",
+    "folder outside the project": r"[.][.]/sha[r]ed",
+}
+
+
+def test_no_package_host_and_no_path_of_one_machine():
+    patterns = ("*.*", ".*ignore", "Makefile", ".ci/*", "*/*.py", "*/*.md", "*/*.ipynb")
+    files = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
+    found = [
+        f"{path.relative_to(ROOT)}: {kind}: {match[0]}"
+        for path in sorted(files)
+        if path.suffix not in {".png", ".jpg", ".svg"}
+        for kind, pattern in FORBIDDEN.items()
+        for match in re.finditer(pattern, path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_make_lists_its_targets_and_never_deletes_results():
+    make = (ROOT / "Makefile").read_text()
+    for target in ("run", "test", "lab", "format", "clean"):
+        assert re.search(rf"^## make {target}\b", make, re.M) and re.search(
+            rf"^{target}:", make, re.M
+        )
+    removed = re.findall(r"rm -rf (.+)", make)
+    assert removed and not re.search(r"\b(runs|data|VENV)\b", " ".join(removed))
