@@ -7,4 +7,13 @@ Recognition", ACM Multimedia 2021. The modules follow the data:
 ``strength`` -> ``regions`` -> ``dppm`` -> ``model`` -> ``training`` -> ``evaluation`` -> ``plots``.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """``ramslib.load(run)`` is `run.load`; the package itself imports nothing before that."""
+    if name == "load":
+        return importlib.import_module("ramslib.run").load
+    raise AttributeError(f"module 'ramslib' has no attribute {name!r}")

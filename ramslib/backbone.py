@@ -132,11 +132,14 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
         raise InputError(
             f"{name} ties positions to exactly one class token; use class_token='shared'"
         )
+    position, patches = getattr(backbone, "pos_embed", None), backbone.patch_embed.num_patches
+    patches_only = getattr(backbone, "no_embed_class", False) or position is None
+    if not patches_only and position.shape[1] == patches:
+        raise InputError(f"{name} adds its class token after the positions; choose another backbone")
     added = count - 1
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
-        position = getattr(backbone, "pos_embed", None)
-        if position is not None and not getattr(backbone, "no_embed_class", False):
+        if not patches_only:
             first = position[:, :1].repeat(1, added, 1)
             backbone.pos_embed = nn.Parameter(torch.cat([first, position], dim=1))
     for module in backbone.modules():

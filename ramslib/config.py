@@ -56,6 +56,7 @@ class Config:
     learning_rate: float = 1e-4
     weight_decay: float = 0.05
     momentum: float = 0.9  # of SGD; AdamW keeps its own betas
+    head_factor: float = 10.0  # learning-rate factor of the classifier, which starts from nothing
     layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
     warmup_steps: int = 20  # linear, then cosine to 0, by step
     clip_norm: float = 1.0  # 0 switches clipping off
@@ -128,6 +129,7 @@ _RELEASED = {
     "released_boxes": True,
     "align_corners": True,
     "normalise": "imagenet",
+    "head_factor": 1.0,
     "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
     "learning_rate": 0.03,
     "weight_decay": 0.0,
@@ -168,7 +170,7 @@ _CHOICES = {
     "normalise": ("backbone", "imagenet"),
 }
 _POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
-_POSITIVE += ("learning_rate",)
+_POSITIVE += ("learning_rate", "head_factor")
 _NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
 _NOT_NEGATIVE += ("frozen_blocks", "patience", "seed")
 _LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}

@@ -5,7 +5,7 @@ RAMS-Trans, section 3.3: threshold the attention strength at eta times its mean,
 
 A proposal is a function ``(strength, threshold) -> Proposal``; ``PROPOSALS`` maps names to them,
 and a new strategy is one more entry there. The alternatives are the controls of an ablation: they
-see the same strength, so that ``random`` and ``centre`` spend exactly the area that the DPPM spends.
+see the same strength, so that ``random`` and ``centre`` spend exactly the area the DPPM spends.
 """
 
 from collections.abc import Callable

@@ -201,6 +201,22 @@ class RAMSTrans(nn.Module):
             view, inside = source, map_boxes(regions, self.image_size, _whole(source))
         return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers leave without weight decay."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's order of the layers, for layer-wise learning rates: stem, blocks, classifier."""
+
+        def inside(pattern: str) -> str:
+            return rf"^backbone\.(?:{pattern.replace('^', '')})"
+
+        groups = self.backbone.group_matcher(coarse)
+        return {
+            name: inside(rule) if isinstance(rule, str) else [(inside(p), o) for p, o in rule]
+            for name, rule in groups.items()
+        }
+
 
 def _whole(images: Tensor) -> Tensor:
     """The box of a whole image: (..., H, W) -> (4,) float32."""

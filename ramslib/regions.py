@@ -70,7 +70,7 @@ def largest_component(mask: Tensor) -> Tensor:
     areas.scatter_add_(1, labels, torch.ones_like(labels))
     areas[:, size] = 0
     largest = areas.max(dim=1, keepdim=True).indices
-    return (labels == largest).reshape(mask.shape) & mask
+    return (labels == largest).reshape(mask.shape)
 
 
 def bounding_boxes(mask: Tensor) -> Tensor:
@@ -116,10 +116,12 @@ def crop_and_resize(
     """Cut one box out of each image and resize it, bilinear, in one batched operation.
 
     Equals ``F.interpolate(image[:, top:bottom, left:right], size, mode="bilinear")`` per image for
-    boxes on whole pixels; boxes between pixels are allowed. Nothing outside a box is read.
+    boxes on whole pixels, to rounding: positions are counted from the box's corner, which is more
+    exact than ``F.grid_sample`` on a large image. Boxes between pixels are allowed. Nothing outside
+    a box is read.
 
     Args:
-        images: (B, C, H, W) float of any precision; positions are computed in float32.
+        images: (B, C, H, W) float of any precision; computed in float32.
         boxes: (B, 4) pixels, ``(top, left, bottom, right)``, at least one pixel high and wide.
         size: (height, width) of the result.
         align_corners: corner pixels of box and result coincide, as in the released code.
@@ -127,25 +129,33 @@ def crop_and_resize(
     Returns:
         (B, C, *size).
     """
-    top, left, bottom, right = boxes.to(torch.float32).unbind(dim=1)
-    rows = _sample_positions(top, bottom, size[0], align_corners)
-    columns = _sample_positions(left, right, size[1], align_corners)
-    height, width = images.shape[-2:]
-    y = (2 * rows / max(height - 1, 1) - 1)[:, :, None].expand(-1, -1, size[1])
-    x = (2 * columns / max(width - 1, 1) - 1)[:, None, :].expand(-1, size[0], -1)
-    grid = torch.stack([x, y], dim=-1)
-    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=True)
-    return crops.to(images.dtype)
+    planes = images.float().flatten(0, 1)  # channels are images of their own
+    sides = boxes.float().repeat_interleave(images.shape[1], dim=0)
+    top, left, bottom, right = sides.unbind(dim=1)
+    plane = torch.arange(len(planes), device=planes.device)[:, None]
+    low, high, part = _sample_positions(top, bottom, size[0], images.shape[2], align_corners)
+    rows = planes[plane, low].lerp_(planes[plane, high], part[:, :, None])
+    low, high, part = _sample_positions(left, right, size[1], images.shape[3], align_corners)
+    low, high = (index[:, None].expand(-1, size[0], -1) for index in (low, high))
+    crops = rows.gather(2, low).lerp_(rows.gather(2, high), part[:, None])
+    return crops.unflatten(0, images.shape[:2]).to(images.dtype)
 
 
-def _sample_positions(start: Tensor, end: Tensor, count: int, align_corners: bool) -> Tensor:
-    """Pixel positions to sample between two edges: (B,), (B,) -> (B, count)."""
+def _sample_positions(
+    start: Tensor, end: Tensor, count: int, limit: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where to sample between two edges: lower pixel, upper pixel, fraction, each (B, count)."""
     steps = torch.arange(count, device=start.device, dtype=torch.float32)
     start, end = start[:, None], end[:, None]
     if align_corners:
-        return start + steps * (end - start - 1) / max(count - 1, 1)
-    positions = start + (steps + 0.5) * (end - start) / count - 0.5
-    return positions.clamp(min=start, max=end - 1)
+        inside = steps * ((end - start - 1) / max(count - 1, 1))
+    else:
+        inside = (steps + 0.5) * ((end - start) / count) - 0.5
+    first, last = start.floor(), (end.ceil() - 1).clamp(max=limit - 1)
+    inside = inside.clamp(min=0).minimum(end - start - 1) + (start - first)
+    whole = inside.floor()
+    low, high = (torch.minimum(first + whole + step, last).clamp(min=0).long() for step in (0, 1))
+    return low, high, inside - whole
 
 
 def box_area(boxes: Tensor) -> Tensor:

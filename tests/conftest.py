@@ -1,0 +1,96 @@
+"""Shared fixtures: tiny, freshly randomised backbones of every family of timm that is supported."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import settings
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.load_profile("steady")
+
+SIZE = {"img_size": (24, 32), "patch_size": 8, "num_classes": 0}
+VIT = SIZE | {"embed_dim": 32, "depth": 3, "num_heads": 2}
+TOKEN = VIT | {"global_pool": "token"}
+ROTARY = TOKEN | {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
+LAYER_SCALE = {"init_values": 0.5}
+
+FAMILIES = {
+    "vit": (VisionTransformer, TOKEN),
+    "qk_norm": (VisionTransformer, TOKEN | {"qk_norm": True}),
+    "clip": (VisionTransformer, TOKEN | {"pre_norm": True}),
+    "dinov2": (VisionTransformer, TOKEN | LAYER_SCALE),
+    "dinov2_registers": (
+        VisionTransformer,
+        TOKEN | LAYER_SCALE | {"reg_tokens": 4, "no_embed_class": True},
+    ),
+    "deit3": (VisionTransformer, TOKEN | LAYER_SCALE | {"no_embed_class": True}),
+    "distilled": (VisionTransformerDistilled, VIT),
+    "siglip": (VisionTransformer, VIT | {"class_token": False, "global_pool": "map"}),
+    "average": (VisionTransformer, VIT | {"class_token": False, "global_pool": "avg"}),
+    "registers_average": (
+        VisionTransformer,
+        VIT | {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+    ),
+    "eva": (Eva, TOKEN | {"use_abs_pos_emb": True}),
+    "eva02": (Eva, ROTARY | {"use_abs_pos_emb": True, "swiglu_mlp": True}),
+    "eva_split": (Eva, ROTARY | {"qkv_fused": False}),
+    "dinov3": (Eva, ROTARY | {"rope_type": "dinov3", "num_reg_tokens": 4, "no_embed_class": True}),
+    "rotary_mixed": (Eva, ROTARY | {"rope_type": "mixed", "attn_type": "rope"}),
+    "grouped_query": (
+        Eva,
+        ROTARY | {"attn_type": "rope", "qkv_fused": False, "qk_norm": True, "num_kv_heads": 1},
+    ),
+    "beit": (Beit, TOKEN | {"use_abs_pos_emb": False, "use_rel_pos_bias": True}),
+    "beit_shared": (Beit, TOKEN | {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}),
+    "relpos": (VisionTransformerRelPos, TOKEN | {"class_token": True, "rel_pos_type": "bias"}),
+    "relpos_mlp": (VisionTransformerRelPos, TOKEN | {"class_token": True}),
+}
+ABSOLUTE = ["vit", "qk_norm", "clip", "dinov2", "dinov2_registers", "deit3", "eva"]
+ROTARIES = ["eva02", "eva_split", "dinov3", "rotary_mixed", "grouped_query"]
+
+
+def build(family: str, seed: int = 0, **changes):
+    """A backbone of a family with weights large enough that attention is far from uniform."""
+    kind, options = FAMILIES[family]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        backbone = kind(**options | changes).eval()
+        for parameter in backbone.parameters():
+            spread = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.add_(spread * torch.randn_like(parameter))
+    return backbone
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Name of each supported family in turn."""
+    return request.param
+
+
+@pytest.fixture(params=ABSOLUTE + ROTARIES)
+def scalable_family(request):
+    """Name of each family that can hold several class tokens."""
+    return request.param
+
+
+@pytest.fixture
+def backbone_of():
+    """Function (family, seed=0, **changed options) -> tiny backbone in eval mode."""
+    return build
+
+
+@pytest.fixture
+def images():
+    """Function (count=2, size=(24, 32), seed=0) -> (B, 3, H, W) of normal noise."""
+    return functools.partial(_noise, channels=3)
+
+
+def _noise(count=2, size=(24, 32), seed=0, channels=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, channels, *size, generator=generator)

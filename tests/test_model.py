@@ -1,0 +1,463 @@
+"""RAMSTrans against a plain ViT and against the whole recursion, image by image, from the loops."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ramslib.backbone import extend_class_tokens, read_feature
+from ramslib.config import Config
+from ramslib.dppm import PROPOSALS
+from ramslib.errors import InputError
+from ramslib.model import RAMSOutput, RAMSTrans, build_model
+from ramslib.strength import STRENGTHS
+
+CLASSES = 5
+
+
+@pytest.fixture
+def model_of(backbone_of):
+    """Function (family, scales, **options) -> RAMSTrans with a random classifier, eval mode."""
+
+    def build(family="vit", scales=2, seed=0, per_scale_token=True, thresholds=None, **options):
+        backbone = backbone_of(family, seed)
+        generator = torch.Generator().manual_seed(seed)
+        if per_scale_token and scales > 1:
+            extend_class_tokens(backbone, scales)
+            with torch.no_grad():  # as after training: no two tokens alike
+                backbone.cls_token += torch.randn(1, scales, 32, generator=generator)
+        thresholds = (
+            [1.0 + 0.1 * s for s in range(scales - 1)] if thresholds is None else thresholds
+        )
+        model = RAMSTrans(
+            backbone, CLASSES, scales, thresholds, per_scale_token=per_scale_token, **options
+        )
+        with torch.no_grad():
+            model.classifier.weight.copy_(torch.randn(CLASSES, 32, generator=generator))
+            model.classifier.bias.copy_(torch.randn(CLASSES, generator=generator))
+        return model.eval()
+
+    return build
+
+
+def reference_look(model, name, per_scale_token):
+    """Function (view, scale) -> (logits, strength) from timm's unfused attention and the loops."""
+    backbone = copy.deepcopy(model.backbone)
+    weight, bias = (p.detach().numpy() for p in model.classifier.parameters())
+    caught = []
+    for block in backbone.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, args: caught.append(args[0][0]))
+
+    def look(view, scale):
+        caught.clear()
+        token = scale if per_scale_token else 0
+        with torch.no_grad():
+            tokens = backbone.forward_features(torch.from_numpy(view)[None].float())
+            feature = read_feature(backbone, tokens, token)[0]
+        blocks = [probabilities.numpy().astype(np.float64) for probabilities in caught]
+        return weight @ feature.numpy() + bias, reference.strength(blocks, name, (3, 4), token)
+
+    return look
+
+
+# --- the recursion -----------------------------------------------------------------------------
+
+CASES = [
+    ("vit", "rollout_mean", True),
+    ("vit", "last_class", False),
+    ("dinov2_registers", "last_class", True),
+    ("deit3", "rollout_class", True),
+    ("dinov3", "rollout_mean", True),
+    ("rotary_mixed", "last_class", True),
+    ("grouped_query", "rollout_class", False),
+    ("beit", "rollout_class", False),
+    ("relpos", "last_class", False),
+    ("distilled", "rollout_mean", False),
+    ("siglip", "rollout_mean", False),
+    ("registers_average", "rollout_mean", False),
+]
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("family, strength, per_scale", CASES)
+def test_recursion_equals_the_loops(family, strength, per_scale, scales, model_of, images):
+    model = model_of(family, scales, strength=strength, per_scale_token=per_scale)
+    batch = images(3)
+    output = model(batch)
+    look = reference_look(model, strength, per_scale)
+    for index, image in enumerate(batch.numpy().astype(np.float64)):
+        logits, boxes = reference.recursion(look, image, (3, 4), scales, model.thresholds)
+        for scale in range(scales):
+            np.testing.assert_allclose(output.boxes[scale][index], boxes[scale], atol=1e-3)
+            np.testing.assert_allclose(
+                output.logits[scale][index].detach(), logits[scale], atol=2e-4, rtol=1e-4
+            )
+    assert len(output.logits) == len(output.boxes) == scales
+    assert len(output.strengths) == len(output.proposals) == scales - 1
+
+
+@pytest.mark.parametrize("family, strength, per_scale", CASES[:6])
+def test_source_crops_equal_the_loops(family, strength, per_scale, model_of, images):
+    model = model_of(family, 3, strength=strength, per_scale_token=per_scale)
+    source = images(2, (72, 96), seed=1)  # three times the input: all boxes on whole pixels
+    batch = F.avg_pool2d(source, 3)
+    output = model(batch, source)
+    look = reference_look(model, strength, per_scale)
+    for index in range(2):
+        logits, boxes = reference.recursion(
+            look,
+            batch[index].double().numpy(),
+            (3, 4),
+            3,
+            model.thresholds,
+            source[index].double().numpy(),
+        )
+        for scale in range(3):
+            np.testing.assert_allclose(output.boxes[scale][index], boxes[scale], atol=1e-3)
+            np.testing.assert_allclose(
+                output.logits[scale][index].detach(), logits[scale], atol=2e-4, rtol=1e-4
+            )
+
+
+def test_the_cases_do_propose_regions(model_of, images):
+    areas = [
+        (box[:, 2:] - box[:, :2]).prod(1)
+        for family, strength, per_scale in CASES
+        for box in model_of(family, 3, strength=strength, per_scale_token=per_scale)(
+            images(3)
+        ).boxes
+    ]
+    assert torch.stack(areas).unique().numel() > 8
+
+
+def test_one_scale_is_a_plain_vision_transformer(family, backbone_of, images):
+    backbone = backbone_of(family)
+    model = RAMSTrans(backbone, CLASSES, scales=1, thresholds=()).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    output = model(images())
+    assert isinstance(output, RAMSOutput) and len(output.logits) == 1 and not output.strengths
+    assert torch.equal(output.logits[0], model.classifier(backbone(images())))
+    assert output.boxes[0].tolist() == [[0, 0, 24, 32]] * 2
+
+
+def test_class_token_of_each_scale_decides(model_of, images):
+    model = model_of(scales=3, proposal="whole")
+    logits = model(images()).logits  # the same picture three times, read by three tokens
+    assert min((logits[i] - logits[j]).abs().max() for i, j in [(0, 1), (0, 2), (1, 2)]) > 0.1
+    shared = model_of(scales=3, per_scale_token=False, proposal="whole")(images()).logits
+    for scale in (1, 2):
+        torch.testing.assert_close(shared[scale], shared[0], atol=1e-4, rtol=1e-4)
+
+
+def test_each_scale_has_its_threshold(model_of, images):
+    boxes = model_of(scales=3, thresholds=(float("inf"), 1.0))(images()).boxes
+    assert (boxes[1] == boxes[0]).all() and not (boxes[2] == boxes[0]).all()
+    boxes = model_of(scales=3, thresholds=(1.0, float("inf")))(images()).boxes
+    assert not (boxes[1] == boxes[0]).all() and (boxes[2] == boxes[1]).all()
+
+
+# --- geometry ----------------------------------------------------------------------------------
+
+
+def test_boxes_nest_and_views_are_their_crops(model_of, images):
+    model = model_of(scales=4)
+    batch = images(8)
+    looks = list(model.scales(batch))
+    for outer, inner in zip(looks, looks[1:], strict=False):
+        assert (inner.boxes[:, :2] >= outer.boxes[:, :2] - 1e-3).all()
+        assert (inner.boxes[:, 2:] <= outer.boxes[:, 2:] + 1e-3).all()
+        pixels = outer.proposal.patch_boxes * 8
+        for index, (top, left, bottom, right) in enumerate(pixels.tolist()):
+            expected = F.interpolate(
+                outer.view[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
+            )
+            torch.testing.assert_close(inner.view[index, None], expected, atol=1e-4, rtol=0)
+    assert torch.equal(looks[0].view, batch)
+    assert looks[-1].strength is None and looks[-1].proposal is None
+
+
+@pytest.mark.parametrize("size", [(48, 64), (60, 56), (24, 32), (12, 16)])
+def test_source_crops_are_cut_where_the_boxes_lie(size, model_of, images):
+    model = model_of(scales=2)
+    source = images(6, size, seed=1)
+    batch = F.interpolate(source, (24, 32), mode="bilinear")
+    looks = list(model.scales(batch, source))
+    factor = torch.tensor([size[0] / 24, size[1] / 32] * 2)
+    cut = (looks[1].boxes * factor).round().long()
+    assert torch.allclose(cut.float(), looks[1].boxes * factor)  # whole pixels for these sizes
+    for index, (top, left, bottom, right) in enumerate(cut.tolist()):
+        expected = F.interpolate(
+            source[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
+        )
+        torch.testing.assert_close(looks[1].view[index, None], expected, atol=1e-4, rtol=0)
+
+
+def test_a_source_of_the_same_pixels_changes_nothing_at_scale_two(model_of, images):
+    model = model_of()
+    plain, sourced = model(images()), model(images(), images())
+    assert torch.equal(plain.boxes[1], sourced.boxes[1])
+    torch.testing.assert_close(plain.logits[1], sourced.logits[1])
+
+
+def test_released_boxes_start_a_pixel_early(model_of, images):
+    exact, shifted = model_of(), model_of(released_boxes=True, align_corners=True)
+    batch = images(8)
+    before, after = list(exact.scales(batch)), list(shifted.scales(batch))
+    expected = before[1].boxes.clone()
+    expected[:, :2] = (expected[:, :2] - 1).clamp(min=0)
+    torch.testing.assert_close(after[1].boxes, expected)
+    assert not torch.equal(after[1].boxes, before[1].boxes)
+    for index, (top, left, bottom, right) in enumerate(expected.long().tolist()):
+        crop = batch[index, None, :, top:bottom, left:right]
+        crop = F.interpolate(crop, (24, 32), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(after[1].view[index, None], crop, atol=1e-4, rtol=0)
+
+
+def test_results_of_an_image_do_not_depend_on_its_batch(model_of, images):
+    model, batch = model_of("dinov3", 3), images(5)
+    together = model(batch, F.interpolate(batch, (48, 64)))
+    for index in range(5):
+        one = batch[index, None]
+        alone = model(one, F.interpolate(one, (48, 64)))
+        for scale in range(3):
+            torch.testing.assert_close(alone.boxes[scale][0], together.boxes[scale][index])
+            torch.testing.assert_close(
+                alone.logits[scale][0], together.logits[scale][index], atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_an_image_that_is_not_finite_is_looked_at_whole(strength, poison, model_of, images):
+    model, batch = model_of(scales=3, strength=strength), images(3)
+    clean = model(batch)
+    batch[1, 0, 5, 5] = poison
+    output = model(batch)
+    for scale in range(3):
+        assert output.boxes[scale][1].tolist() == [0, 0, 24, 32]
+        others = [0, 2]
+        assert torch.equal(output.boxes[scale][others], clean.boxes[scale][others])
+        torch.testing.assert_close(output.logits[scale][others], clean.logits[scale][others])
+
+
+def test_constant_images_are_looked_at(model_of):
+    output = model_of(scales=3)(torch.zeros(2, 3, 24, 32))
+    assert all(logits.isfinite().all() for logits in output.logits)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_every_proposal_runs(proposal, model_of, images):
+    output = model_of(scales=3, proposal=proposal)(images())
+    assert all(logits.shape == (2, CLASSES) for logits in output.logits)
+    if proposal == "whole":
+        assert all(torch.equal(boxes, output.boxes[0]) for boxes in output.boxes)
+
+
+# --- laziness and gradients --------------------------------------------------------------------
+
+
+def count_forwards(model):
+    """A list that grows by one with each pass through the encoder."""
+    passes = []
+    model.backbone.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_a_scale_runs_only_when_it_is_asked_for(model_of, images):
+    model = model_of(scales=3)
+    passes = count_forwards(model)
+    looks = model.scales(images())
+    assert len(passes) == 0
+    for asked in (1, 2, 3):
+        next(looks)
+        assert len(passes) == asked
+    assert next(looks, None) is None and len(passes) == 3
+
+
+@pytest.mark.parametrize("sourced", [False, True])
+def test_scale_by_scale_gradients_equal_the_joint_ones(sourced, model_of, images):
+    labels = torch.tensor([1, 4, 0])
+    source = images(3, (72, 96), seed=2) if sourced else None
+    gradients = []
+    for joint in (True, False):
+        model = model_of("dinov2_registers", 3).train()
+        if joint:
+            output = model(images(3), source)
+            losses = [F.cross_entropy(logits, labels) for logits in output.logits]
+            expected = [
+                reference.cross_entropy(logits.detach(), labels) for logits in output.logits
+            ]
+            assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+            sum(losses).backward()
+        else:
+            for look in model.scales(images(3), source):
+                F.cross_entropy(look.logits, labels).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
+def test_no_gradient_flows_through_a_crop(model_of, images):
+    model, batch = model_of(scales=3), images().requires_grad_()
+    looks = list(model.scales(batch))
+    assert torch.autograd.grad(looks[0].logits.sum(), batch, retain_graph=True)[0].abs().max() > 0
+    for look in looks[1:]:
+        assert not look.view.requires_grad and not look.boxes.requires_grad
+        assert torch.autograd.grad(look.logits.sum(), batch, allow_unused=True)[0] is None
+    assert not looks[0].strength.requires_grad
+
+
+def test_looking_for_regions_changes_no_gradient_of_scale_one(model_of, images):
+    gradients = []
+    for scales in (2, 1):
+        model = model_of("siglip", scales, per_scale_token=False, strength="rollout_mean")
+        next(model.scales(images())).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# --- precision and devices ---------------------------------------------------------------------
+
+
+def test_autocast_gives_half_logits_and_float32_geometry(model_of, images):
+    model = model_of("dinov3", 3)
+    exact = model(images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(images())
+    assert output.logits[0].dtype == torch.bfloat16
+    torch.testing.assert_close(output.logits[0].float(), exact.logits[0], atol=0.3, rtol=0.05)
+    for strength, expected in zip(output.strengths[:1], exact.strengths, strict=False):
+        assert strength.dtype == torch.float32
+        torch.testing.assert_close(strength, expected, atol=0.02, rtol=0.1)
+    assert all(boxes.dtype == torch.float32 for boxes in output.boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_another_precision(dtype, model_of, images):
+    model = model_of(scales=3).to(dtype)
+    output = model(images().to(dtype), images(2, (72, 96)).to(dtype))
+    assert all(logits.dtype == dtype and logits.isfinite().all() for logits in output.logits)
+    assert all(boxes.dtype == torch.float32 for boxes in output.boxes)
+
+
+def test_inference_mode(model_of, images):
+    model = model_of(scales=3)
+    expected = model(images())
+    with torch.inference_mode():
+        output = model(images())
+    assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
+
+
+@pytest.mark.parametrize(
+    "strength, proposal",
+    [*((name, "attention") for name in STRENGTHS), *(("last_class", name) for name in PROPOSALS)],
+)
+def test_nothing_is_left_on_another_device(strength, proposal, model_of, images, monkeypatch):
+    model = model_of("dinov3", 3, strength=strength, proposal=proposal, released_boxes=True)
+    monkeypatch.setattr(torch, "equal", lambda *_: True)  # fake tensors have no values to compare
+    with FakeTensorMode(allow_non_fake_inputs=True):  # needs no such device, checks each operation
+        model.to_empty(device="cuda")
+        batch = torch.empty(2, 3, 24, 32, device="cuda")
+        source = torch.empty(2, 3, 72, 96, device="cuda")
+        for output in (model(batch), model(batch, source)):
+            tensors = [*output.logits, *output.boxes, *output.strengths, *output.proposals[0]]
+            assert {tensor.device.type for tensor in tensors} == {"cuda"}
+
+
+# --- building and refusing ---------------------------------------------------------------------
+
+
+def refused(call, *args, **kwargs):
+    """The message of the InputError that a call raises; always one line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def tiny(**changes):
+    """A configuration that builds in milliseconds."""
+    start = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "source_size": None}
+    return Config().replace(**start | changes)
+
+
+def test_a_configuration_reaches_the_model():
+    config = tiny(
+        image_size=(48, 32),
+        scales=3,
+        threshold=(1.1, 1.3),
+        strength="rollout_mean",
+        proposal="centre",
+        released_boxes=True,
+        align_corners=True,
+        drop_path=0.2,
+    )
+    model, origin = build_model(config, 7)
+    assert "random" in origin and model.backbone.cls_token.shape == (1, 3, 64)
+    assert (model.image_size, model.grid, model.num_scales) == ((48, 32), (3, 2), 3)
+    assert (model.thresholds, model.strength, model.proposal) == (
+        (1.1, 1.3),
+        "rollout_mean",
+        "centre",
+    )
+    assert model.released_boxes and model.align_corners and model.per_scale_token
+    assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    output = model(torch.randn(2, 3, 48, 32))
+    assert [logits.shape for logits in output.logits] == [(2, 7)] * 3
+    assert all((logits == 0).all() for logits in output.logits)  # the classifier starts at zero
+
+
+@pytest.mark.parametrize("scales, shared, tokens", [(1, False, 1), (2, True, 1), (2, False, 2)])
+def test_class_tokens_follow_the_configuration(scales, shared, tokens):
+    class_token = "shared" if shared else "per_scale"
+    model, _ = build_model(tiny(scales=scales, class_token=class_token), 3)
+    assert model.backbone.cls_token.shape[1] == tokens
+    assert len(model(torch.randn(1, 3, 32, 32)).logits) == scales
+
+
+def test_normalisation_follows_the_configuration():
+    assert build_model(tiny(normalise="backbone"), 3)[0].mean_std == ((0.5,) * 3, (0.5,) * 3)
+    imagenet = build_model(tiny(normalise="imagenet"), 3)[0].mean_std
+    assert imagenet == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_state_survives_saving(model_of, images):
+    model, other = model_of(scales=2), model_of(scales=2, seed=1)
+    assert not torch.equal(model(images()).logits[1], other(images()).logits[1])
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(images()).logits[1], other(images()).logits[1])
+
+
+def test_images_of_another_size_are_refused():
+    model, _ = build_model(tiny(), 3)  # test_vit itself would take any size
+    message = refused(model, torch.randn(1, 3, 32, 48))
+    assert message == "images are 32 x 48 pixels; this model takes 32 x 32: resize them"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scales": 0, "thresholds": ()}, "at least one scale, not 0"),
+        ({"scales": 3, "thresholds": (1.0,)}, "3 scales need 2 numbers as thresholds"),
+        ({"scales": 2, "thresholds": (float("nan"),)}, "need 1 numbers as thresholds, not (nan,)"),
+        ({"strength": "mean"}, "unknown name 'mean'; choose one of rollout_mean"),
+        ({"proposal": "middle"}, "unknown name 'middle'; choose one of attention"),
+        ({}, "2 scales need as many class tokens, VisionTransformer has 1"),
+    ],
+)
+def test_options_that_make_no_model(options, message, backbone_of):
+    assert message in refused(RAMSTrans, backbone_of("vit"), CLASSES, **options)
+
+
+def test_backbones_without_class_token_are_refused_where_one_is_read(backbone_of):
+    backbone = backbone_of("registers_average")
+    message = refused(RAMSTrans, backbone, CLASSES, strength="last_class", per_scale_token=False)
+    assert "has no class token for strength 'last_class'; use 'rollout_mean'" in message
+    message = refused(RAMSTrans, backbone, CLASSES, strength="rollout_mean")
+    assert "2 scales need as many class tokens, VisionTransformer has 0" in message
