@@ -135,7 +135,7 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
     position, patches = getattr(backbone, "pos_embed", None), backbone.patch_embed.num_patches
     patches_only = getattr(backbone, "no_embed_class", False) or position is None
     if not patches_only and position.shape[1] == patches:
-        raise InputError(f"{name} adds its class token after the positions; choose another backbone")
+        raise InputError(f"{name} adds its class token after the positions; choose another")
     added = count - 1
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))

@@ -148,7 +148,7 @@ class RAMSTrans(nn.Module):
         if images.shape[-2:] != self.image_size:
             given, taken = (" x ".join(map(str, s)) for s in (images.shape[-2:], self.image_size))
             raise InputError(f"images are {given} pixels; this model takes {taken}: resize them")
-        view, boxes = images, _whole(images).repeat(len(images), 1)
+        view, boxes = images, _whole(images).repeat(images.shape[0], 1)
         for scale in range(self.num_scales):
             logits, strength = self.look(view, scale)
             proposal = None

@@ -44,15 +44,23 @@ def label_components(mask: Tensor) -> Tensor:
     size = height * width
     index = torch.arange(size, device=mask.device).reshape(height, width)
     labels = torch.where(mask, index, size)
-    while True:
+    before = torch.full_like(labels, -1)
+
+    def differ(before: Tensor, labels: Tensor) -> Tensor:
+        return (before != labels).any()
+
+    def merge(before: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         lowest = -F.max_pool2d(-labels.float()[:, None], 3, stride=1, padding=1)[:, 0].long()
         lowest = torch.where(mask, lowest, size).flatten(1)
         hooked = F.pad(labels.flatten(1), (0, 1), value=size)
         hooked = hooked.scatter_reduce(1, labels.flatten(1), lowest, "amin")
-        jumped = hooked.gather(1, lowest).reshape(mask.shape)
-        if torch.equal(jumped, labels):
-            return labels
-        labels = jumped
+        return labels.clone(), hooked.gather(1, lowest).reshape(mask.shape)
+
+    if torch.compiler.is_exporting():  # an exported program keeps the loop
+        return torch.while_loop(differ, merge, (before, labels))[1]
+    while differ(before, labels):
+        before, labels = merge(before, labels)
+    return labels
 
 
 def largest_component(mask: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ def largest_component(mask: Tensor) -> Tensor:
     """
     size = mask.shape[1] * mask.shape[2]
     labels = label_components(mask).flatten(1)
-    areas = torch.zeros(len(mask), size + 1, dtype=torch.long, device=mask.device)
+    areas = torch.zeros(mask.shape[0], size + 1, dtype=torch.long, device=mask.device)
     areas.scatter_add_(1, labels, torch.ones_like(labels))
     areas[:, size] = 0
     largest = areas.max(dim=1, keepdim=True).indices
@@ -132,7 +140,7 @@ def crop_and_resize(
     planes = images.float().flatten(0, 1)  # channels are images of their own
     sides = boxes.float().repeat_interleave(images.shape[1], dim=0)
     top, left, bottom, right = sides.unbind(dim=1)
-    plane = torch.arange(len(planes), device=planes.device)[:, None]
+    plane = torch.arange(planes.shape[0], device=planes.device)[:, None]
     low, high, part = _sample_positions(top, bottom, size[0], images.shape[2], align_corners)
     rows = planes[plane, low].lerp_(planes[plane, high], part[:, :, None])
     low, high, part = _sample_positions(left, right, size[1], images.shape[3], align_corners)

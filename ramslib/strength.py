@@ -63,6 +63,8 @@ def last_class(blocks: Sequence[QueryKey], class_index: int = 0) -> Tensor:
 
 def _mean_head_rows(block: QueryKey, weights: Tensor) -> Tensor:
     """Row vectors times head-averaged probabilities: (B, N) -> (B, N), one image at a time."""
+    if torch.compiler.is_exporting():  # an exported program takes batches of any size
+        return (weights[:, None, None] @ attention_probabilities(block)).mean(dim=1).squeeze(1)
     products = []
     for image, row in enumerate(weights):
         bias = block.bias

@@ -26,8 +26,8 @@ dppm model evaluation checkpoint training launch ablation plots explorer road __
 """.split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
-IMPORT_NAMES = {"PIL": "pillow"}
-USED_AS_COMMANDS = {"jupyterlab", "ipykernel", "nbval"}
+IMPORT_NAMES = {"PIL": "pillow", "IPython": "ipython"}
+USED_AS_COMMANDS = {"jupyterlab", "ipykernel", "nbval", "voila", "tensorboard"}
 
 
 def read_requirements(texts):
@@ -182,8 +182,8 @@ def test_notebook_parameters_are_one_cell_of_literals(code_cells):
     for node in ast.parse(tagged[0].source).body:
         assert isinstance(node, ast.Assign) and node.lineno == node.end_lineno, "papermill's limit"
         values[node.targets[0].id] = ast.literal_eval(node.value)
-    assert {"data", "root", "out", "small"} <= set(values)
-    assert values["small"] in (True, False)
+    assert {"data", "root", "out", "preset"} <= set(values)
+    assert values["preset"] == "small"
 
 
 def test_notebook_ends_with_what_it_claims(code_cells):

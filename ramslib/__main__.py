@@ -1,0 +1,152 @@
+"""Command line: ``python -m ramslib COMMAND``; bad input is one line on stderr and exit code 2."""
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from ramslib.config import PRESETS, Config
+from ramslib.errors import InputError
+
+PRESET_HELP = f"settings to start from: {', '.join(PRESETS)}; small by default"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        options.run_command(options)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError | OSError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return f"{type(error).__name__}: {text[:300]} ({where}; --debug shows the traceback)"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and settings in any order."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if rest != late or not hasattr(options, "settings"):
+        parser.parse_args(arguments)
+    elif late:
+        options.settings += late
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ramslib", description=__doc__, allow_abbrev=False
+    )
+    debug = {"action": "store_true", "help": "show the traceback of an error"}
+    parser.add_argument("--debug", **debug)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run_command, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
+        command.set_defaults(run_command=run_command)
+        return command
+
+    train = add("train", _train, "train a run, or go on with one")
+    train.add_argument("--run", required=True, type=Path, help="folder of the run")
+    train.add_argument(
+        "--save-every", type=float, default=300.0, metavar="SECONDS", help="between checkpoints"
+    )
+    _add_settings(train)
+    _add_settings(add("data", _data, "read a data set and say what was found"))
+
+    predict = add("predict", _predict, "classify photos with a finished run")
+    predict.add_argument("paths", nargs="+", help="image files, folders or patterns")
+    predict.add_argument("--run", required=True, type=Path, help="folder of the run")
+    predict.add_argument("--out", type=Path, help="CSV file to write; the terminal by default")
+    predict.add_argument("--pictures", type=Path, help="folder for pictures with the regions")
+
+    road = add("road", _road, "execute the numbered notebooks")
+    road.add_argument("--data", default="diagnostic", help="a reader's name")
+    road.add_argument("--root", type=Path, help="folder of the data set")
+    road.add_argument("--out", type=Path, default=Path("runs/road"), help="folder of all results")
+    road.add_argument("--preset", default="small", help=PRESET_HELP)
+    road.add_argument("settings", nargs="*", metavar="name=value", help="notebook parameters")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--preset", default="small", help=PRESET_HELP)
+    base.add_argument("--config", type=Path, help="JSON file with settings, such as a run's")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="settings of Config")
+
+
+def _assignments(texts: Sequence[str]) -> dict[str, str]:
+    """``name=value`` texts as a dictionary."""
+    for text in texts:
+        if "=" not in text.lstrip("="):
+            raise InputError(f"{text!r} is not of the form name=value")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    config = Config.from_file(options.config) if options.config else Config.preset(options.preset)
+    return config.replace(**_assignments(options.settings))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from ramslib.training import train
+
+    train(_config(options), options.run, options.save_every)
+
+
+def _data(options: argparse.Namespace) -> None:
+    from ramslib.datasets import describe, load_table
+
+    config = _config(options)
+    table = load_table(config.data, config.root, config.validation_fraction, config.seed)
+    print(describe(table).to_string())
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from ramslib.checkpoint import write_table
+    from ramslib.prediction import find_images, picture_paths, predict_paths, save_pictures
+
+    if options.out and (options.out.exists() or not options.out.parent.is_dir()):
+        raise InputError(f"{options.out} exists, or its folder does not; give another file")
+    if options.pictures:
+        picture_paths(list(map(str, find_images(options.paths))), options.pictures)
+    predictions = predict_paths(options.run, options.paths)
+    if options.out:
+        write_table(predictions, options.out)
+    else:
+        print(predictions.to_string(index=False))
+    if options.pictures:
+        save_pictures(predictions, options.pictures)
+
+
+def _road(options: argparse.Namespace) -> None:
+    from ramslib.road import run_road
+
+    root = options.root or Path("data") / options.data
+    parameters = _assignments(options.settings)
+    run_road(options.data, root, options.out, options.preset, parameters)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("once")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    sys.exit(main())

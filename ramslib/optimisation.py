@@ -1,0 +1,136 @@
+"""The optimisation step: losses of all scales, their gradients, and who applies them.
+
+Optimizers, weight-decay rules and layer-wise decay are timm's. What is ours is `backward_scales`:
+each scale is back-propagated before the next one runs, which gives the gradients of the joint loss
+at the memory of one scale, because no gradient flows through a crop.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+
+from ramslib.config import Config
+from ramslib.errors import InputError
+from ramslib.model import RAMSTrans
+
+AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def loss_weights(loss: str, scales: int) -> list[float]:
+    """Weight of each scale's cross entropy: ``sum`` (paper), ``first`` (release) or ``last``."""
+    chosen = {"sum": range(scales), "first": [0], "last": [scales - 1]}[loss]
+    return [float(scale in chosen) for scale in range(scales)]
+
+
+def backward_scales(
+    model: RAMSTrans,
+    images: Tensor,
+    source: Tensor | None,
+    labels: Tensor,
+    weights: list[float],
+    label_smoothing: float = 0.0,
+    amp: torch.dtype | None = None,
+    factor: float | Tensor = 1.0,
+) -> Tensor:
+    """Look at each scale and back-propagate its loss before the next one runs.
+
+    Crops carry no gradient, so the accumulated gradients are those of the weighted sum of losses.
+
+    Args:
+        model: in training mode.
+        images: (B, 3, H, W), see `RAMSTrans.forward`.
+        source: (B, 3, Hs, Ws) or None.
+        labels: (B,).
+        weights: of each scale's loss; a scale of weight 0 is looked at without gradient.
+        label_smoothing: of the cross entropy.
+        amp: autocast type, None for float32.
+        factor: multiplies the losses before the backward pass (micro-batch share, loss scale).
+
+    Returns:
+        (S,) the scales' losses, detached.
+    """
+    looks = model.scales(images, source)
+    losses = []
+    for weight in weights:
+        with torch.set_grad_enabled(weight > 0):
+            with torch.autocast(images.device.type, amp, enabled=amp is not None):
+                logits = next(looks).logits
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+            if weight > 0:
+                (loss * weight * factor).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def freeze(model: RAMSTrans, blocks: int) -> None:
+    """Stop training the first blocks, and with them all that comes before: patches and tokens.
+
+    Class tokens are frozen too, so those of all scales stay equal to the pretrained one.
+
+    Raises:
+        InputError: more blocks than the backbone has.
+    """
+    depth = len(model.backbone.blocks)
+    if not 0 <= blocks <= depth:
+        raise InputError(f"frozen_blocks is {blocks}, but the backbone has {depth} blocks")
+    if blocks == 0:
+        return
+    model.requires_grad_(False)
+    model.backbone.blocks[blocks:].requires_grad_(True)
+    model.classifier.requires_grad_(True)
+    for name in ("norm", "fc_norm", "attn_pool"):
+        after = getattr(model.backbone, name, None)
+        if after is not None:
+            after.requires_grad_(True)
+
+
+def create_optimizer(model: RAMSTrans, config: Config) -> torch.optim.Optimizer:
+    """timm's optimizer of that name, with its rules for weight decay and layer-wise decay.
+
+    The classifier starts from nothing, so it learns ``head_factor`` times faster.
+
+    Raises:
+        InputError: a name that timm does not know.
+    """
+    try:
+        return create_optimizer_v2(
+            parameter_groups(model, config),
+            config.optimizer,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+        )
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
+
+
+def parameter_groups(model: RAMSTrans, config: Config) -> list[dict]:
+    """timm's parameter groups by layer and weight decay, those of the classifier apart."""
+    decay, skipped = config.weight_decay, model.no_weight_decay()
+    groups = param_groups_layer_decay(model, decay, skipped, layer_decay=config.layer_decay)
+    head = {id(parameter) for parameter in model.classifier.parameters()}
+    apart = []
+    for group in groups:
+        parameters = group["params"]
+        group["params"] = [p for p in parameters if id(p) not in head]
+        new = [p for p in parameters if id(p) in head]
+        apart.append(group | {"params": new, "lr_scale": group["lr_scale"] * config.head_factor})
+    return [group for group in groups + apart if group["params"]]
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> CosineLRScheduler:
+    """The learning rate of each step: linear warm-up from 0, then cosine to 0.
+
+    A warm-up longer than half of the training is cut there.
+    """
+    warmup = min(warmup_steps, total_steps // 2)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps - warmup,
+        warmup_t=warmup,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

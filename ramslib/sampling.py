@@ -1,0 +1,69 @@
+"""Which images each step sees: a function of seed and step, never of the number of processes.
+
+So a run resumes in the middle of an epoch without any saved generator, and two processes see the
+same batches as one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ramslib.config import Config
+from ramslib.errors import InputError
+from ramslib.processes import Processes
+
+
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Full batches in one epoch; the images left over wait for another epoch.
+
+    Raises:
+        InputError: fewer images than one batch holds.
+    """
+    if images < config.batch_size:
+        raise InputError(
+            f"batch_size {config.batch_size} exceeds the {images} training images; "
+            f"use batch_size={max(1, images // 2)} or less"
+        )
+    return images // config.batch_size
+
+
+def batch_keys(config: Config, images: int, step: int) -> list[tuple[int, int]]:
+    """The (epoch, index) keys of one step's images over all processes.
+
+    Every epoch is a permutation drawn from (seed, epoch).
+    """
+    epoch, number = divmod(step, steps_per_epoch(config, images))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(images, generator=generator)
+    batch = order[number * config.batch_size : (number + 1) * config.batch_size]
+    return [(epoch, index) for index in batch.tolist()]
+
+
+def micro_batches(
+    config: Config, images: int, steps: range, processes: Processes
+) -> Iterator[list[tuple[int, int]]]:
+    """The keys of every micro-batch of this process, in order."""
+    share = config.batch_size // config.accumulate
+    for step in steps:
+        keys = batch_keys(config, images, step)
+        for start in range(0, config.batch_size, share):
+            yield keys[start : start + share][processes.rank :: processes.world]
+
+
+def check_shares(config: Config, processes: Processes) -> None:
+    """Check that a batch divides among processes and micro-batches.
+
+    Raises:
+        InputError: it does not.
+    """
+    shares = processes.world * config.accumulate
+    if config.batch_size % shares:
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide among {processes.world} processes "
+            f"with {config.accumulate} micro-batches each; use a multiple of {shares}"
+        )
+
+
+def step_seed(config: Config, step: int, processes: Processes) -> int:
+    """Seed of one step's dropout in this process."""
+    return config.seed * 1_000_003 + step * processes.world + processes.rank

@@ -1,0 +1,38 @@
+"""What the tests of the explorer look at: small photos, and a finished run with random weights."""
+
+import torch
+from tiny import draw_photos, tiny_config
+
+from ramslib.checkpoint import Progress, save_checkpoint
+from ramslib.datasets import load_table
+from ramslib.evaluation import predict, score
+from ramslib.model import build_model
+from ramslib.run import open_run
+from ramslib.transforms import View
+
+
+def shake(model, seed=0):
+    """Random weights, large enough that attention is far from uniform and classes differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def make_run(root, run, **changes):
+    """Photos below ``root`` and a run that looks finished; returns its folder."""
+    changes = {"image_size": 64, "source_size": 96, "validation_fraction": 0.25} | changes
+    config = tiny_config(root if root.exists() else draw_photos(root, size=90), **changes)
+    table = load_table(config.data, config.root, config.validation_fraction)
+    run.mkdir(parents=True)
+    open_run(run, config, table, "random weights")
+    model = shake(build_model(config, 3)[0])
+    for which in ("best", "last"):
+        save_checkpoint(run / f"{which}.safetensors", Progress(), model)
+    test = table[table["split"] == "test"].reset_index(drop=True)
+    view = View(config.source_size, config.crop_fraction)
+    results = score(predict(model, test, view)).assign(split="test", weights="last")
+    results.to_csv(run / "results.csv", index=False)
+    return run

@@ -1,0 +1,272 @@
+"""A real browser moves the threshold: in JupyterLab and in the app, by keyboard and by mouse.
+
+What the page then says is compared with what the library computes for that threshold. Screenshots
+are kept in ``runs/screenshots`` to be looked at. Without a browser these tests are skipped.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from exploring import make_run
+from tiny import ROOT
+
+from ramslib.lenses import open_photo, open_run
+from ramslib.looking import choose, default_choice, first_look, measure
+
+SCREENSHOTS = ROOT / "runs" / "screenshots"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+PATIENCE = 240_000  # milliseconds that a slow machine may take for a step
+RUN_ALL = """async () => {
+    const app = window.jupyterapp, pause = ms => new Promise(done => setTimeout(done, ms));
+    await app.restored;
+    while (!app.shell.currentWidget?.context) await pause(100);
+    const {context, sessionContext} = app.shell.currentWidget;
+    await context.ready;
+    await sessionContext.ready;
+    await sessionContext.session.kernel.info;
+    await app.commands.execute('notebook:run-all-cells');
+}"""
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason=f"needs a browser: none of {', '.join(NAMES)} is installed"
+)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Photos and a finished run."""
+    folder = tmp_path_factory.mktemp("browser")
+    make_run(folder / "photos", folder / "runs" / "two")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as tools:
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A window of a laptop's size, whose requests beyond this machine fail at once."""
+    window = browser.new_page(viewport={"width": 1440, "height": 1100})
+    window.set_default_timeout(PATIENCE)
+    here = re.compile(r"^(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|^(data|blob):")
+    window.route(
+        lambda url: not here.match(url),
+        lambda route: route.abort(),
+    )
+    yield window
+    window.close()
+
+
+@contextlib.contextmanager
+def serve(command, address, folder):
+    """Start a server, wait until it answers, and stop it in the end, with all its kernels."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(ROOT),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
+    with open(folder / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not answers(address):
+            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.3)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def answers(address):
+    """Whether there is a server, whatever it says."""
+    try:
+        urllib.request.urlopen(address, timeout=60).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Reader:
+    """What the page shows, and what the library computes for it."""
+
+    def __init__(self, page, places):
+        self.page = page
+        self.lens = open_run(places / "runs" / "two")
+        page.wait_for_selector(".rams-panel img[src]")
+        table = self.lens.table
+        row = table[table["split"] == "validation"].iloc[0]
+        assert page.locator(".rams select[size]").input_value() == Path(row["path"]).name
+        self.photo = open_photo(self.lens, row["path"], int(row["label"]))
+        self.seen = first_look(self.lens, self.photo)
+        self.slider = page.locator(".widget-slider", has_text="threshold of scale 1")
+        self.handle = self.slider.locator(".noUi-handle")
+
+    def threshold(self):
+        return float(self.slider.locator(".widget-readout").text_content())
+
+    def pictures(self):
+        """Addresses of photo, heat, mask and crop: a new picture has a new one."""
+        return [image.get_attribute("src") for image in self.page.locator(".rams-panel img").all()][
+            :4
+        ]
+
+    def expect(self, threshold):
+        """Wait until the notes say what the library computes for this threshold."""
+        choice = dataclasses.replace(default_choice(self.lens), thresholds=(threshold,))
+        region = choose(self.lens, self.photo, self.seen, choice)
+        numbers = measure(self.lens, self.photo, region)
+        sides = {side: round(numbers[side]) for side in ("top", "left", "bottom", "right")}
+        mask = f"{numbers['patches']} of 16 patches above {threshold:.2f}"
+        crop = f"y {sides['top']}–{sides['bottom']}, x {sides['left']}–{sides['right']} px"
+        for text in (mask, f"{numbers['kept']} patches kept", crop):
+            self.page.locator(".rams-note", has_text=text).first.wait_for()
+
+    def expect_new_pictures(self, old):
+        """Wait until mask and crop have changed; the strength must not, it has no threshold."""
+        deadline = time.monotonic() + 10
+        while (new := self.pictures())[2] == old[2] or new[3] == old[3]:
+            assert time.monotonic() < deadline, "mask and crop stay as they were"
+            self.page.wait_for_timeout(50)
+        assert new[1] == old[1]
+        return new
+
+    def settle(self):
+        """Wait until no panel is being computed."""
+        self.page.wait_for_function("() => !document.querySelector('.rams-stale')")
+
+
+def move_the_threshold(reader, page, name):
+    """By keyboard, by mouse, by typing; pictures and numbers must follow each time."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    assert reader.threshold() == 1.0
+    reader.expect(1.0)
+    reader.settle()
+    page.screenshot(path=SCREENSHOTS / f"{name}_1_start.png")
+    before = reader.pictures()
+    reader.handle.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    reader.expect(1.2)
+    assert reader.threshold() == 1.2
+    after = reader.expect_new_pictures(before)
+    reader.settle()
+    page.screenshot(path=SCREENSHOTS / f"{name}_2_keyboard.png")
+
+    track = reader.slider.locator(".noUi-target").bounding_box()
+    handle = reader.handle.bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(track["x"] + 0.12 * track["width"], y, steps=8)
+    page.mouse.up()
+    dragged = reader.threshold()
+    assert 0.3 <= dragged <= 0.7
+    reader.expect(dragged)
+    reader.expect_new_pictures(after)
+    reader.settle()
+    page.screenshot(path=SCREENSHOTS / f"{name}_3_mouse.png")
+
+    reader.slider.locator(".widget-readout").fill("1.5")
+    page.keyboard.press("Enter")
+    reader.expect(1.5)
+
+
+def visit_the_tabs(page, name):
+    """Every tab fills; the gallery and the confusion matrix open photos."""
+    for number, tab in enumerate(("blocks", "validation set", "gallery", "confusion"), start=4):
+        page.get_by_role("tab", name=tab, exact=True).click()
+        if tab == "validation set" and page.get_by_role("button", name="look at all").count():
+            page.get_by_role("button", name="look at all").first.click()
+            page.locator(".rams-note", has_text="mean softmax").first.wait_for()
+        if tab in ("blocks", "validation set"):
+            page.wait_for_function("() => !document.querySelector('.rams-stale')")
+        if tab == "gallery":
+            page.locator(".rams select", has_text="most uncertain").select_option("most uncertain")
+            page.locator(".rams-thumb").first.wait_for()
+        if tab == "confusion":
+            page.locator(".rams-class").first.wait_for()
+        page.wait_for_timeout(1000)
+        page.screenshot(path=SCREENSHOTS / f"{name}_{number}_{tab.replace(' ', '_')}.png")
+
+
+def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "05_attention_explorer.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source = (
+        f"data = 'folder'\nroot = {str(places / 'photos')!r}\n"
+        f"out = {str(places / 'runs')!r}\npreset = 'tiny'"
+    )
+    (tmp_path / "books").mkdir()
+    nbformat.write(notebook, tmp_path / "books" / "05.ipynb")
+    port, token = free_port(), secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command += [f"--ServerApp.root_dir={tmp_path / 'books'}", "--LabApp.expose_app_in_browser=True"]
+    command += ["--LabApp.extension_manager=readonly"]
+    address = f"http://127.0.0.1:{port}"
+    with serve(command, f"{address}/api/status?token={token}", tmp_path):
+        page.goto(f"{address}/doc/tree/05.ipynb?reset&token={token}")
+        page.wait_for_function("() => window.jupyterapp")
+        page.evaluate(RUN_ALL)
+        saved = places / "runs" / "results" / "05_attention_explorer.csv"
+        deadline = time.monotonic() + PATIENCE / 1000
+        while not saved.exists():  # the last cell writes it
+            assert (
+                time.monotonic() < deadline
+                and not page.locator(".jp-RenderedText[data-mime-type*=error]").count()
+            )
+            page.wait_for_timeout(500)
+        reader = Reader(page, places)
+        reader.slider.scroll_into_view_if_needed()
+        move_the_threshold(reader, page, "jupyterlab")
+
+
+def test_app_serves_the_explorer_without_code(page, places, tmp_path):
+    pytest.importorskip("voila", reason="needs Voila for the app")
+    port = free_port()
+    command = [sys.executable, "-m", "ramslib.app", "--data", "folder"]
+    command += ["--root", str(places / "photos"), "--out", str(places / "runs")]
+    command += ["--", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    with serve(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path):
+        page.goto(f"http://127.0.0.1:{port}/")
+        reader = Reader(page, places)
+        assert "from ramslib" not in page.content()
+        move_the_threshold(reader, page, "app")
+        visit_the_tabs(page, "app")

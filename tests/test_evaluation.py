@@ -1,0 +1,248 @@
+"""Evaluation against scores written out in numpy, and every image exactly once."""
+
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import draw_photos, tiny_config
+
+import ramslib.evaluation
+from ramslib.datasets import load_table
+from ramslib.errors import InputError
+from ramslib.evaluation import (
+    BOX,
+    confusions,
+    expected_calibration_error,
+    fuse,
+    predict,
+    score,
+    score_boxes,
+    view_names,
+)
+from ramslib.model import build_model
+from ramslib.processes import Processes
+from ramslib.transforms import View
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """17 test photos, of two shapes."""
+    root = draw_photos(tmp_path_factory.mktemp("photos"), classes=1, test=9)
+    draw_photos(root / "more", classes=2, test=8, size=60)
+    for name in ("train", "test"):
+        (root / "more" / name / "bird 1").rename(root / name / "bird 1")
+    shutil.rmtree(root / "more")
+    table = load_table("folder", root, 0)
+    return table[table["split"] == "test"].reset_index(drop=True)
+
+
+def opinionated(root=".", **changes):
+    """A model whose classifier and attention are far from uniform, in evaluation mode."""
+    model, _ = build_model(tiny_config(root, **changes), 5)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+VIEW = View(48, 0.875)
+
+
+def test_every_image_is_predicted_once_at_every_scale(table):
+    model = opinionated(scales=3)
+    predictions = predict(model, table, VIEW, batch_size=4)
+    assert len(predictions) == 17 * 5
+    assert predictions["path"].tolist() == table["path"].repeat(5).tolist()
+    assert predictions["label"].tolist() == table["label"].repeat(5).tolist()
+    assert predictions["scale"].tolist() == view_names(3) * 17
+    assert predictions["confidence"].between(0.2, 1).all()
+    assert predictions["true_probability"].le(predictions["confidence"]).all()
+    assert (predictions["rank"] == 0).eq(predictions["prediction"] == predictions["label"]).all()
+
+
+def test_predictions_do_not_depend_on_batches_workers_or_place_in_the_table(table):
+    model = opinionated()
+    expected = predict(model, table, VIEW, batch_size=1)
+    for batch_size, workers in ((5, 0), (64, 1)):
+        found = predict(model, table, VIEW, batch_size, workers)
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+    turned = predict(model, table[::-1].reset_index(drop=True), VIEW, batch_size=4)
+    key = ["path", "scale"]
+    turned, expected = (each.sort_values(key, ignore_index=True) for each in (turned, expected))
+    pd.testing.assert_frame_equal(turned, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("proposal", ["attention", "random"])
+@pytest.mark.parametrize("world", [2, 3, 20])
+def test_processes_share_the_images_without_overlap(table, monkeypatch, world, proposal):
+    """Their sum is the table of one: each row is filled by one process and 0 in the others."""
+    model, parts = opinionated(proposal=proposal), []
+    whole = predict(model, table, VIEW, batch_size=4)
+    monkeypatch.setattr(
+        ramslib.evaluation,
+        "sum_over_processes",
+        lambda results, _: parts.append(results) or results,
+    )
+    for rank in range(world):
+        predict(model, table, VIEW, 4, processes=Processes(rank, world))
+    filled = torch.stack([part[:, 0, 1] > 0 for part in parts])
+    assert filled.sum(dim=0).tolist() == [1] * 17
+    columns = ["prediction", "confidence", "true_probability", "rank", *BOX]
+    total = sum(parts).numpy().reshape(-1, len(columns))
+    np.testing.assert_allclose(total, whole[columns].to_numpy(float), rtol=1e-4)
+
+
+def test_random_regions_are_random_but_reproducible_and_leave_the_generator_alone(table):
+    model = opinionated(proposal="random")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = predict(model, table, VIEW, 4)
+    assert torch.rand(3).equal(expected)
+    second = predict(model, table, VIEW, 16)
+    pd.testing.assert_frame_equal(first, second)
+    corners = first.query("scale == 'scale 2'")[["top", "left"]].drop_duplicates()
+    assert len(corners) > 3
+
+
+def test_regions_are_in_pixels_of_the_photo(table):
+    """The view of scale 1 is the centre crop; scale 2 looks at whole patches inside it."""
+    predictions = predict(opinionated(), table, VIEW, 4)
+    sizes = {path: (40, 48) if "bird 0" in path else (60, 68) for path in table["path"]}
+    resized, margin = 55, 3  # 48 / 0.875, and (55 - 48) / 2 rounded
+    for row in predictions.dropna(subset=BOX).itertuples():
+        height, width = sizes[row.path]
+        box = np.array([row.top, row.left, row.bottom, row.right])
+        inside = box * (np.array([resized] * 4) / [height, width, height, width]) - margin
+        assert inside.min() > -1 - 1e-6 and inside.max() < 49 + 1e-6
+        if row.scale == "scale 1":
+            assert inside == pytest.approx([0, 0, 48, 48], abs=1.01)
+    fused = predictions["scale"].str.startswith("mean")
+    assert predictions.loc[fused, BOX].isna().all(axis=None)
+
+
+def test_weights_that_give_no_number_are_told_not_counted_as_correct(table):
+    model = opinionated()
+    with torch.no_grad():
+        model.classifier.bias[2] = float("nan")
+    with pytest.raises(InputError, match=r"0.png: the model's logits are not finite"):
+        predict(model, table, VIEW, 4)
+
+
+def test_fusions_are_means():
+    logits = tuple(torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    probabilities = [each.numpy() for each in fuse(logits)]
+    single = [np.exp(each.numpy()) for each in logits]
+    single = [each / each.sum(axis=1, keepdims=True) for each in single]
+    mean = np.exp(sum(each.numpy() for each in logits) / 3)
+    expected = [*single, sum(single) / 3, mean / mean.sum(axis=1, keepdims=True)]
+    assert len(probabilities) == len(view_names(3)) == 5
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    assert len(fuse(logits[:1])) == len(view_names(1)) == 1
+
+
+class Fixed(torch.nn.Module):
+    """Gives each image the logits that are written for it."""
+
+    proposal, num_scales, image_size, mean_std = "whole", 1, (48, 48), ((0, 0, 0), (1, 1, 1))
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.place = torch.nn.Parameter(logits), 0
+
+    def forward(self, images, source):
+        rows = slice(self.place, self.place + len(images))
+        self.place += len(images)
+        boxes = torch.tensor([0.0, 0, 48, 48]).repeat(len(images), 1)
+        return ramslib.model.RAMSOutput((self.logits[rows],), (boxes,), (), ())
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_scores_are_those_of_independent_formulas(table, seed, ties):
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(17, 9)) * 3
+    logits = (logits.round() if ties else logits).astype(np.float32)
+    labelled = table.assign(label=draw.integers(0, 9, 17))
+    predictions = predict(Fixed(torch.tensor(logits)), labelled, VIEW, 5)
+    found = score(predictions).iloc[0]
+    expected = _reference(logits.astype(float), labelled["label"].tolist())
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def _reference(logits, labels):
+    """Every score in plain Python; of classes that tie, the first is ahead."""
+    correct, among_five, of_class, losses, pairs = [], [], {}, [], []
+    for row, label in zip(logits, labels, strict=True):
+        exponents = [math.exp(value - max(row)) for value in row]
+        probabilities = [value / sum(exponents) for value in exponents]
+        order = sorted(range(len(row)), key=lambda k: (-row[k], k))
+        correct.append(order[0] == label)
+        among_five.append(label in order[:5])
+        of_class.setdefault(label, []).append(order[0] == label)
+        losses.append(-math.log(probabilities[label]))
+        pairs.append((max(probabilities), order[0] == label))
+    share = sum(correct) / len(labels)
+    gap = 0.0
+    for number in range(15):
+        inside = [p for p in pairs if number <= min(p[0] * 15, 14.999999) < number + 1]
+        if inside:
+            confidence = sum(p[0] for p in inside) / len(inside)
+            accuracy = sum(p[1] for p in inside) / len(inside)
+            gap += len(inside) / len(pairs) * abs(confidence - accuracy)
+    return {
+        "images": len(labels),
+        "top1": 100 * share,
+        "standard_error": 100 * math.sqrt(share * (1 - share) / len(labels)),
+        "top5": 100 * sum(among_five) / len(labels),
+        "mean_class": 100 * sum(sum(c) / len(c) for c in of_class.values()) / len(of_class),
+        "calibration_error": 100 * gap,
+        "log_loss": sum(losses) / len(losses),
+    }
+
+
+def test_calibration_error_of_known_cases():
+    sure, right = pd.Series([1.0, 1.0, 1.0, 1.0]), pd.Series([True, True, False, False])
+    assert expected_calibration_error(sure, right) == pytest.approx(0.5)
+    assert expected_calibration_error(pd.Series([0.5] * 4), right) == pytest.approx(0)
+    assert expected_calibration_error(
+        pd.Series([0.0, 1.0]), right[[0, 2]].set_axis([0, 1])
+    ) == pytest.approx(1)
+
+
+def test_boxes_are_scored_against_annotations_in_the_same_pixels():
+    looked = pd.DataFrame(
+        [
+            ("a", "scale 1", 0, 0, 10, 10),
+            ("a", "scale 2", 0, 0, 5, 10),
+            ("b", "scale 1", 1, 1, 2, 2),
+        ],
+        columns=["path", "scale", *BOX],
+    )
+    fused = pd.DataFrame({"path": ["a"], "scale": ["mean softmax"]})
+    table = pd.DataFrame(
+        [("a", 0, 5, 10, 15), ("b", np.nan, np.nan, np.nan, np.nan)], columns=["path", *BOX]
+    )
+    scores = score_boxes(pd.concat([looked, fused]), table)
+    assert scores["scale"].tolist() == ["scale 1", "scale 2"]
+    assert scores["iou"].tolist() == pytest.approx([50 / 150, 25 / 125])
+    assert scores["area"].tolist() == pytest.approx([1.0, 0.5])
+    with pytest.raises(InputError, match="no.* annotated box"):
+        score_boxes(looked, table[1:])
+
+
+def test_confusions_count_the_mistakes():
+    rows = [(0, 1, 2), (0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 1, 3)]
+    predictions = pd.DataFrame(rows, columns=["label", "prediction", "rank"]).assign(
+        scale="scale 1"
+    )
+    found = confusions(predictions, ["wren", "finch", "gull"], "scale 1", count=2)
+    assert found.iloc[0].tolist() == ["wren", "finch", 2] and len(found) == 2
+    assert confusions(predictions, ["wren", "finch", "gull"], "scale 2").empty

@@ -1,0 +1,446 @@
+"""The page, without a browser: widget values go in, pictures and messages come out."""
+
+import gc
+import html
+import io
+import re
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from exploring import make_run
+from nbformat import read
+from PIL import Image
+
+from ramslib.app import write_page
+from ramslib.browsing import ALL, PAGE
+from ramslib.explorer import Explorer
+from ramslib.looking import choose, follow, measure, probabilities
+from ramslib.panels import Chart, Later, Panel, bars
+from ramslib.plots import plot_threshold
+from ramslib.survey import images_of, sort_images
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Photos, and a folder with a finished run of two scales and one of a single scale."""
+    folder = tmp_path_factory.mktemp("explorer")
+    make_run(folder / "photos", folder / "runs" / "one", scales=1)
+    make_run(folder / "photos", folder / "runs" / "two")
+    return folder
+
+
+@pytest.fixture
+def explorer(places):
+    page = Explorer("folder", places / "photos", places / "runs")
+    page.later.delay = 0.01
+    page.later.settle()
+    assert page.message.value == ""
+    return page
+
+
+def text_of(widget):
+    """What an HTML widget says, without tags."""
+    return html.unescape(re.sub(r"<[^>]+>", " ", widget.value))
+
+
+def numbers_of(explorer):
+    """The library's numbers for what the controls say."""
+    choice = explorer.controls.choice()
+    region = choose(explorer.lens, explorer.photo, explorer.seen[0], choice)
+    return measure(explorer.lens, explorer.photo, region), region
+
+
+def pixels(panel):
+    """The picture that a panel shows."""
+    return np.asarray(Image.open(io.BytesIO(panel.image.value)))
+
+
+def test_opens_a_run_of_several_scales_at_its_first_validation_photo(explorer):
+    assert explorer.lens.name == "two"
+    table = explorer.lens.table
+    assert explorer.photo.path == table[table["split"] == "validation"]["path"].iloc[0]
+    assert len(explorer.seen) == 2 and len(explorer.stage.children) == 1
+    labels = [label for label, _ in explorer.models.options]
+    assert any("1 scale," in label for label in labels) and "pre-trained" in labels[-1]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 1.2, 1.5])
+def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
+    row = explorer.rows[0]
+    explorer.controls.thresholds[0].value = 4
+    explorer.later.settle()
+    before = [panel.image.value for panel in (row.view, row.mask, row.crop)]
+    explorer.controls.thresholds[0].value = threshold
+    numbers, region = numbers_of(explorer)
+    patches = f"{numbers['patches']} of 16 patches above {threshold:.2f}"
+    assert patches in text_of(row.mask.note)
+    assert f"{numbers['kept']} patches kept" in text_of(row.mask.note)
+    box = f"y {numbers['top']:.0f}–{numbers['bottom']:.0f}, x {numbers['left']:.0f}–"
+    assert box in text_of(row.crop.note)
+    after = [panel.image.value for panel in (row.view, row.mask, row.crop)]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    explorer.later.settle()
+    assert torch.equal(explorer.seen[1].view, region.crop) and not row.crop.is_stale
+
+
+def test_mask_picture_is_bright_where_the_component_is(explorer):
+    explorer.controls.thresholds[0].value = 1.1
+    _, region = numbers_of(explorer)
+    side = pixels(explorer.rows[0].mask).shape[0] // 4
+    shown = pixels(explorer.rows[0].mask).astype(float)
+    plain = np.asarray(explorer.rows[0].base[1]).astype(float)
+    for y in range(4):
+        for x in range(4):
+            inside = np.s_[y * side + 15 : (y + 1) * side - 15, x * side + 15 : (x + 1) * side - 15]
+            share = shown[inside].mean() / plain[inside].mean()
+            kept, strong = region.proposal.component[0, y, x], region.proposal.mask[0, y, x]
+            assert share == pytest.approx(
+                1 if kept else 140 / 255 if strong else 60 / 255, abs=0.05
+            )
+
+
+def test_class_probabilities_are_the_models_at_rest(explorer):
+    explorer.controls.thresholds[0].value = 1.4
+    explorer.later.settle()
+    choice = explorer.controls.choice()
+    seen = follow(explorer.lens, explorer.photo, explorer.seen[:1], choice)
+    for name, values in probabilities(seen).items():
+        if name != "mean logits":
+            assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
+
+
+def test_a_next_scale_that_is_not_ready_says_so(explorer):
+    explorer.controls.scales.value = 3
+    explorer.later.settle()
+    explorer.later.delay = 5
+    second = explorer.rows[1]
+    assert not second.heat.is_stale and len(explorer.stage.children) == 2
+    explorer.controls.thresholds[0].value = 3.9
+    assert second.heat.is_stale and "computing" in text_of(second.heat.note)
+    assert "computing" in text_of(explorer.scores)
+    explorer.later.delay = 0.01
+    explorer.controls.thresholds[0].value = 3.85
+    explorer.later.settle()
+    assert not second.heat.is_stale and "computing" not in text_of(explorer.scores)
+
+
+@pytest.mark.parametrize("name", ["rollout_mean", "rollout_class", "single_block", "single_head"])
+def test_every_control_redraws(explorer, name):
+    heat = explorer.rows[0].heat.image.value
+    explorer.controls.strength.value = name
+    explorer.controls.block.value = 2
+    assert explorer.rows[0].heat.image.value != heat
+    numbers, _ = numbers_of(explorer)
+    assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
+    shown = explorer.controls.box.children
+    assert (explorer.controls.block in shown) == name.startswith("single")
+    assert (explorer.controls.head in shown) == (name == "single_head")
+    explorer.controls.reset.click()
+    assert explorer.controls.strength.value == "last_class"
+    assert explorer.rows[0].heat.image.value == heat
+
+
+def test_proposal_crop_source_and_opacity(explorer):
+    row = explorer.rows[0]
+    explorer.controls.proposal.value = "whole"
+    assert "y 6–84, x 6–92" in text_of(row.crop.note), "the centre crop of 90 x 98 pixels"
+    sharp = row.crop.image.value
+    explorer.controls.source.value = False
+    assert row.crop.image.value != sharp
+    explorer.controls.opacity.value = 0
+    assert np.abs(pixels(row.heat).astype(int) - np.asarray(row.base[1])).mean() < 3
+
+
+def test_filter_search_and_keyboard_choose_photos(explorer):
+    browser = explorer.browser
+    browser.split.value = ALL
+    assert len(browser.list.options) == len(explorer.lens.table)
+    browser.class_name.value = "bird 1"
+    browser.search.value = "TEST/"
+    browser.search.value = "2.png"
+    assert [label for label, _ in browser.list.options] == ["2.png", "2.png"]
+    browser.list.index = 1
+    assert explorer.photo.path == browser.shown["path"].iloc[1]
+    assert explorer.photo.label == 1
+    browser.search.value = "no such photo"
+    assert browser.list.options == () and "0 photos" in text_of(browser.count)
+
+
+def upload(explorer, *files):
+    """Give files to the upload button, as a browser does."""
+    explorer.browser.source.value = "upload"
+    items = [
+        {"name": name, "type": "", "size": len(data), "content": memoryview(data)}
+        | {"last_modified": pd.Timestamp.now()}
+        for name, data in files
+    ]
+    explorer.browser.upload.value = items
+
+
+def encoded(size, form="png", mode="RGB"):
+    data = io.BytesIO()
+    Image.new(mode, size, 100).save(data, form)
+    return data.getvalue()
+
+
+def test_own_photos_by_upload_and_folder(explorer, places, tmp_path):
+    upload(
+        explorer, ("mine.png", encoded((50, 40))), ("../../other.jpg", encoded((60, 40), "jpeg"))
+    )
+    assert explorer.photo.path.endswith("mine.png") and explorer.photo.label is None
+    explorer.browser.list.index = 1
+    assert explorer.photo.path.endswith("other.jpg") and explorer.message.value == ""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "photo.webp").write_bytes(encoded((70, 80), "webp"))
+    explorer.browser.source.value = "folder"
+    explorer.browser.folder.value = str(tmp_path)
+    assert explorer.photo.path == str(tmp_path / "deep" / "photo.webp")
+    assert "80 × 70 px" in text_of(explorer.rows[0].view.note)
+    explorer.browser.folder.value = str(tmp_path / "nothing")
+    assert "no image there" in text_of(explorer.message)
+    explorer.browser.source.value = "data set"
+    assert explorer.photo.path.startswith(str(places)) and explorer.message.value == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("text.jpg", b"this is no photo", "not an image"),
+        ("dot.png", encoded((1, 1)), "less than one patch"),
+        ("cut.jpg", encoded((300, 300), "jpeg")[:600], "truncated"),
+        ("huge.png", encoded((14000, 13500), mode="1"), "too large"),
+    ],
+)
+def test_wrong_photos_are_messages_and_the_rest_keeps_working(explorer, name, data, words):
+    before = explorer.photo
+    upload(explorer, (name, data))
+    assert words in text_of(explorer.message) and "Traceback" not in explorer.message.value
+    assert name in text_of(explorer.message) and explorer.photo is before
+    test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, 1.2)
+
+
+def test_a_photo_of_100_megapixels_opens(explorer):
+    upload(explorer, ("large.jpg", encoded((10000, 10000), "jpeg", "L")))
+    assert explorer.message.value == "" and "10000 × 10000" in text_of(explorer.rows[0].view.note)
+
+
+def test_wrong_models_are_messages_and_the_rest_keeps_working(explorer, places):
+    lens = explorer.lens
+    for name in (str(places / "none"), "vit_no_such_thing", str(places / "photos")):
+        explorer.other.value = name
+        assert "rams-say bad" in explorer.message.value and explorer.lens is lens, name
+        assert "\n" not in explorer.message.value
+    explorer.controls.thresholds[0].value = 1.3
+    numbers, _ = numbers_of(explorer)
+    assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
+
+
+def test_another_model_looks_at_the_same_photo(explorer):
+    path = explorer.photo.path
+    explorer.models.value = next(v for label, v in explorer.models.options if "(1 scale," in label)
+    explorer.later.settle()
+    assert explorer.lens.model.num_scales == 1 and explorer.photo.path == path
+    assert "scale 2" in text_of(explorer.rows[0].view.note)
+    explorer.controls.scales.value = 1
+    explorer.later.settle()
+    assert "scale 2" not in text_of(explorer.rows[0].view.note)
+    assert "scale 2" not in text_of(explorer.scores)
+
+
+def test_without_data_and_runs_there_is_a_page_with_a_message(tmp_path):
+    page = Explorer("folder", tmp_path / "none", tmp_path / "runs")
+    assert "no such folder" in text_of(page.message) or page.lens is not None
+
+
+def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
+    explorer.controls.thresholds[0].value = 1.0
+    explorer.later.settle()
+    before = pixels(explorer.curve)
+    explorer.controls.thresholds[0].value = 3.0
+    moved = pixels(explorer.curve)
+    assert before.shape == moved.shape and (before != moved).any()
+    explorer.later.settle()
+    assert (pixels(explorer.curve) == moved).all(), "the curve itself stays"
+    explorer.tabs.selected_index = 1
+    explorer.later.settle()
+    assert explorer.blocks.image.value and not explorer.blocks.is_stale
+    explorer.controls.strength.value = "rollout_mean"
+    assert explorer.blocks.is_stale
+    explorer.later.settle()
+    assert not explorer.blocks.is_stale
+
+
+def test_marker_stands_at_its_threshold():
+    curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
+    chart = Chart(lambda ax: plot_threshold(curve, ax=ax))
+    for value in (0, 1.5, 4):
+        changed = np.asarray(chart.marked(value)) != np.asarray(chart.picture)
+        columns = np.nonzero(changed.any(axis=(0, 2)))[0]
+        x = chart.axes.transData.transform((value, 0))[0]
+        assert abs(columns.mean() - x) < 2 and len(columns) <= 4
+
+
+@pytest.fixture
+def surveyed(explorer):
+    """The explorer after looking at the whole validation set."""
+    explorer.tabs.selected_index = 2
+    if explorer.set.survey is None:
+        assert "not looked at yet" in text_of(explorer.set.state)
+        explorer.set.start.click()
+        explorer.set.later.settle()
+    assert explorer.set.survey is not None and explorer.message.value == ""
+    return explorer
+
+
+def test_the_threshold_of_the_whole_set_answers_at_once(surveyed):
+    surveyed.controls.thresholds[0].value = 1.5
+    text = text_of(surveyed.set.panel.note)
+    images = len(surveyed.set.survey.strengths.table)
+    assert f"threshold 1.50, {images} images" in text and "stored at threshold 1.50" in text
+    stored = surveyed.set.survey.accuracy.query("threshold == 1.5 and scale == 'scale 2'")
+    assert f"scale 2 {stored['top1'].item():.1f} %" in text
+    surveyed.controls.strength.value = "single_head"
+    assert "choose one of those" in text_of(surveyed.set.panel.note)
+    surveyed.controls.strength.value = "rollout_mean"
+    assert "accuracy" not in text_of(surveyed.set.panel.note), "stored for the run's own strength"
+
+
+def test_gallery_opens_photos(surveyed):
+    surveyed.tabs.selected_index = 3
+    gallery = surveyed.set.gallery
+    for order in surveyed.set.order.options:
+        surveyed.set.order.value = order
+        rows = sort_images(surveyed.set.survey, order)
+        assert gallery.paths == rows["path"].tolist()
+        assert len(gallery.grid.children) == min(PAGE, len(rows))
+        for cell, path in list(zip(gallery.grid.children, gallery.paths, strict=False))[:2]:
+            cell.children[0].click()
+            assert surveyed.photo.path == path
+
+
+def test_gallery_turns_pages(surveyed, places):
+    gallery = surveyed.set.gallery
+    paths = surveyed.lens.table["path"].tolist()
+    gallery.show(paths, ["" for _ in paths])
+    gallery.ahead.click()
+    gallery.grid.children[0].children[0].click()
+    assert surveyed.photo.path == paths[PAGE]
+    gallery.back.click()
+    assert gallery.back.disabled and gallery.pictures.value.count("url(") == PAGE
+
+
+def test_confusion_cells_open_their_photos(surveyed):
+    surveyed.tabs.selected_index = 4
+    surveyed.set.scale.value = "scale 2"
+    buttons = [w for w in surveyed.set.matrix.children if hasattr(w, "description")]
+    buttons = [w for w in buttons if getattr(w, "tooltip", None)]
+    filled = [button for button in buttons if button.description]
+    assert sum(int(b.description) for b in filled) == len(surveyed.set.survey.strengths.table)
+    for button in filled[:2]:
+        button.click()
+        assert len(surveyed.set.cell.paths) == int(button.description)
+    surveyed.set.cell.grid.children[0].children[0].click()
+    assert surveyed.photo.path == surveyed.set.cell.paths[0]
+    shown = {
+        tuple(images_of(surveyed.set.survey, t, g, "scale 2")) for t in range(3) for g in range(3)
+    }
+    assert tuple(surveyed.set.cell.paths) in shown
+
+
+def test_a_survey_is_there_at_once_when_the_page_opens_again(surveyed, places):
+    again = Explorer("folder", places / "photos", places / "runs")
+    assert again.set.survey is not None
+
+
+def test_moves_leave_nothing_behind(explorer):
+    slider = explorer.controls.thresholds[0]
+
+    def count(moves):
+        for number in range(moves):
+            slider.value = 0.05 + number % 60 * 0.05
+            if number % 20 == 0:
+                explorer.later.settle()
+        explorer.later.settle()
+        gc.collect()
+        return len(gc.get_objects())
+
+    count(60)
+    before, threads = count(60), threading.active_count()
+    assert count(120) - before < 60, "less than one object for two moves"
+    assert threading.active_count() == threads
+
+
+def test_unforeseen_errors_are_messages_too(explorer, monkeypatch):
+    monkeypatch.setattr("ramslib.explorer.measure", lambda *_: 1 / 0)
+    explorer.controls.thresholds[0].value = 1.05
+    assert "ZeroDivisionError" in text_of(explorer.message)
+    monkeypatch.undo()
+    explorer.controls.thresholds[0].value = 1.1
+    explorer.later.settle()
+    numbers, _ = numbers_of(explorer)
+    assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
+
+
+def test_later_does_the_newest_work_and_reports_errors():
+    done, errors = [], []
+    later = Later(threading.RLock(), errors.append, delay=0.05)
+
+    def work(name):
+        def steps():
+            yield lambda: done.append(name)
+            time.sleep(0.05)
+            yield lambda: done.append(name + " again")
+
+        return steps
+
+    for name in "abc":
+        later(work(name))
+    later.settle()
+    assert done == ["c", "c again"]
+    later(work("d"))
+    while "d" not in done:
+        time.sleep(0.005)
+    later(work("e"))
+    later.settle()
+    assert done[2:] == ["d", "e", "e again"], "abandoned between two steps"
+
+    def fail():
+        yield lambda: 1 / 0
+
+    later(fail)
+    later.settle()
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
+def test_panel_draws_only_what_has_changed():
+    panel, drawn = Panel("a <title>"), []
+    assert "&lt;title&gt;" in panel.title.value
+
+    def draw():
+        drawn.append(1)
+        return Image.new("RGB", (8, 8)), "text"
+
+    panel.show(1, draw)
+    panel.stale(True)
+    assert "computing" in panel.note.value
+    panel.show(1, draw)
+    assert "text" in panel.note.value and drawn == [1]
+    panel.show(2, draw)
+    assert drawn == [1, 1]
+
+
+def test_bars_escape_class_names():
+    table = pd.DataFrame({"class": ["<b>"], "view": ["scale 1"], "probability": [0.25]})
+    assert "&lt;b&gt;" in bars(table) and "0.250" in bars(table)
+
+
+def test_app_page_is_the_explorer_alone(tmp_path):
+    page = read(write_page(tmp_path, "cub", 'it\'s "here"', "runs"), 4)
+    assert len(page.cells) == 1
+    places = []
+    exec(page.cells[0].source.split("\n", 1)[1], {"Explorer": lambda *p: places.extend(p)})
+    assert places[0] == "cub" and places[1].endswith('it\'s "here"') and places[2].endswith("runs")

@@ -1,0 +1,184 @@
+"""Training in processes of its own: command lines, following, stopping, finding again."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import draw_photos, tiny_config
+
+import ramslib.launch
+from ramslib.__main__ import _config, _parse
+from ramslib.config import Config
+from ramslib.errors import InputError
+from ramslib.launch import (
+    Job,
+    attach,
+    changed_settings,
+    command,
+    start,
+    train_in_processes,
+    usable_processes,
+)
+from ramslib.run import is_finished, read_metrics
+
+CHOICES = {
+    "image_size": st.sampled_from([112, 448, (64, 96)]),
+    "source_size": st.sampled_from([None, 336, (64, 96)]),
+    "root": st.text("abc 'ä\"=/.,$[]{}", min_size=1).filter(str.strip),
+    "scales": st.integers(1, 4),
+    "threshold": st.sampled_from([1.0, 1.25, (1.2, 1.3, 1.4)]),
+    "learning_rate": st.floats(1e-8, 1.0),
+    "final_norm": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=CHOICES))
+@settings(max_examples=100, deadline=None)
+def test_settings_survive_the_command_line(changes):
+    config = Config().replace(**changes)
+    options = _parse(["train", "--run", "x", *changed_settings(config)])
+    assert _config(options) == config
+
+
+def test_commands_can_be_pasted():
+    assert command(["train", "--run", Path("a b")]) == [
+        sys.executable,
+        "-m",
+        "ramslib",
+        "train",
+        "--run",
+        "a b",
+    ]
+    several = command(["train", "--run", "x"], 2)
+    assert several[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--standalone" in several and "--nproc-per-node=2" in several
+    assert several[-4:] == ["ramslib", "train", "--run", "x"] and several[-6:-4] == ["-m", "--"]
+
+
+def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
+    monkeypatch.setattr(ramslib.launch, "_cores", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert usable_processes(4) == (
+        2,
+        "this machine has 2 cores: training in 2 processes over gloo, one core each",
+    )
+    assert usable_processes(1)[0] == 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert usable_processes(2) == (1, "this machine has 1 GPU: training in one process")
+
+
+def _in_session(session):
+    """Processes of a session that are no zombies, and zombies among our children."""
+    alive, zombies = [], []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = ramslib.launch._stat(int(entry.name))
+            if fields and fields[0] == "Z" and int(fields[1]) == os.getpid():
+                zombies.append(entry.name)
+            elif fields and int(fields[3]) == session:
+                alive.append(entry.name)
+    return alive, zombies
+
+
+def _listening():
+    """Local ports that someone listens on."""
+    lines = (
+        Path("/proc/net/tcp").read_text().splitlines()
+        + Path("/proc/net/tcp6").read_text().splitlines()
+    )
+    rows = [line.split() for line in lines if "local_address" not in line]
+    return {row[1].rpartition(":")[2] for row in rows if row[3] == "0A"}
+
+
+def _attach_elsewhere(run, answer):
+    answer.put(attach(run).pid)
+
+
+def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
+    config = tiny_config(draw_photos(tmp_path / "photos"), epochs=20, workers=1)
+    run, pids, ports = tmp_path / "run", [], _listening()
+
+    def interrupt(metrics):
+        if len(metrics):
+            pids.append(attach(run).pid)
+            answer = multiprocessing.Queue()
+            other = multiprocessing.Process(target=_attach_elsewhere, args=(run, answer))
+            other.start()
+            assert answer.get(timeout=20) == pids[0], "found from another process"
+            other.join()
+            with pytest.raises(InputError, match="holds another run"):
+                train_in_processes(config.replace(seed=1), run)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_processes(config, run, show=interrupt)
+    log = (run / "output.log").read_text()
+    assert "stopped as asked, at step" in log and "Traceback" not in log
+    assert attach(run) is None and not (run / "job.json").exists()
+    stopped = len(read_metrics(run))
+    assert 0 < stopped and (run / "last.safetensors").exists() and not is_finished(run)
+    assert _in_session(pids[0]) == ([], []) and _listening() <= ports
+
+    train_in_processes(config.replace(workers=0), run, show=lambda metrics: None)
+    assert is_finished(run) and len(read_metrics(run)) > stopped
+    assert read_metrics(run).query("split == 'train'")["step"].tolist() == list(range(1, 61))
+    train_in_processes(config, run, show=lambda metrics: pytest.fail("it is finished"))
+
+
+def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
+    config = tiny_config(draw_photos(tmp_path / "photos"), epochs=200, workers=1)
+    run, ports = tmp_path / "run", _listening()
+    job = start(run, ["train", "--run", run, *changed_settings(config)], 2)
+    assert start(run, ["train"], 2).pid == job.pid, "it runs already"
+    deadline = time.monotonic() + 120
+    while read_metrics(run).empty and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = Job(run, job.pid)
+    found.stop()
+    assert not found.is_running() and attach(run) is None
+    assert "stopped as asked, at step" in job.output(200)
+    time.sleep(0.5)
+    assert _in_session(job.pid) == ([], []) and _listening() <= ports
+    named = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True)
+    assert named.stdout == ""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failure_is_told_as_the_command_told_it(tmp_path, processes):
+    with open(tmp_path / "output.log", "w") as log:
+        log.write("$ an earlier command\nerror: of another time\n")
+    job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"], processes)
+    with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
+        job.follow(every=0.1)
+    assert ramslib.launch._CHILDREN == {} and attach(tmp_path) is None
+
+
+def test_a_job_file_of_the_past_is_no_job(tmp_path):
+    for text in ("", "{", "[]", "{}", '{"pid": "x", "started": 1}', '{"pid": 1, "started": "0"}'):
+        (tmp_path / "job.json").write_text(text)
+        assert attach(tmp_path) is None
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    text = json.dumps({"pid": dead.pid, "started": ramslib.launch._start_time(dead.pid)})
+    dead.wait()
+    (tmp_path / "job.json").write_text(text)
+    assert attach(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run: cannot be written"):
+        start(tmp_path / "file" / "run", ["train"])
+
+
+def test_ports_are_read_as_they_are():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert f"{server.getsockname()[1]:04X}" in _listening()

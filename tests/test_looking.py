@@ -1,0 +1,365 @@
+"""The explorer's numbers equal the library's, and no control costs a forward pass of scale 1."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from exploring import make_run, shake
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import draw_photos, tiny_config
+
+from ramslib import survey as surveys
+from ramslib.attention import attention_probabilities, record_attention
+from ramslib.datasets import load_table
+from ramslib.dppm import PROPOSALS, propose
+from ramslib.errors import InputError
+from ramslib.evaluation import predict, score
+from ramslib.lenses import Lens, describe_run, find_runs, open_photo, open_run
+from ramslib.looking import (
+    Choice,
+    build_up,
+    choose,
+    default_choice,
+    first_look,
+    follow,
+    measure,
+    probabilities,
+    probability_curve,
+    single_thread,
+    strength_names,
+    strength_of,
+    threshold_curve,
+)
+from ramslib.model import RAMSTrans, build_model
+from ramslib.strength import STRENGTHS, attention_strength
+from ramslib.survey import (
+    confusion,
+    effect,
+    examples,
+    images_of,
+    images_to_survey,
+    orders_of,
+    sort_images,
+    stored_survey,
+    survey_images,
+)
+from ramslib.transforms import View
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Photos of three classes with made-up boxes; the last test photo has none."""
+    table = load_table("folder", draw_photos(tmp_path / "photos"), 0.25)
+    table[["top", "left", "bottom", "right"]] = 5.0, 8.0, 30.0, 40.0
+    table.loc[table.index[-1], ["top", "left", "bottom", "right"]] = np.nan
+    return table
+
+
+@pytest.fixture
+def lens(table):
+    """Two scales of timm's test_vit at 64 pixels (4 x 4 patches), crops from 96."""
+    model = shake(build_model(tiny_config("", image_size=64, source_size=96), 3)[0])
+    return Lens("tiny", model, View(96, 0.875), ["a", "b", "c"], table, "random", "tiny")
+
+
+@pytest.fixture
+def photo(lens, table):
+    row = table.iloc[0]
+    return open_photo(lens, row["path"], 1, row[["top", "left", "bottom", "right"]].to_list())
+
+
+@pytest.fixture
+def forwards(lens, monkeypatch):
+    """Count the passes through the backbone."""
+    calls, run = [], lens.model.backbone.forward_features
+    monkeypatch.setattr(
+        lens.model.backbone, "forward_features", lambda view: calls.append(1) or run(view)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("scales", [1, 2, 3])
+@pytest.mark.parametrize("source_size", [32, 48])
+@pytest.mark.parametrize("class_token", ["per_scale", "shared"])
+def test_looks_are_those_of_the_model(table, scales, source_size, class_token):
+    config = tiny_config("", scales=scales, threshold=0.9, class_token=class_token)
+    model = shake(build_model(config, 3)[0])
+    lens = Lens("", model, View(source_size), ["a", "b", "c"], table, "", "")
+    photo = open_photo(lens, table["path"][0])
+    choice = dataclasses.replace(default_choice(lens), scales=scales)
+    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    with torch.no_grad():
+        looks = list(model.scales(photo.images, photo.source))
+    assert len(seen) == len(looks) == scales
+    for number, (mine, look) in enumerate(zip(seen, looks, strict=True)):
+        assert torch.allclose(mine.logits, look.logits, atol=1e-5)
+        assert torch.equal(mine.view, look.view) and torch.equal(mine.boxes, look.boxes)
+        if look.strength is not None:
+            region = choose(lens, photo, mine, choice, number)
+            assert torch.allclose(region.strength, look.strength, atol=1e-6)
+            assert all(map(torch.equal, region.proposal, look.proposal))
+
+
+def test_crop_source_is_a_control(lens, photo):
+    seen, choice = first_look(lens, photo), Choice()
+    sharp = choose(lens, photo, seen, choice)
+    coarse = choose(lens, photo, seen, dataclasses.replace(choice, from_source=False))
+    assert torch.equal(sharp.boxes, coarse.boxes) and not torch.equal(sharp.crop, coarse.crop)
+    expected = lens.model.amplify(seen.view, None, seen.boxes, coarse.proposal.patch_boxes)[0]
+    assert torch.equal(coarse.crop, expected)
+
+
+def test_more_scales_than_trained_read_the_last_token(lens, photo):
+    choice = dataclasses.replace(default_choice(lens), scales=4)
+    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    assert [look.token for look in seen] == [0, 1, 1, 1]
+    assert list(probabilities(seen))[-2:] == ["mean softmax", "mean logits"]
+    mean = torch.stack([look.logits[0].softmax(0) for look in seen]).mean(0)
+    assert torch.allclose(probabilities(seen)["mean softmax"], mean)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_strengths_are_the_registrys(lens, photo, name):
+    with torch.no_grad(), record_attention(lens.model.backbone) as blocks:
+        lens.model.backbone.forward_features(photo.images)
+    expected = attention_strength(blocks, name, lens.model.grid)
+    seen = first_look(lens, photo)
+    assert torch.allclose(strength_of(lens, seen, Choice(strength=name)), expected, atol=1e-6)
+
+
+def test_single_blocks_and_heads_are_rows_of_the_attention(lens, photo):
+    seen = first_look(lens, photo)
+    patches = lens.model.grid[0] * lens.model.grid[1]
+    for block in (1, 4):
+        rows = attention_probabilities(seen.blocks[block - 1])[0, :, 0, -patches:]
+        mean = strength_of(lens, seen, Choice(strength="single_block", block=block))
+        assert torch.allclose(mean.flatten(), rows.mean(dim=0), atol=1e-6)
+        for head in (1, 2):
+            choice = Choice(strength="single_head", block=block, head=head)
+            assert torch.allclose(strength_of(lens, seen, choice).flatten(), rows[head - 1])
+
+
+def test_models_without_class_token_and_with_bias_can_be_explored(backbone_of, table):
+    for family in ("average", "beit", "relpos", "dinov3"):
+        token = "rollout_mean"
+        model = RAMSTrans(backbone_of(family), 3, 2, strength=token, per_scale_token=False)
+        lens = Lens(family, model.eval(), View(32), [], table, "", "")
+        lens = dataclasses.replace(lens, view=View((24, 32)))
+        photo = open_photo(lens, table["path"][0])
+        seen = first_look(lens, photo)
+        names = strength_names(lens)
+        assert ("last_class" in names) == (family != "average")
+        for name in names:
+            choice = Choice(strength=name, block=2, head=2)
+            region = choose(lens, photo, seen, choice)
+            assert region.strength.isfinite().all() and region.strength.shape == (1, 3, 4)
+            assert build_up(lens, seen, choice).shape == (3, 3, 4)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_controls_need_no_forward_pass(lens, photo, forwards, proposal):
+    seen = first_look(lens, photo)
+    assert len(forwards) == 1
+    for threshold in (0.0, 0.7, 1.3, 50.0):
+        choice = Choice((threshold,), "rollout_class", proposal=proposal)
+        first, second = (choose(lens, photo, seen, choice) for _ in range(2))
+        assert torch.equal(first.boxes, second.boxes), "the random proposal stays where it is"
+        if proposal != "random":
+            expected = propose(strength_of(lens, seen, choice), threshold, proposal)
+            assert all(map(torch.equal, first.proposal, expected))
+    assert len(forwards) == 1
+
+
+def test_only_changed_scales_run_again(lens, photo, forwards):
+    choice = Choice((0.8, 1.4), scales=3)
+    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    assert len(forwards) == 3
+    assert follow(lens, photo, seen, choice) == seen and len(forwards) == 3
+    other = dataclasses.replace(choice, thresholds=(0.8, 0.0))
+    assert not torch.equal(choose(lens, photo, seen[1], other, 1).boxes, seen[2].boxes)
+    changed = follow(lens, photo, seen, other)
+    assert changed[:2] == seen[:2] and changed[2] is not seen[2] and len(forwards) == 4
+
+
+def test_numbers_of_a_region(lens, photo):
+    seen = first_look(lens, photo)
+    region = choose(lens, photo, seen, Choice((1.0,)))
+    numbers = measure(lens, photo, region)
+    patch = 64 // lens.model.grid[0]
+    box = [float(side) * patch for side in region.proposal.patch_boxes[0]]  # input pixels
+    resized = round(96 / 0.875)
+    margin = round((resized - 96) / 2)
+    height, width = photo.size[0].tolist()
+    scales = (height, width, height, width)
+    sides = [(side * 96 / 64 + margin) * s / resized for side, s in zip(box, scales, strict=True)]
+    assert [numbers[k] for k in ("top", "left", "bottom", "right")] == pytest.approx(sides)
+    top, left, bottom, right = sides
+    assert numbers["area"] == pytest.approx((bottom - top) * (right - left) / (height * width))
+    tall = max(0, min(bottom, 30) - max(top, 5))
+    wide = max(0, min(right, 40) - max(left, 8))
+    union = (bottom - top) * (right - left) + 25 * 32 - tall * wide
+    assert numbers["iou"] == pytest.approx(tall * wide / union)
+    assert numbers["patches"] == int(region.proposal.mask.sum())
+    assert numbers["kept"] <= numbers["patches"] and numbers["components"] >= 1
+
+
+def test_a_photo_without_a_box_has_no_iou(lens, table):
+    photo = open_photo(lens, table["path"].iloc[-1], truth=[np.nan] * 4)
+    seen = first_look(lens, photo)
+    assert np.isnan(measure(lens, photo, choose(lens, photo, seen, Choice()))["iou"])
+    assert list(threshold_curve(lens, photo, seen, Choice(), [0.5, 1])) == ["threshold", "area"]
+
+
+def test_curves_of_a_photo_are_its_numbers_at_every_threshold(lens, photo):
+    seen, thresholds = first_look(lens, photo), [0.0, 0.9, 1.1, 9.0]
+    curve = threshold_curve(lens, photo, seen, Choice(), thresholds)
+    chances = list(probability_curve(lens, photo, seen, Choice(), thresholds))
+    for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
+        choice = Choice((threshold,))
+        numbers = measure(lens, photo, choose(lens, photo, seen, choice))
+        assert (row.area, row.iou) == (numbers["area"], numbers["iou"])
+        second = follow(lens, photo, [seen], choice)[1]
+        assert chance == pytest.approx(float(second.logits[0].softmax(0)[photo.label]), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_build_up_ends_with_the_strength(lens, photo, name):
+    seen, choice = first_look(lens, photo), Choice(strength=name)
+    maps = build_up(lens, seen, choice)
+    assert maps.shape == (6, *lens.model.grid)
+    assert torch.equal(maps[-1:], strength_of(lens, seen, choice))
+    assert torch.equal(maps[1], attention_strength(seen.blocks[:2], name, lens.model.grid)[0])
+
+
+def test_photos_that_cannot_be_looked_at(lens, tmp_path):
+    (tmp_path / "text.jpg").write_text("no photo")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    for name, words in (("text.jpg", "image"), ("dot.png", "1 x 1"), ("none.png", "no such")):
+        with pytest.raises(InputError, match=words) as error:
+            open_photo(lens, tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_thread_inside_and_as_before_outside():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), single_thread():
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a finished run with random weights."""
+    return make_run(tmp_path / "birds", tmp_path / "runs" / "deep" / "one")
+
+
+def test_finished_runs_are_found_and_opened(run, tmp_path):
+    (tmp_path / "runs" / "unfinished").mkdir()
+    (tmp_path / "runs" / "unfinished" / "config.json").write_text("{}")
+    assert find_runs(tmp_path / "runs") == [run] and find_runs(tmp_path / "none") == []
+    line = describe_run(run, tmp_path / "runs")
+    assert line.startswith("deep/one (2 scales, last_class, ") and "% at" in line
+    lens = open_run(run)
+    assert lens.classes == ["bird 0", "bird 1", "bird 2"] and lens.view.size == (96, 96)
+    stored = load_file(run / "best.safetensors")["model.classifier.weight"]
+    assert torch.equal(lens.model.classifier.weight, stored)
+    with pytest.raises(InputError, match="not the folder of a run"):
+        open_run(tmp_path / "runs" / "nothing")
+
+
+@pytest.fixture
+def surveyed(lens, tmp_path):
+    """A lens and its stored survey."""
+    return lens, survey_images(lens, tmp_path / "surveys", say=lambda text: None)
+
+
+def test_survey_is_of_the_validation_images_and_runs_once(surveyed, tmp_path, monkeypatch):
+    lens, survey = surveyed
+    table = lens.table[lens.table["split"] == "validation"].reset_index(drop=True)
+    expected = predict(lens.model, table, lens.view)
+    assert survey.total == len(table) and survey.strengths.table["path"].equals(table["path"])
+    pd.testing.assert_frame_equal(survey.predictions, expected, check_dtype=False, atol=1e-6)
+    monkeypatch.setattr(surveys, "predict", None)  # a second run would fail
+    again = survey_images(lens, tmp_path / "surveys")
+    assert again.accuracy.equals(survey.accuracy)
+    assert torch.equal(again.strengths.maps["last_class"], survey.strengths.maps["last_class"])
+    assert stored_survey(dataclasses.replace(lens, key="other"), tmp_path / "surveys") is None
+
+
+def test_survey_of_nothing_is_refused(lens, tmp_path):
+    with pytest.raises(InputError, match="no images"):
+        survey_images(dataclasses.replace(lens, table=lens.table.iloc[:0]), tmp_path)
+
+
+def test_without_validation_images_the_test_images_are_surveyed(lens):
+    table = lens.table[lens.table["split"] != "validation"]
+    images, total = images_to_survey(dataclasses.replace(lens, table=table))
+    assert total == len(images) == (table["split"] == "test").sum()
+
+
+@pytest.mark.parametrize("threshold", [0.6, 1.0, 1.5])
+def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
+    lens, survey = surveyed
+    found = effect(survey, "last_class", threshold, "attention")
+    rows = []
+    for row in survey.strengths.table.to_dict("records"):
+        photo = open_photo(
+            lens, row["path"], 0, [row[s] for s in ("top", "left", "bottom", "right")]
+        )
+        seen = first_look(lens, photo)
+        rows.append(measure(lens, photo, choose(lens, photo, seen, Choice((threshold,)))))
+    rows = pd.DataFrame(rows)
+    assert found["area"] == pytest.approx(rows["area"].mean(), abs=1e-5)
+    assert found["iou"] == pytest.approx(rows["iou"].mean(), abs=1e-5)
+    assert found["hit"] == pytest.approx((rows["iou"].dropna() > 0.5).mean())
+
+
+def test_stored_accuracy_is_that_of_the_nearest_threshold(surveyed):
+    lens, survey = surveyed
+    near = surveys.accuracy_near(survey, 1.04)
+    own = score(survey.predictions).set_index("scale")["top1"]
+    assert near.pop("threshold") == 1.0
+    assert near == pytest.approx(own.to_dict())
+
+
+def test_galleries_hold_what_they_say(surveyed):
+    lens, survey = surveyed
+    assert orders_of(lens, survey) == list(surveys.ORDERS)
+    rows = survey.predictions.set_index(["path", "scale"])
+    for path in survey.strengths.table["path"]:
+        before, after = (rows.loc[(path, f"scale {n}"), "rank"] == 0 for n in (1, 2))
+        repaired = sort_images(survey, "repaired by scale 2")["path"].tolist()
+        broken = sort_images(survey, "broken by scale 2")["path"].tolist()
+        assert (path in repaired) == (after and not before)
+        assert (path in broken) == (before and not after)
+    uncertain = sort_images(survey, "most uncertain")
+    assert uncertain["value"].is_monotonic_increasing
+    assert len(uncertain) == len(survey.strengths.table)
+    best, worst = (sort_images(survey, f"{name} boxes") for name in ("best", "worst"))
+    assert best["value"].is_monotonic_decreasing and worst["value"].is_monotonic_increasing
+    shown = examples(lens, survey, 4)
+    assert len(shown) == 4 and shown["path"].is_unique and shown["why"].nunique() > 1
+
+
+def test_a_backbone_alone_is_judged_by_boxes_only(surveyed):
+    lens, survey = surveyed
+    plain = dataclasses.replace(lens, classes=[])
+    assert orders_of(plain, survey) == ["best boxes", "worst boxes"]
+
+
+@pytest.mark.parametrize("limit", [12, 2])
+def test_confusion_cells_hold_their_photos(surveyed, limit):
+    _, survey = surveyed
+    for scale in ("scale 1", "mean softmax"):
+        counts = confusion(survey, scale, limit)
+        assert len(counts) == min(limit, 3) and list(counts.index) == list(counts.columns)
+        for true in counts.index:
+            for given in counts.columns:
+                paths = images_of(survey, true, given, scale)
+                assert len(paths) == counts.loc[true, given]
+        if limit > 3:
+            assert counts.to_numpy().sum() == len(survey.strengths.table)

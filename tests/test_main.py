@@ -1,0 +1,325 @@
+"""The command line: bad input is one line on stderr, exit code 2, and nothing is lost."""
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import draw_photos, tiny_config
+
+from ramslib.__main__ import main
+from ramslib.config import Config
+from ramslib.launch import changed_settings
+from ramslib.training import train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Photos, a finished run and one that was cut short, in one folder."""
+    folder = tmp_path_factory.mktemp("world")
+    photos = draw_photos(folder / "photos")
+    config = tiny_config(photos, epochs=1)
+    train(config, folder / "run")
+    shutil.copytree(folder / "run", folder / "cut")
+    (folder / "cut" / "results.csv").unlink()
+    return folder
+
+
+def settings_of(world, **changes):
+    """The finished run's settings, as words of a command."""
+    return changed_settings(tiny_config(world / "photos", epochs=1, **changes))
+
+
+def fingerprint(folder):
+    """Hash of every file below a folder, but locks."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def refused(world, capsys):
+    """Function (words) -> the one line that the command answers, having changed nothing."""
+
+    def run(*words):
+        before = fingerprint(world)
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith(("usage:", "  "))]
+        assert code == 2, (words, out, err)
+        assert len(lines) == 1 and "error: " in lines[0], (words, err)
+        assert "Traceback" not in err and "--debug shows" not in err, (words, err)
+        after = fingerprint(world)
+        assert {path: after.get(path) for path in before} == before, words
+        return lines[0]
+
+    return run
+
+
+WRONG = {
+    "data": ["cup", ""],
+    "image_size": ["0", "-32", "33", "32.5", "big", "32,", "32,32,32", "[]", "none", "true", "1e9"],
+    "source_size": ["0", "-1", "x", "48,0", "{}", "99999999"],
+    "crop_fraction": ["0", "1.5", "-1", "nan", "inf", "half"],
+    "augment": ["", "Flip", "rand-x", "autoaugmented"],
+    "normalise": ["imagenet21k", ""],
+    "validation_fraction": ["-0.1", "0.6", "nan", "all"],
+    "workers": ["-1", "1.5", "many", "100000"],
+    "backbone": [
+        "",
+        "resnet18",
+        "vit_smal_patch14_dinov2",
+        "swin_tiny_patch4_window7_224",
+        "cait_s24_224",
+    ],
+    "pretrained": ["", "nowhere.safetensors", "of-line"],
+    "position_resize": ["bilinear"],
+    "final_norm": ["perhaps", "1", "none"],
+    "scales": ["0", "-1", "1.5", "two", "1000", "none"],
+    "strength": ["rollout", "", "last"],
+    "threshold": ["nan", "inf", "high", "1,nan", "[[1]]", "none", "{}", "true"],
+    "proposal": ["dppm", ""],
+    "class_token": ["per-scale"],
+    "released_boxes": ["maybe"],
+    "align_corners": ["2"],
+    "drop_path": ["1", "-0.1", "x"],
+    "loss": ["mean", ""],
+    "label_smoothing": ["1", "-1", "nan"],
+    "epochs": ["0", "-3", "1.5", "ten", "none", "[3]"],
+    "batch_size": ["0", "-4", "1000", "4.5", "x"],
+    "accumulate": ["0", "4", "x"],
+    "optimizer": ["adamx", "", "sdg"],
+    "learning_rate": ["0", "-1", "nan", "inf", "fast", "none"],
+    "head_factor": ["0", "-1", "inf", "x"],
+    "weight_decay": ["-1", "nan", "x"],
+    "momentum": ["-1", "x"],
+    "layer_decay": ["0", "1.1", "x"],
+    "warmup_steps": ["-1", "1.5", "x"],
+    "clip_norm": ["-1", "nan", "x"],
+    "frozen_blocks": ["-1", "7", "x"],
+    "amp": ["fp8", "float16", ""],
+    "ema_decay": ["1", "-1", "x"],
+    "patience": ["-1", "0.5", "x"],
+    "seed": ["-1", "1.5", "x", str(2**70), "9" * 5000],
+}
+
+
+def test_every_setting_refuses_what_it_cannot_be(world, refused, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert set(WRONG) | {"root"} == set(Config.names())
+    base = settings_of(world)
+    for name, values in WRONG.items():
+        for value in values:
+            line = refused("train", "--run", world / "new", *base, f"{name}={value}")
+            assert name in line or name.replace("_", " ") in line or value in line, line
+
+
+def test_a_typo_is_answered_with_the_nearest_name(world, refused):
+    for name in Config.names():
+        typo = name[:-1] + "xe"
+        line = refused("train", "--run", world / "new", f"{typo}=1")
+        assert f"unknown setting {typo!r}; did you mean " in line
+    assert "did you mean 'epochs'" in refused("data", "epoks=1")
+
+
+COMMANDS = [
+    "",
+    "trian --run x",
+    "train",
+    "train --run",
+    "train --run x --bogus",
+    "train --run x --epochs 3",
+    "train --run x epochs",
+    "train --run x =3",
+    "train --run x --preset",
+    "train --run x --preset papers",
+    "train --run x --preset paper --config c",
+    "train --run x --config missing.json",
+    "train --run x --config .",
+    "train --run x --save-every soon",
+    "train epochs=3",
+    "data epochs",
+    "data --run x",
+    "predict",
+    "predict a.png",
+    "predict --run missing a.png",
+    "predict --run x",
+    "road --bogus",
+    "road preset",
+    "--bogus",
+    "-x train",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_out_of_shape(world, refused, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused(*command.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_files_out_of_shape(world, refused, tmp_path):
+    path = tmp_path / "config.json"
+    texts = ["", "{", "[]", "3", '"x"', "null", '{"epoks": 3}', '{"epochs": "x"}', '{"config": []}']
+    texts += ['{"epochs": [1, 2]}', '{"threshold": {}}', '{"config": {"epoks": 1}}', "[" * 99999]
+    texts += ["\udcff", '{"image_size": [32, "x"]}', '{"seed": 1e400}', '{"amp": null}']
+    for text in texts:
+        path.write_text(text, errors="surrogateescape")
+        assert str(path) in refused("train", "--run", world / "new", "--config", path)
+
+
+def test_data_out_of_shape(world, refused, tmp_path):
+    def make(name, change):
+        shutil.copytree(world / "photos", tmp_path / name)
+        change(tmp_path / name)
+
+    one = Path("train", "bird 0", "1.png")
+    make("no test", lambda root: shutil.rmtree(root / "test"))
+    make("one class", lambda root: [shutil.rmtree(path) for path in root.glob("*/bird [12]")])
+    make("empty class", lambda root: [p.unlink() for p in (root / "train" / "bird 1").iterdir()])
+    make("cut photo", lambda root: (root / one).write_bytes((root / one).read_bytes()[:200]))
+    make("text photo", lambda root: (root / one).write_text("none"))
+    make("empty photo", lambda root: (root / one).write_bytes(b""))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    base = settings_of(world)
+    for name in (*(path.name for path in tmp_path.iterdir()), "missing"):
+        words = [*base, f"root={tmp_path / name}"]
+        assert name in refused("train", "--run", world / f"run {name}", *words, "workers=1")
+    for data in ("cub", "cars", "dogs", "nabirds", "aircraft", "flowers", "pets", "inaturalist"):
+        assert "photos" in refused("data", f"data={data}", f"root={world / 'photos'}")
+        assert "missing" in refused("data", f"data={data}", f"root={tmp_path / 'missing'}")
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.mkdir, (self.folder,)
+
+
+def test_weights_and_checkpoints_that_are_none(world, refused, tmp_path):
+    planted, folder = Payload(tmp_path / "executed"), tmp_path / "files"
+    folder.mkdir()
+    sound = (world / "cut" / "last.safetensors").read_bytes()
+    for name, content in {
+        "pickle": pickle.dumps(planted),
+        "empty": b"",
+        "text": b"none",
+        "cut": sound[:5000],
+        "turned": sound[::-1],
+    }.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+        (folder / f"{name}.pth").write_bytes(content)
+        (folder / f"{name}.npz").write_bytes(content)
+    torch.save({"model": planted}, folder / "planted.pth")
+    np.savez(folder / "objects.npz", cls=np.array([planted], dtype=object))
+    save_file({"blocks.0.attn.qkv.weight": torch.zeros(3)}, folder / "foreign.safetensors")
+    base = settings_of(world)
+    files = sorted(folder.iterdir())
+    assert len(files) == 18
+    for path in files:
+        line = refused("train", "--run", world / "new", *base, f"pretrained={path}")
+        assert path.name in line
+    for path in files:
+        if path.suffix == ".safetensors":
+            shutil.copy(path, world / "cut" / "last.safetensors")
+            assert "last.safetensors" in refused("train", "--run", world / "cut", *base)
+            shutil.copy(path, world / "cut" / "best.safetensors")
+            assert "best.safetensors" in refused(
+                "predict", "--run", world / "cut", world / "photos"
+            )
+    (world / "cut" / "last.safetensors").write_bytes(sound)
+    (world / "cut" / "best.safetensors").unlink()
+    assert "best.safetensors" in refused("predict", "--run", world / "cut", world / "photos")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_folders_that_hold_something_else(world, refused):
+    base = settings_of(world)
+    for run in ("run", "cut"):
+        line = refused("train", "--run", world / run, *base, "seed=3")
+        assert "seed 0 there, 3 here" in line
+    assert "cannot be written" in refused("train", "--run", world / "run" / "config.json", *base)
+    other = world / "other photos"
+    draw_photos(other, test=6)
+    assert "data differ" in refused("train", "--run", world / "cut", *base, f"root={other}")
+    shutil.rmtree(other)
+    assert "not the folder of a run" in refused("predict", "--run", world / "photos", "x.png")
+
+
+def test_predictions_replace_nothing(world, refused, tmp_path, capsys):
+    photo = world / "photos" / "test" / "bird 0" / "0.png"
+    out, pictures = tmp_path / "out.csv", tmp_path / "pictures"
+    words = ["predict", "--run", str(world / "run"), str(photo)]
+    assert main([*words, "--out", str(out), "--pictures", str(pictures)]) == 0
+    before = fingerprint(tmp_path)
+    assert len(before) == 2 and len(pd.read_csv(out)) == 4
+    assert "out.csv exists" in refused(*words, "--out", out)
+    assert "0.png.png exists" in refused(*words, "--pictures", pictures)
+    assert "folder does not" in refused(*words, "--out", tmp_path / "missing" / "out.csv")
+    assert fingerprint(tmp_path) == before
+    assert main(words) == 0
+    assert "bird" in capsys.readouterr().out
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(world):
+    for words in (["--debug", "data", "epoks=1"], ["data", "epoks=1", "--debug"]):
+        with pytest.raises(ValueError, match="did you mean 'epochs'"):
+            main(words)
+
+
+def test_an_unexpected_error_is_one_line_that_says_where(world, capsys, monkeypatch):
+    def fail(*args):
+        raise KeyError("some\nthing")
+
+    monkeypatch.setattr("ramslib.datasets.load_table", fail)
+    assert main(["data"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: KeyError: ") and line.count("\n") == 1
+    assert "test_main.py:" in line and "--debug" in line
+
+
+def test_settings_may_stand_anywhere(world, capsys):
+    words = ["train", *settings_of(world)[:3], "--run", world / "again", *settings_of(world)[3:]]
+    assert main([str(word) for word in words]) == 0
+    again = json.loads((world / "again" / "config.json").read_text())
+    assert again["config"] == json.loads((world / "run" / "config.json").read_text())["config"]
+    one, other = (load_file(world / name / "last.safetensors") for name in ("run", "again"))
+    assert all(one[key].equal(other[key]) for key in one)
+    words = ["train", "--run", world / "third", "--config", world / "run" / "config.json"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["data", *settings_of(world)]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_the_model_card_tells_what_it_is(world):
+    card = (world / "run" / "README.md").read_text()
+    results = pd.read_csv(world / "run" / "results.csv")
+    row = results.iloc[0]
+    assert f"{row['top1']:.1f} ± {row['standard_error']:.1f}" in card
+    for word in (
+        "test_vit",
+        "random initialisation",
+        "folder, 18 train, 6 validation, 15 test",
+        "3 classes",
+        "ramslib.load(",
+        "predict --run",
+        "seed 0",
+        "torch",
+    ):
+        assert word in card, word
+    assert max(map(len, card.splitlines())) < 400

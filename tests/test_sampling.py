@@ -1,0 +1,91 @@
+"""Sampling: which images a step sees depends on seed and step alone."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramslib.config import Config
+from ramslib.errors import InputError
+from ramslib.processes import Processes
+from ramslib.sampling import batch_keys, check_shares, micro_batches, step_seed, steps_per_epoch
+
+
+@st.composite
+def trainings(draw):
+    """A configuration, a number of images and of processes that fit together."""
+    world, accumulate, share = (draw(st.integers(1, 4)) for _ in range(3))
+    config = Config(batch_size=world * accumulate * share, accumulate=accumulate)
+    images = draw(st.integers(config.batch_size, 4 * config.batch_size + 5))
+    return config.replace(seed=draw(st.integers(0, 99))), images, world
+
+
+@given(trainings())
+@settings(max_examples=60, deadline=None)
+def test_processes_and_micro_batches_share_the_batch_of_one(training):
+    config, images, world = training
+    steps = range(2 * steps_per_epoch(config, images))
+    shares = [
+        list(micro_batches(config, images, steps, Processes(rank, world))) for rank in range(world)
+    ]
+    assert {len(share) for share in shares} == {len(steps) * config.accumulate}
+    assert {len(batch) for share in shares for batch in share} == {
+        config.batch_size // config.accumulate // world
+    }
+    for step in steps:
+        own = slice(step * config.accumulate, (step + 1) * config.accumulate)
+        seen = [key for share in shares for batch in share[own] for key in batch]
+        assert sorted(seen) == sorted(batch_keys(config, images, step))
+
+
+@given(trainings())
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_sees_no_image_twice_and_the_next_one_another_order(training):
+    config, images, _ = training
+    length = steps_per_epoch(config, images)
+    epochs = [
+        [
+            key
+            for step in range(number * length, (number + 1) * length)
+            for key in batch_keys(config, images, step)
+        ]
+        for number in range(2)
+    ]
+    for number, keys in enumerate(epochs):
+        assert {epoch for epoch, _ in keys} == {number}
+        assert max(Counter(index for _, index in keys).values()) == 1
+        assert all(0 <= index < images for _, index in keys)
+    if images > 8:
+        assert [index for _, index in epochs[0]] != [index for _, index in epochs[1]]
+
+
+def test_every_image_has_its_turn():
+    config = Config(batch_size=4)
+    seen = {index for step in range(40) for _, index in batch_keys(config, 7, step)}
+    assert seen == set(range(7))
+
+
+def test_resuming_at_any_step_sees_what_was_left():
+    config, processes = Config(batch_size=4, accumulate=2), Processes(1, 2)
+    whole = list(micro_batches(config, 11, range(9), processes))
+    for step in range(9):
+        assert list(micro_batches(config, 11, range(step, 9), processes)) == whole[2 * step :]
+
+
+def test_seeds_differ_between_steps_processes_and_runs():
+    seeds = {
+        step_seed(Config(seed=seed), step, Processes(rank, 3))
+        for seed in range(3)
+        for step in range(50)
+        for rank in range(3)
+    }
+    assert len(seeds) == 3 * 50 * 3
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(InputError, match="batch_size 16 exceeds the 9 training images; use .*=4 "):
+        steps_per_epoch(Config(batch_size=16), 9)
+    with pytest.raises(InputError, match="16 does not divide among 3 processes .* multiple of 6"):
+        check_shares(Config(batch_size=16, accumulate=2), Processes(0, 3))
+    check_shares(Config(batch_size=18, accumulate=2), Processes(0, 3))

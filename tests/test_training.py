@@ -1,0 +1,231 @@
+"""Training: it learns, it survives kills to the bit, and processes do not change what it does."""
+
+import os
+import random
+import signal
+import time
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import draw_photos, finish_training, read_log, same_run, start_training, tiny_config
+
+import ramslib.training
+from ramslib.errors import InputError
+from ramslib.run import load
+from ramslib.training import train
+
+KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
+ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
+TWO = {"workers": 1, "optimizer": "momentum", "accumulate": 2, "batch_size": 8, "epochs": 6}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Photos of three classes: 30 to train with, of which 6 validate, and 15 to test."""
+    return draw_photos(tmp_path_factory.mktemp("photos"), train=10)
+
+
+def test_it_learns_what_the_photos_show(photos, tmp_path):
+    config = tiny_config(photos, epochs=12, learning_rate=3e-3)
+    train(config, tmp_path / "run")
+    losses = [row["loss"] for row in read_log(tmp_path / "run") if row["split"] == "train"]
+    assert len(losses) == 48 and sum(losses[-8:]) < 0.5 * sum(losses[:8])
+    results = pd.read_csv(tmp_path / "run" / "results.csv")
+    assert set(results["images"]) == {15} and set(results["split"]) == {"test"}
+    assert results["top1"].min() > 60
+    assert load(tmp_path / "run", "last").num_scales == 2
+
+
+def test_a_finished_run_stays_and_another_configuration_is_refused(photos, tmp_path):
+    config = tiny_config(photos, epochs=1)
+    run = train(config, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    train(config.replace(workers=1), run)
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    with pytest.raises(InputError, match=r"another run \(learning_rate 0.001 there, 0.5 here\)"):
+        train(config.replace(learning_rate=0.5), run)
+
+
+def test_early_stopping_keeps_the_best(photos, tmp_path):
+    run = train(tiny_config(photos, epochs=40, patience=2), tmp_path / "run")
+    rows = [row for row in read_log(run) if row.get("scale") == "mean logits"]
+    top1 = [row["top1"] for row in rows]
+    best = top1.index(max(top1)) + 1
+    assert len(top1) == best + 2 < 40
+    results = pd.read_csv(run / "results.csv")
+    assert set(results["epochs"]) == {best + 2} and set(results["best_epoch"]) == {best}
+    last, first = (pd.read_csv(run / f"predictions_{name}.csv") for name in ("last", "best"))
+    assert not last.equals(first)
+
+
+@pytest.mark.parametrize("changes", [{"validation_fraction": 0}, {"scales": 1, "loss": "last"}])
+def test_variants_run_to_the_end(photos, tmp_path, changes):
+    run = train(tiny_config(photos, epochs=1, **changes), tmp_path / "run")
+    results = pd.read_csv(run / "results.csv")
+    assert set(results["best_epoch"]) == {1}
+    assert len(results) == 2 * (1 if "scales" in changes else 4)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
+    for name in ("none", amp):
+        train(tiny_config(photos, epochs=1, amp=name), tmp_path / name)
+    full, mixed = (
+        [row["loss"] for row in read_log(tmp_path / name) if row["split"] == "train"]
+        for name in ("none", amp)
+    )
+    assert mixed == pytest.approx(full, rel=0.02) and mixed != full
+
+
+def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
+    prepare = ramslib.training.prepare
+    seen = []
+
+    def plant(pixels, *options):
+        images, source = prepare(pixels, *options)
+        seen.append(len(pixels))
+        return images * (float("nan") if len(seen) == 6 else 1), source
+
+    monkeypatch.setattr(ramslib.training, "prepare", plant)
+    with pytest.raises(InputError) as error:
+        train(tiny_config(photos), tmp_path / "run")
+    message = str(error.value)
+    assert "epoch 2, step 6, on " in message and "\n" not in message
+    assert message.count(".png") == 6
+    assert len(read_log(tmp_path / "run")) == 5 + 4  # steps, and one validation per view
+    state = load_file(tmp_path / "run" / "last.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_an_infinite_gradient_stops_before_it_reaches_the_weights(photos, tmp_path, monkeypatch):
+    norm = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norm(*args) * float("inf"))
+    with pytest.raises(InputError, match="gradient's norm inf in epoch 1, step 1, on "):
+        train(tiny_config(photos), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_photo_stops_it_with_one_line(tmp_path, workers):
+    photos = draw_photos(tmp_path / "photos")
+    photo = photos / "train" / "bird 1" / "3.png"
+    photo.write_bytes(photo.read_bytes()[:300])
+    with pytest.raises(InputError) as error:
+        train(tiny_config(photos, workers=workers), tmp_path / "run")
+    assert str(error.value).startswith(str(photo)) and "\n" not in str(error.value)
+
+
+def test_what_a_batch_cannot_be_is_refused(photos, tmp_path):
+    with pytest.raises(InputError, match="batch_size 50 exceeds the 24 training images"):
+        train(tiny_config(photos, batch_size=50), tmp_path / "run")
+    with pytest.raises(InputError, match="batch_size 6 does not divide among 1 processes with 4"):
+        train(tiny_config(photos, accumulate=4), tmp_path / "run")
+
+
+def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
+    config, run = tiny_config(photos, epochs=200), tmp_path / "run"
+    child = start_training(config, run)
+    try:
+        _wait_for(run / "metrics.jsonl")
+        claimed = ramslib.training.claimed
+        monkeypatch.setattr(ramslib.training, "claimed", lambda run: claimed(run, patience=0.3))
+        with pytest.raises(InputError, match="another training works there"):
+            train(config, run)
+        os.kill(child.pid, signal.SIGTERM)
+        output, _ = child.communicate(timeout=60)
+        assert child.returncode == 2
+        assert "\nerror: " in output and "stopped as asked, at step " in output
+        assert "Traceback" not in output
+    finally:
+        child.kill()
+
+
+def _wait_for(path, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not path.exists() or not path.stat().st_size:
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+def _kill_at_random(child, run, draw, seconds):
+    """Kill the process group: some time after its start, or while it writes a checkpoint."""
+    while_writing = draw.random() < 0.5
+    deadline = time.monotonic() + draw.uniform(0, seconds)
+    while time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.005)
+    caught = False
+    while while_writing and not caught and child.poll() is None:
+        caught = any(run.glob(".*.part")) or any(run.glob(".tmp*"))
+    if child.poll() is not None:
+        return None
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    return "writing" if caught else "anywhere"
+
+
+def _kill_and_resume(config, unbroken, run, processes, kills, seconds):
+    """Train with kills, and assert that each run that came to the end is the unbroken one."""
+    draw, killed = random.Random(kills), []
+    while len(killed) < kills:
+        child = start_training(config, run, processes)
+        how = _kill_at_random(child, run, draw, seconds)
+        if how:
+            killed.append(how)
+        else:
+            assert child.wait() == 0
+            same_run(unbroken, run)
+            run = run.with_name(f"{run.name}-{len(killed)}")
+    code, output = finish_training(config, run, processes)
+    assert code == 0, output
+    same_run(unbroken, run)
+    assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".lock"}
+    print(
+        f"{processes} processes, killed and resumed: {killed.count('anywhere')} times at random, "
+        f"{killed.count('writing')} while writing a checkpoint"
+    )
+
+
+def test_killed_at_random_it_resumes_to_the_bit(photos, tmp_path):
+    config = tiny_config(photos, epochs=4 + 2 * KILLS, **ONE)
+    started = time.monotonic()
+    code, output = finish_training(config, tmp_path / "unbroken")
+    assert code == 0, output
+    seconds = time.monotonic() - started
+    _kill_and_resume(config, tmp_path / "unbroken", tmp_path / "run", 1, KILLS * 2 // 3, seconds)
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A training in one and in two processes, on numbers that two do not divide; and its time."""
+    folder = tmp_path_factory.mktemp("two")
+    config = tiny_config(draw_photos(folder / "photos", train=9, test=5), **TWO)
+    train(config, folder / "one")
+    started = time.monotonic()
+    code, output = finish_training(config, folder / "two", 2)
+    assert code == 0, output
+    return config, folder / "one", folder / "two", time.monotonic() - started
+
+
+def test_two_processes_killed_at_random_resume_to_the_bit(two_runs, tmp_path):
+    config, _, two, seconds = two_runs
+    _kill_and_resume(config, two, tmp_path / "run", 2, KILLS - KILLS * 2 // 3, seconds)
+
+
+def test_two_processes_follow_the_curve_of_one(two_runs):
+    """Gradients are summed in another order: float32 rounding, and what a few steps make of it."""
+    one, two = (pd.DataFrame(read_log(run)) for run in two_runs[1:3])
+    pd.testing.assert_frame_equal(one, two, rtol=1e-4)
+    assert not one.equals(two), "two processes were as one to the bit: did the second one work?"
+
+
+def test_two_processes_predict_every_image_once_and_as_one_does(two_runs):
+    one, two = (pd.read_csv(run / "predictions_last.csv") for run in two_runs[1:3])
+    assert len(two) == 15 * 4 and not two.duplicated(["path", "scale"]).any()
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3)
+
+
+def test_a_batch_that_two_processes_cannot_share_ends_both_with_the_reason(photos, tmp_path):
+    code, output = finish_training(tiny_config(photos, batch_size=5), tmp_path / "run", 2)
+    assert code != 0
+    assert output.count("error: batch_size 5 does not divide among 2 processes") == 2
