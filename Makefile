@@ -1,10 +1,12 @@
 ## make run      prepare data, execute the notebooks, print the table (the first time: install)
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
+## make app      the explorer alone, as a page
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
 ##
 ## DATA=cub ROOT=folder   another data set; OUT=folder: another place for what is made
+## PRESET=paper           other settings: small (the default), paper or tiny
 ## PYTHON=python3.12      another interpreter for the virtual environment; VENV=folder: another one
 ## ARGS='...'             further arguments: of the road (run), pytest (test), JupyterLab (lab)
 
@@ -13,16 +15,17 @@ VENV ?= .venv
 DATA ?= diagnostic
 ROOT ?= data/$(DATA)
 OUT ?= runs/$(DATA)
+PRESET ?= small
 ARGS ?=
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help run test lab format clean
+.PHONY: help run test lab app format clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 run: $(VENV)/.installed
-	$(RUN) ramslib road --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" $(ARGS)
+	$(RUN) ramslib road --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" --preset "$(PRESET)" $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(RUN) ruff check .
@@ -33,6 +36,9 @@ test: $(VENV)/.installed-test
 lab: $(VENV)/.installed
 	root=; [ "$$(id -u)" != 0 ] || root=--allow-root; \
 	$(RUN) jupyterlab --LabApp.default_url=/lab/tree/notebooks $$root $(ARGS)
+
+app: $(VENV)/.installed
+	$(RUN) ramslib.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix-only --quiet .
