@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, help="CSV file to write; the terminal by default")
     predict.add_argument("--pictures", type=Path, help="folder for pictures with the regions")
 
+    export = add("export", _export, "write a run's model as one file that needs no ramslib")
+    export.add_argument("--run", required=True, type=Path, help="folder of the run")
+    export.add_argument("--out", required=True, type=Path, help="new file, .pt2 or .onnx")
+
     road = add("road", _road, "execute the numbered notebooks")
     road.add_argument("--data", default="diagnostic", help="a reader's name")
     road.add_argument("--root", type=Path, help="folder of the data set")
@@ -108,15 +112,16 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _train(options: argparse.Namespace) -> None:
+    config = _config(options)  # before the slow import: typos are answered at once
     from ramslib.training import train
 
-    train(_config(options), options.run, options.save_every)
+    train(config, options.run, options.save_every)
 
 
 def _data(options: argparse.Namespace) -> None:
+    config = _config(options)
     from ramslib.datasets import describe, load_table
 
-    config = _config(options)
     table = load_table(config.data, config.root, config.validation_fraction, config.seed)
     print(describe(table).to_string())
 
@@ -136,6 +141,12 @@ def _predict(options: argparse.Namespace) -> None:
         print(predictions.to_string(index=False))
     if options.pictures:
         save_pictures(predictions, options.pictures)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ramslib.export import export_run
+
+    print(export_run(options.run, options.out))
 
 
 def _road(options: argparse.Namespace) -> None:

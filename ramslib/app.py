@@ -31,15 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="ramslib-") as folder:
         page = write_page(Path(folder), options.data, options.root, options.out)
-        command = [
-            sys.executable,
-            "-m",
-            "voila",
-            str(page),
-            "--MappingKernelManager.cull_interval=60",
-        ]
+        command = [sys.executable, "-m", "voila", str(page), *options.voila]
         try:
-            return subprocess.run([*command, *options.voila], check=False).returncode
+            return subprocess.run(command, check=False).returncode
         except KeyboardInterrupt:
             return 0
 

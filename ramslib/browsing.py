@@ -31,7 +31,7 @@ class Browser(widgets.VBox):
         self.table, self.pick, self.shown, self.quiet = table, pick, table, True
         self.uploads = tempfile.TemporaryDirectory(prefix="ramslib-")
         full = {"layout": widgets.Layout(width="auto"), "style": {"description_width": "44px"}}
-        self.source = widgets.ToggleButtons(options=SOURCES, style={"button_width": "72px"})
+        self.source = widgets.ToggleButtons(options=SOURCES, style={"button_width": "auto"})
         self.split = widgets.Dropdown(description="split", **full)
         self.class_name = widgets.Dropdown(description="class", **full)
         self.search = widgets.Text(description="search", placeholder="part of a name", **full)

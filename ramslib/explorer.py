@@ -43,6 +43,7 @@ from ramslib.looking import (
     first_look,
     follow,
     measure,
+    photo_boxes,
     probabilities,
     probability_curve,
     single_thread,
@@ -199,7 +200,8 @@ class Explorer:
 
     def _draw(self, choice: Choice) -> bool:
         """Draw all that is known by now; returns whether the last scale is among it."""
-        boxes, seen, is_fresh = {}, self.seen[:1], True
+        seen, is_fresh = self.seen[:1], True
+        boxes = {"scale 1": photo_boxes(self.lens, self.photo, seen[0].boxes)[0].tolist()}
         for row in self.rows[: max(1, choice.scales - 1)]:
             if not is_fresh:
                 row.stale()

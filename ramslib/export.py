@@ -5,6 +5,7 @@ The file needs neither ramslib nor timm. ``.pt2`` is torch.export's, to be read 
 batch size is free; search for the largest component and cutting out the region are inside.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,15 +69,12 @@ def export_run(run: Path | str, path: Path | str, which: str = "best") -> Path:
         raise InputError(f"{path}: give a new file that ends in .pt2 or .onnx")
     config, _, _ = read_run(run)
     program = export_model(load(run, which), View(config.source_size or config.image_size).size)
+    write = partial(torch.export.save, program)
     if path.suffix == ".onnx":
-        names = list(program.call_spec.out_spec.context)
+        names = [f"{what}_{n + 1}" for what in ("logits", "boxes") for n in range(config.scales)]
         try:
-            program = torch.onnx.export(program, output_names=names, dynamo=True, verbose=False)
+            write = torch.onnx.export(program, output_names=names, verbose=False).save
         except ImportError as error:
-            raise InputError(
-                f"{path}: ONNX needs a package ({error}); install it, or use .pt2"
-            ) from None
-        write_atomically(path, lambda part: program.save(part))
-    else:
-        write_atomically(path, lambda part: torch.export.save(program, part))
+            raise InputError(f"{path}: {error}; install what ONNX needs, or use .pt2") from None
+    write_atomically(path, write)
     return path

@@ -94,7 +94,7 @@ class Job:
         return "\n".join(text.splitlines()[-lines:])
 
     def follow(self, show: Callable[[], None] = lambda: None, every: float = 2.0) -> None:
-        """Call ``show`` until the job ends; an interrupt stops the job and keeps its checkpoint.
+        """Call ``show`` until the job ends; an interrupt or error here stops it at a checkpoint.
 
         Raises:
             InputError: the job failed; the message is the last error that it printed.
@@ -103,7 +103,7 @@ class Job:
             while self.is_running():
                 show()
                 time.sleep(every)
-        except KeyboardInterrupt:
+        except BaseException:
             self.stop()
             raise
         show()

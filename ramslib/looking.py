@@ -180,6 +180,11 @@ def probabilities(seen: Sequence[Seen]) -> dict[str, Tensor]:
     }
 
 
+def photo_boxes(lens: Lens, photo: Photo, boxes: Tensor) -> Tensor:
+    """Boxes (B, 4) in input pixels, as boxes in pixels of the upright photo."""
+    return lens.view.to_image_boxes(boxes.cpu(), photo.size, lens.model.image_size)
+
+
 def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
     """The numbers of a region.
 
@@ -188,7 +193,7 @@ def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
         photo; ``iou`` with the annotated box, NaN without one; and, in patches of the view that it
         was proposed in, ``patches`` above the threshold, their number of ``components``, ``kept``.
     """
-    boxes = lens.view.to_image_boxes(region.boxes.cpu(), photo.size, lens.model.image_size)
+    boxes = photo_boxes(lens, photo, region.boxes)
     mask, component = region.proposal.mask, region.proposal.component
     numbers = dict(zip(("top", "left", "bottom", "right"), boxes[0].tolist(), strict=True))
     numbers["area"] = float(box_area(boxes)[0] / photo.size.prod())

@@ -88,9 +88,9 @@ def new_axes(ax: Axes | None, height: float = 2.8, width: float = 4.2) -> Axes:
 
 
 @styled
-def as_image(drawing: Axes | Figure) -> IPython.display.Image:
-    """A figure as a picture for a notebook's live display; the figure is closed."""
-    figure = drawing if isinstance(drawing, Figure) else drawing.figure
+def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
+    """The figure of some Axes as a picture for a notebook's live display; the figure is closed."""
+    figure = np.ravel(axes)[0].figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)

@@ -58,7 +58,7 @@ def label_components(mask: Tensor) -> Tensor:
 
     if torch.compiler.is_exporting():  # an exported program keeps the loop
         return torch.while_loop(differ, merge, (before, labels))[1]
-    while differ(before, labels):
+    while not torch.equal(before, labels):
         before, labels = merge(before, labels)
     return labels
 

@@ -1,0 +1,138 @@
+"""What one of several processes needs, and what it must not leave behind."""
+
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from ramslib.errors import InputError
+from ramslib.processes import (
+    Processes,
+    _end_with_parent,
+    first_process_first,
+    load_batches,
+    process_group,
+    stop_request,
+    sum_over_processes,
+)
+
+
+class Numbers(Dataset):
+    """Its items are their indices; one of them may be bad."""
+
+    def __init__(self, bad=None):
+        self.bad = bad
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise InputError(f"photo {index}: is bad, replace it")
+        return {"index": index}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_and_leave_the_generator_alone(workers):
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    batches = load_batches(Numbers(), workers, batch_size=7)
+    assert [i for batch in batches for i in batch["index"].tolist()] == list(range(40))
+    assert torch.rand(2).equal(expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_photo_is_told_in_its_own_words(workers):
+    with pytest.raises(InputError) as error:
+        list(load_batches(Numbers(bad=13), workers, batch_size=4))
+    assert str(error.value) == "photo 13: is bad, replace it"
+    assert not multiprocessing.active_children()
+
+
+def _load_and_exit():
+    global kept
+    kept = load_batches(Numbers(), 2, batch_size=1)
+    next(kept)
+
+
+def test_a_loader_that_someone_still_holds_does_not_keep_python_from_ending():
+    child = multiprocessing.get_context("fork").Process(target=_load_and_exit)
+    child.start()
+    child.join(timeout=20)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+def test_loaders_leave_a_stop_to_the_process_that_trains():
+    """A stop goes to the whole group; sent by another process than the one that loads."""
+    batches = load_batches(Numbers(), 2, batch_size=1)
+    next(batches)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    assert len(workers) == 2
+    sender = os.fork()
+    if sender == 0:
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+            os.kill(worker, signal.SIGINT)
+        os._exit(0)
+    os.waitpid(sender, 0)
+    time.sleep(0.2)
+    assert len(list(batches)) == 39
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    read, write = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            _end_with_parent(parent, every=0.02)
+        os._exit(0)
+    os.waitpid(middle, 0)
+    os.close(write)
+    ready, _, _ = select.select([read], [], [], 10)
+    assert ready and os.read(read, 1) == b"", "the orphan let go of the pipe"
+    os.close(read)
+
+
+def test_signals_ask_for_a_stop_and_are_given_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with stop_request() as stop:
+            assert not stop.is_set()
+            os.kill(os.getpid(), number)
+            assert stop.wait(5)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
+    found = []
+
+    def ask():
+        with stop_request() as stop:
+            found.append(stop.is_set())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group() as processes:
+        assert processes.is_first and processes.world == 1
+        assert sum_over_processes(torch.ones(3), processes).tolist() == [1, 1, 1]
+        with pytest.raises(InputError, match="mine"), first_process_first(processes):
+            raise InputError("mine")
+    assert not Processes(1, 2).is_first
+    assert not torch.distributed.is_initialized()
