@@ -1,7 +1,10 @@
 """Command line: ``python -m ramslib COMMAND``; bad input is one line on stderr and exit code 2."""
 
 import argparse
+import os
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,6 +18,8 @@ PRESET_HELP = f"settings to start from: {', '.join(PRESETS)}; small by default"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # before the slow imports, for it may be killed in them
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     options = _parse(arguments)
     try:
         options.run_command(options)
@@ -27,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end_with_parent(parent: int, every: float = 0.5) -> None:
+    """End a process of torch.distributed.run with its engine: it has a session of its own."""
+    while os.getppid() == parent:
+        time.sleep(every)
+    os._exit(1)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -49,16 +49,16 @@ class Config:
     label_smoothing: float = 0.0
 
     # optimisation
-    epochs: int = 6
-    batch_size: int = 32  # images per step over all processes
+    epochs: int = 5
+    batch_size: int = 16  # images per step over all processes
     accumulate: int = 1  # micro-batches per step
     optimizer: str = "adamw"  # any timm optimizer name
-    learning_rate: float = 5e-5  # twice that, and attention no longer finds the object
+    learning_rate: float = 4e-5  # at twice that, and attention no longer finds the object
     weight_decay: float = 0.05
     momentum: float = 0.9  # of SGD; AdamW keeps its own betas
     head_factor: float = 10.0  # learning-rate factor of the classifier, which starts from nothing
     layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
-    warmup_steps: int = 6  # linear, then cosine to 0, by step
+    warmup_steps: int = 30  # linear, then cosine to 0, by step
     clip_norm: float = 1.0  # 0 switches clipping off
     frozen_blocks: int = 6  # first blocks (with the patch embedding) that are not trained
     amp: str = "none"  # none, bf16 or fp16
@@ -130,7 +130,6 @@ _RELEASED = {
     "align_corners": True,
     "normalise": "imagenet",
     "head_factor": 1.0,
-    "batch_size": 16,
     "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
     "learning_rate": 0.03,
     "weight_decay": 0.0,
@@ -146,7 +145,6 @@ _TINY = {  # random weights, seconds: does every step run?
     "source_size": 128,
     "frozen_blocks": 0,
     "epochs": 2,
-    "batch_size": 16,
 }
 
 PRESETS: dict[str, dict] = {

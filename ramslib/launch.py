@@ -93,7 +93,7 @@ class Job:
         text = log.read_text(errors="replace") if log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
-    def follow(self, show: Callable[[], None] = lambda: None, every: float = 2.0) -> None:
+    def follow(self, show: Callable[[], None] = lambda: None, every: float = 4.0) -> None:
         """Call ``show`` until the job ends; an interrupt or error here stops it at a checkpoint.
 
         Raises:

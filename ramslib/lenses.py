@@ -109,7 +109,8 @@ def open_backbone(name: str, table: pd.DataFrame, image_size=224, source_size=44
     config = Config().replace(backbone=name, class_token="shared", strength="rollout_mean", **sizes)
     stored = WEIGHTS / f"{name}.safetensors"
     pretrained = str(stored) if stored.exists() else "auto"
-    model, origin = build_model(config.replace(pretrained=pretrained), 1)
+    classes = int(table["label"].max()) + 1 if len(table) else 1  # never read, but scored
+    model, origin = build_model(config.replace(pretrained=pretrained), classes)
     if count_class_tokens(model.backbone):
         model.strength = "last_class"
     view = View(source_size, config.crop_fraction)

@@ -10,7 +10,6 @@ import gc
 import os
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -58,19 +57,11 @@ def process_group() -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=device)
         return
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Processes(rank, world, device)
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _end_with_parent(parent: int, every: float = 0.5) -> None:
-    """End this process when the engine that started it is gone: it has a session of its own."""
-    while os.getppid() == parent:
-        time.sleep(every)
-    os._exit(1)
 
 
 @contextmanager

@@ -152,11 +152,10 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     assert named.stdout == ""
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_failure_is_told_as_the_command_told_it(tmp_path, processes):
+def test_a_failure_is_told_as_the_command_told_it(tmp_path):
     with open(tmp_path / "output.log", "w") as log:
         log.write("$ an earlier command\nerror: of another time\n")
-    job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"], processes)
+    job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"])
     with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
         job.follow(every=0.1)
     assert ramslib.launch._CHILDREN == {} and attach(tmp_path) is None

@@ -8,16 +8,17 @@ import pytest
 import torch
 from exploring import make_run, shake
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import draw_photos, tiny_config
 
 from ramslib import survey as surveys
 from ramslib.attention import attention_probabilities, record_attention
+from ramslib.backbone import create_backbone
 from ramslib.datasets import load_table
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
-from ramslib.lenses import Lens, describe_run, find_runs, open_photo, open_run
+from ramslib.lenses import Lens, describe_run, find_runs, open_backbone, open_photo, open_run
 from ramslib.looking import (
     Choice,
     build_up,
@@ -363,3 +364,19 @@ def test_confusion_cells_hold_their_photos(surveyed, limit):
                 assert len(paths) == counts.loc[true, given]
         if limit > 3:
             assert counts.to_numpy().sum() == len(survey.strengths.table)
+
+
+def test_a_backbone_alone_is_surveyed_and_explored(table, tmp_path, monkeypatch):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    backbone = create_backbone("test_vit", 160)[0]
+    save_file(backbone.state_dict(), weights / "test_vit.safetensors")
+    monkeypatch.setattr("ramslib.lenses.WEIGHTS", weights)
+    lens = open_backbone("test_vit", table, image_size=64, source_size=96)
+    assert lens.classes == [] and "test_vit.safetensors" in lens.origin
+    survey = survey_images(lens, tmp_path / "surveys", say=lambda text: None)
+    assert survey.accuracy.empty and set(examples(lens, survey, 3)["why"]) <= set(
+        surveys.ORDERS[3:]
+    )
+    photo = open_photo(lens, table["path"][0])
+    assert len(follow(lens, photo, [first_look(lens, photo)], Choice(scales=3))) == 3

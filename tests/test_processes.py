@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from ramslib.__main__ import _end_with_parent
 from ramslib.errors import InputError
 from ramslib.processes import (
     Processes,
-    _end_with_parent,
     first_process_first,
     load_batches,
     process_group,

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, draw_photos, tiny_config
+from tiny import draw_photos, held_elsewhere, tiny_config
 
 import ramslib
 from ramslib.checkpoint import Progress, save_checkpoint
@@ -182,35 +180,18 @@ def test_tensorboard_gets_the_rows_of_the_log_once(tmp_path):
     assert len(events.Tags()["scalars"]) == 2
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from ramslib.run import claimed
-with claimed(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_one_training_at_a_time_holds_a_folder(tmp_path):
     run = tmp_path / "deep" / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with held_elsewhere(run) as other:
         with pytest.raises(InputError, match="run: another training works there; wait"):
             with claimed(run, patience=0.2):
                 pass
         (run / ".last.safetensors.1.part").touch()
-        threading.Timer(0.3, holder.kill).start()
+        threading.Timer(0.3, other.kill).start()
         started = time.monotonic()
         with claimed(run, patience=20):
             assert time.monotonic() - started < 5
             assert not list(run.glob(".*.part"))
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path):

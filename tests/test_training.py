@@ -3,13 +3,22 @@
 import os
 import random
 import signal
+import subprocess
 import time
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import draw_photos, finish_training, read_log, same_run, start_training, tiny_config
+from tiny import (
+    draw_photos,
+    finish_training,
+    held_elsewhere,
+    read_log,
+    same_run,
+    start_training,
+    tiny_config,
+)
 
 import ramslib.training
 from ramslib.errors import InputError
@@ -71,12 +80,12 @@ def test_variants_run_to_the_end(photos, tmp_path, changes):
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
     for name in ("none", amp):
-        train(tiny_config(photos, epochs=1, amp=name), tmp_path / name)
+        train(tiny_config(photos, epochs=1, amp=name, learning_rate=1e-4), tmp_path / name)
     full, mixed = (
         [row["loss"] for row in read_log(tmp_path / name) if row["split"] == "train"]
         for name in ("none", amp)
     )
-    assert mixed == pytest.approx(full, rel=0.02) and mixed != full
+    assert mixed == pytest.approx(full, rel=0.01) and mixed != full
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
@@ -124,28 +133,11 @@ def test_what_a_batch_cannot_be_is_refused(photos, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
-    config, run = tiny_config(photos, epochs=200), tmp_path / "run"
-    child = start_training(config, run)
-    try:
-        _wait_for(run / "metrics.jsonl")
-        claimed = ramslib.training.claimed
-        monkeypatch.setattr(ramslib.training, "claimed", lambda run: claimed(run, patience=0.3))
-        with pytest.raises(InputError, match="another training works there"):
-            train(config, run)
-        os.kill(child.pid, signal.SIGTERM)
-        output, _ = child.communicate(timeout=60)
-        assert child.returncode == 2
-        assert "\nerror: " in output and "stopped as asked, at step " in output
-        assert "Traceback" not in output
-    finally:
-        child.kill()
-
-
-def _wait_for(path, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not path.exists() or not path.stat().st_size:
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
+    run = tmp_path / "run"
+    claimed = ramslib.training.claimed
+    monkeypatch.setattr(ramslib.training, "claimed", lambda run: claimed(run, patience=0.3))
+    with held_elsewhere(run), pytest.raises(InputError, match="another training works there"):
+        train(tiny_config(photos), run)
 
 
 def _kill_at_random(child, run, draw, seconds):
@@ -160,7 +152,7 @@ def _kill_at_random(child, run, draw, seconds):
     if child.poll() is not None:
         return None
     os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
+    child.wait()
     return "writing" if caught else "anywhere"
 
 
@@ -180,6 +172,8 @@ def _kill_and_resume(config, unbroken, run, processes, kills, seconds):
     assert code == 0, output
     same_run(unbroken, run)
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".lock"}
+    left = subprocess.run(["pgrep", "-f", run.parent], capture_output=True, text=True)
+    assert left.stdout == "", "orphans of a killed engine"
     print(
         f"{processes} processes, killed and resumed: {killed.count('anywhere')} times at random, "
         f"{killed.count('writing')} while writing a checkpoint"

@@ -1,8 +1,11 @@
 """A few small photos and a small model: what the tests of training work with."""
 
 import json
+import multiprocessing
 import os
 import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 
 from ramslib.config import Config
 from ramslib.launch import changed_settings, command
+from ramslib.run import claimed
 
 ROOT = Path(__file__).parents[1]
 COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230), (210, 200, 40), (30, 200, 210)])
@@ -47,25 +51,44 @@ def tiny_config(root, **changes):
 
 
 def start_training(config, run, processes=1):
-    """Start the command that a shell takes, in a process group of its own."""
+    """Start the command that a shell takes, in a process group of its own; it prints to a file."""
     arguments = ["train", "--run", run, "--save-every", 0, *changed_settings(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        command(arguments, processes),
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+    with open(f"{run}.log", "w") as log:
+        return subprocess.Popen(
+            command(arguments, processes),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+        )
 
 
 def finish_training(config, run, processes=1):
     """Train in processes of their own to the end; returns the exit code and the output."""
-    child = start_training(config, run, processes)
-    output, _ = child.communicate(timeout=300)
-    return child.returncode, output
+    code = start_training(config, run, processes).wait(timeout=300)
+    return code, Path(f"{run}.log").read_text()
+
+
+@contextmanager
+def held_elsewhere(run):
+    """Another process trains in a folder; yields it."""
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+    other = context.Process(target=_hold, args=(Path(run), holding))
+    other.start()
+    try:
+        assert holding.wait(20)
+        yield other
+    finally:
+        other.kill()
+        other.join()
+
+
+def _hold(run, holding):
+    with claimed(run):
+        holding.set()
+        time.sleep(60)
 
 
 def read_log(run):
