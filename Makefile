@@ -2,6 +2,7 @@
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
+## make docs/story.png   the README's picture, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
 ##
@@ -39,6 +40,9 @@ lab: $(VENV)/.installed
 
 app: $(VENV)/.installed
 	$(RUN) ramslib.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
+
+docs/story.png: $(OUT)/figures/05_story.png
+	mkdir -p docs && cp $< $@
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix-only --quiet .

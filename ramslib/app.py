@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ def write_page(folder: Path, data: str, root: Path | str, out: Path | str) -> Pa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until it is interrupted; returns the exit code."""
+    """Serve until it is interrupted or terminated; returns the server's exit code."""
     parser = argparse.ArgumentParser(prog="python -m ramslib.app", description=__doc__)
     parser.add_argument("--data", default="diagnostic", help="a reader's name")
     parser.add_argument("--root", default="data/diagnostic", help="folder of the data set")
@@ -31,11 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="ramslib-") as folder:
         page = write_page(Path(folder), options.data, options.root, options.out)
-        command = [sys.executable, "-m", "voila", str(page), *options.voila]
-        try:
-            return subprocess.run(command, check=False).returncode
-        except KeyboardInterrupt:
-            return 0
+        with subprocess.Popen([sys.executable, "-m", "voila", page, *options.voila]) as server:
+            for number in (signal.SIGTERM, signal.SIGINT):  # it must not outlive this process
+                signal.signal(number, lambda *_: server.terminate())
+            return server.wait()
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ class Explorer:
             is_run = Path(name).is_dir() or "/" in name
             model = open_run(name) if is_run else open_backbone(name, self.table)
         photo, self.photo, self.lens = self.photo, None, model
+        self.models.tooltip = model.origin
         self.controls.fit(model)
         self.set.use(model)
         self.say("")

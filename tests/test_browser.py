@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def serve(command, address, folder):
         "IPYTHONDIR": str(folder / "ipython"),
     }
     with open(folder / "server.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + PATIENCE / 1000
         while not answers(address):
@@ -99,10 +102,11 @@ def serve(command, address, folder):
         yield
     finally:
         server.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
+        still_there = answers(address)
+        os.killpg(server.pid, signal.SIGKILL) if still_there else None
+    assert not still_there, "the server outlives its command"
 
 
 def answers(address):
