@@ -42,7 +42,8 @@ app: $(VENV)/.installed
 	$(RUN) ramslib.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
 docs/story.png: $(OUT)/figures/05_story.png
-	mkdir -p docs && cp $< $@
+	mkdir -p docs
+	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix-only --quiet .

@@ -171,5 +171,6 @@ def _road(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("once")
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names of any encoding
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.exit(main())

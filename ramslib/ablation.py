@@ -69,7 +69,8 @@ def collect(runs: Sequence[Path | str], weights: str = "last") -> pd.DataFrame:
         config, _, table = read_run(run)
         results = pd.read_csv(run / "results.csv").query("weights == @weights")
         if table["top"].notna().any():
-            predictions = pd.read_csv(run / f"predictions_{weights}.csv")
+            file = run / f"predictions_{weights}.csv"
+            predictions = pd.read_csv(file, encoding_errors="surrogateescape")
             iou = score_boxes(predictions, table).groupby("scale")["iou"].mean()
             results = results.assign(iou=results["scale"].map(iou))
         names = [name for name in Config.names() if name not in results]

@@ -24,8 +24,8 @@ def write_results(run: Path, predictions: dict[str, pd.DataFrame], facts: dict) 
     results = pd.concat(scores).assign(**facts)
     for which, table in predictions.items():
         write_table(table, run / f"predictions_{which}.csv")
-    card = model_card(run, results)
-    write_atomically(run / "README.md", lambda part: part.write_text(card))
+    card = model_card(run, results).encode("utf-8", "surrogateescape")
+    write_atomically(run / "README.md", lambda part: part.write_bytes(card))
     write_table(results, run / "results.csv")
 
 
@@ -34,19 +34,19 @@ def model_card(run: Path, results: pd.DataFrame) -> str:
     config, description, table = read_run(run)
     counts = table["split"].value_counts()
     images = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "validation", "test"))
-    facts = results.iloc[0]
+    classes, facts = description["classes"], results.iloc[0]
     versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
     return f"""# {run.name}: RAMS-Trans on {config.data}
 
-{_architecture(config)} It tells {len(description["classes"])} classes apart, from
-"{description["classes"][0]}" to "{description["classes"][-1]}".
+{_architecture(config)}
+It tells {len(classes)} classes apart, from "{classes[0]}" to "{classes[-1]}".
 
 - Weights before training: {description["weights"]}
 - Data: {config.data}, {images} images; fingerprint {description["data_fingerprint"][:16]}.
-- Training: {facts["epochs"]} epochs in {facts["train_seconds"]:.0f} s, processes:
-  {facts["processes"]}, seed {config.seed}; best epoch by validation: {facts["best_epoch"]}.
-  All settings: `config.json`.
-- Made with {versions}; commit {description["commit"]}; {description["machine"]}.
+- Training: {facts["epochs"]} epochs, best by validation: {facts["best_epoch"]};
+  {facts["train_seconds"]:.0f} s with {facts["processes"]} process(es) on {description["machine"]};
+  seed {config.seed}; all settings are in `config.json`.
+- Made with {versions}; commit {description["commit"]}.
 
 ## Accuracy on the test split, percent
 

@@ -19,6 +19,7 @@ from ramslib.config import Config
 from ramslib.datasets import fingerprint, load_table
 from ramslib.errors import InputError
 from ramslib.model import build_model
+from ramslib.results import write_results
 from ramslib.run import (
     Journal,
     check_run,
@@ -81,6 +82,12 @@ def test_odd_names_survive(tmp_path):
     assert description["classes"] == sorted(names)
     assert read["path"].tolist() == table["path"].tolist()
     assert read["class_name"].tolist() == table["class_name"].tolist()
+    predictions = pd.DataFrame({"path": table["path"], "label": table["label"], "scale": "scale 1"})
+    predictions = predictions.assign(rank=0, confidence=0.5, true_probability=0.5)
+    facts = {"epochs": 1, "best_epoch": 1, "train_seconds": 2.0, "processes": 1}
+    write_results(tmp_path / "run", {"last": predictions}, facts)
+    assert is_finished(tmp_path / "run")
+    assert b'"007" to "null"' in (tmp_path / "run" / "README.md").read_bytes()
 
 
 def test_only_what_decides_the_result_names_and_checks_a_run(made):
