@@ -49,11 +49,10 @@ from ramslib.looking import (
     single_thread,
     threshold_curve,
 )
-from ramslib.panels import STYLE, Chart, Later, Panel, bars, draw_figure, offer, small
-from ramslib.plots import plot_threshold
-from ramslib.rows import Row
+from ramslib.panels import STYLE, Chart, Later, Panel, bars, offer, small
+from ramslib.rows import Row, build_up_picture, threshold_chart
 from ramslib.setpanels import SetPanels
-from ramslib.stories import show_build_up, top_classes
+from ramslib.stories import top_classes
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CURVE = tuple(np.linspace(0, TOP, 41).round(3).tolist())
@@ -77,7 +76,8 @@ class Explorer:
     def __init__(self, data="diagnostic", root="data/diagnostic", out="runs", lens=None):
         self.out, self.lock, self.seconds = Path(out), threading.RLock(), deque(maxlen=1000)
         self.lens, self.photo, self.seen = None, None, []
-        self.chart, self.shown = None, [None, None]  # what each of the first two tabs explains
+        self.chart, self.chart_of = None, None
+        self.shown = [None, None]  # what each of the first two tabs explains, once it is whole
         self.later, self.threads = Later(self.lock, self.complain), torch.get_num_threads()
         self._build()
         self.table = _no_images()
@@ -236,10 +236,13 @@ class Explorer:
     def _draw_marker(self, choice: Choice) -> None:
         """Move the marker of this photo's threshold curve; dim what explains something else."""
         tab, threshold = self.tabs.selected_index, choice.thresholds[0]
-        if tab in EXPLAINING and self.shown[tab] != self._explains(choice):
-            (self.curve, self.blocks)[tab].stale(True)
-        elif tab == 0:
+        explains = self._explains(choice)
+        if tab == 1:
+            self.blocks.stale(self.shown[1] != explains)
+        elif tab == 0 and self.chart_of == explains:
             self.curve.show((self.chart, threshold), lambda: (self.chart.marked(threshold), ""))
+        elif tab == 0:
+            self.curve.stale(True)
 
     def _explains(self, choice: Choice) -> tuple:
         """What the explaining tabs depend on."""
@@ -262,14 +265,15 @@ class Explorer:
             yield partial(self._show_blocks, explains, picture)
         else:
             curve = threshold_curve(lens, photo, looks[0], choice, CURVE)
-            yield partial(self._show_curve, explains, threshold_chart(curve))
-            if lens.classes:
+            is_whole = not lens.classes
+            yield partial(self._show_curve, explains, threshold_chart(curve), is_whole)
+            if not is_whole:
                 values = []
                 for value in probability_curve(lens, photo, looks[0], choice, CURVE):
                     values.append(value)
                     yield lambda: None  # newer work may take over here
                 curve["probability"] = values
-                yield partial(self._show_curve, explains, threshold_chart(curve))
+                yield partial(self._show_curve, explains, threshold_chart(curve), True)
 
     def _arrived(self, looks: list[Seen]) -> None:
         self.seen = looks
@@ -279,21 +283,11 @@ class Explorer:
         self.shown[1] = explains
         self.blocks.show(explains, lambda: (picture, BLOCKS))
 
-    def _show_curve(self, explains: tuple, chart: Chart) -> None:
-        self.shown[0], self.chart = explains, chart
+    def _show_curve(self, explains: tuple, chart: Chart, is_whole: bool) -> None:
+        """Show a threshold curve; one that is not whole yet is asked for again."""
+        self.shown[0] = explains if is_whole else None
+        self.chart, self.chart_of = chart, explains
         self._draw_marker(self.controls.choice())
-
-
-def threshold_chart(curve: pd.DataFrame) -> Chart:
-    """The threshold curve of one photo, ready for a marker."""
-    return Chart(lambda ax: plot_threshold(curve, ax=ax), 7, 3)
-
-
-def build_up_picture(photo: Photo, strengths: torch.Tensor) -> Image.Image:
-    """The strength after each block, six in a row."""
-    rows = -(-len(strengths) // 6)
-    draw = partial(show_build_up, strengths, photo.pixels)
-    return draw_figure(lambda axes: draw(axes=axes), 9, 1.75 * rows, rows, 6)[1]
 
 
 def _no_images() -> pd.DataFrame:

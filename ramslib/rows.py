@@ -1,7 +1,10 @@
-"""The explorer's rows of pictures: what one proposal is made of."""
+"""The explorer's rows of pictures, what one proposal is made of, and those that explain it."""
+
+from functools import partial
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -11,7 +14,7 @@ from torch import Tensor
 from ramslib.evaluation import BOX
 from ramslib.lenses import Lens, Photo
 from ramslib.looking import Choice, Region, Seen
-from ramslib.panels import Panel, fit
+from ramslib.panels import Chart, Panel, draw_figure, fit
 from ramslib.pictures import (
     HEAT,
     TRUTH,
@@ -22,7 +25,9 @@ from ramslib.pictures import (
     to_picture,
     view_colour,
 )
+from ramslib.plots import plot_threshold
 from ramslib.regions import map_boxes
+from ramslib.stories import show_build_up
 
 _STOPS = ", ".join(to_hex(colour) for colour in colormaps[HEAT](np.linspace(0, 1, 9)))
 
@@ -155,3 +160,15 @@ def say_region(numbers: dict) -> str:
     iou = "" if np.isnan(numbers["iou"]) else f", IoU {numbers['iou']:.2f}"
     share = f"{100 * numbers['area']:.0f} % of the photo"
     return f"y {top}–{bottom}, x {left}–{right} px<br>{share}{iou}"
+
+
+def threshold_chart(curve: pd.DataFrame) -> Chart:
+    """The threshold curve of one photo, ready for a marker."""
+    return Chart(lambda ax: plot_threshold(curve, ax=ax), 7, 3)
+
+
+def build_up_picture(photo: Photo, strengths: Tensor) -> Image.Image:
+    """The strength after each block, six in a row."""
+    rows = -(-len(strengths) // 6)
+    draw = partial(show_build_up, strengths, photo.pixels)
+    return draw_figure(lambda axes: draw(axes=axes), 9, 1.75 * rows, rows, 6)[1]

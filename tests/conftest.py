@@ -14,6 +14,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
+torch.set_num_threads(1)  # of tiny tensors, threads only wait for each other
+
 SIZE = {"img_size": (24, 32), "patch_size": 8, "num_classes": 0}
 VIT = SIZE | {"embed_dim": 32, "depth": 3, "num_heads": 2}
 TOKEN = VIT | {"global_pool": "token"}

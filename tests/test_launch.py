@@ -29,6 +29,13 @@ from ramslib.launch import (
 )
 from ramslib.run import is_finished, read_metrics
 
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Other tests may run beside: two threads of a tiny model wait for each other for minutes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 CHOICES = {
     "image_size": st.sampled_from([112, 448, (64, 96)]),
     "source_size": st.sampled_from([None, 336, (64, 96)]),
@@ -104,7 +111,7 @@ def _attach_elsewhere(run, answer):
 
 
 def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
-    config = tiny_config(draw_photos(tmp_path / "photos"), epochs=20, workers=1)
+    config = tiny_config(draw_photos(tmp_path / "photos"), epochs=60, workers=1)
     run, pids, ports = tmp_path / "run", [], _listening()
 
     def interrupt(metrics):
@@ -130,7 +137,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
 
     train_in_processes(config.replace(workers=0), run, show=lambda metrics: None)
     assert is_finished(run) and len(read_metrics(run)) > stopped
-    assert read_metrics(run).query("split == 'train'")["step"].tolist() == list(range(1, 61))
+    assert read_metrics(run).query("split == 'train'")["step"].tolist() == list(range(1, 181))
     train_in_processes(config, run, show=lambda metrics: pytest.fail("it is finished"))
 
 
