@@ -39,7 +39,7 @@ lab: $(VENV)/.installed
 	$(RUN) jupyterlab --LabApp.default_url=/lab/tree/notebooks $$root $(ARGS)
 
 app: $(VENV)/.installed
-	$(RUN) ramslib.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
+	$(RUN) ramslib.explorer.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
 docs/story.png: $(OUT)/figures/05_story.png
 	mkdir -p docs
@@ -52,7 +52,7 @@ format: $(VENV)/.installed-test
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -rf ramslib/__pycache__ tests/__pycache__ notebooks/.ipynb_checkpoints
+	find ramslib tests -name __pycache__ -prune -exec rm -rf {} +; rm -rf notebooks/.ipynb_checkpoints
 
 # A stamp older than pyproject.toml makes pip look again; a working environment is kept.
 $(VENV)/.installed: pyproject.toml

@@ -125,22 +125,22 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _train(options: argparse.Namespace) -> None:
     config = _config(options)  # before the slow import: typos are answered at once
-    from ramslib.training import train
+    from ramslib.training.trainer import train
 
     train(config, options.run, options.save_every)
 
 
 def _data(options: argparse.Namespace) -> None:
     config = _config(options)
-    from ramslib.datasets import describe, load_table
+    from ramslib.data.datasets import describe, load_table
 
     table = load_table(config.data, config.root, config.validation_fraction, config.seed)
     print(describe(table).to_string())
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from ramslib.checkpoint import write_table
-    from ramslib.prediction import find_images, picture_paths, predict_paths, save_pictures
+    from ramslib.files import write_table
+    from ramslib.runs.prediction import find_images, picture_paths, predict_paths, save_pictures
 
     if options.out and (options.out.exists() or not options.out.parent.is_dir()):
         raise InputError(f"{options.out} exists, or its folder does not; give another file")
@@ -156,13 +156,13 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ramslib.export import export_run
+    from ramslib.runs.export import export_run
 
     print(export_run(options.run, options.out))
 
 
 def _road(options: argparse.Namespace) -> None:
-    from ramslib.road import run_road
+    from ramslib.experiments.road import run_road
 
     root = options.root or Path("data") / options.data
     parameters = _assignments(options.settings)

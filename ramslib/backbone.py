@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ramslib.errors import InputError
-from ramslib.weights import load_pretrained
+from ramslib.weights.sources import load_pretrained
 
 
 def create_backbone(
@@ -30,7 +30,7 @@ def create_backbone(
         image_size: pixels, one number or (height, width); multiples of the patch size.
         class_tokens: class tokens in the sequence, each starting from the pretrained one and its
             position. 1 leaves the model as timm builds it.
-        pretrained: where weights come from, see `ramslib.weights`.
+        pretrained: where weights come from, see `ramslib.weights.sources`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
         **weight_options: passed to `load_pretrained` (``position_resize``, ``final_norm``).
 

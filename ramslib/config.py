@@ -32,7 +32,7 @@ class Config:
 
     # model
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
-    pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights)
+    pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
     position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
     final_norm: bool = True  # load the final LayerNorm; the released code does not
     scales: int = 2  # 1 is a plain ViT

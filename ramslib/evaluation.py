@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ramslib.data.transforms import ImageDataset, View, prepare
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans
 from ramslib.processes import Processes, load_batches, sum_over_processes
 from ramslib.regions import box_area, box_iou
-from ramslib.transforms import ImageDataset, View, prepare
 
 BOX = ["top", "left", "bottom", "right"]
 _COLUMNS = ["prediction", "confidence", "true_probability", "rank", *BOX]

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ramslib.attention import record_attention
+from ramslib.data.transforms import ImageDataset, View, prepare
 from ramslib.dppm import propose
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, fuse, view_names
 from ramslib.model import RAMSTrans
 from ramslib.regions import box_area, box_iou, map_boxes
 from ramslib.strength import attention_strength
-from ramslib.transforms import ImageDataset, View, prepare
 
 
 class Strengths(NamedTuple):

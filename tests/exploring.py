@@ -3,12 +3,12 @@
 import torch
 from tiny import draw_photos, tiny_config
 
-from ramslib.checkpoint import Progress, save_checkpoint
-from ramslib.datasets import load_table
+from ramslib.data.datasets import load_table
+from ramslib.data.transforms import View
 from ramslib.evaluation import predict, score
 from ramslib.model import build_model
-from ramslib.run import open_run
-from ramslib.transforms import View
+from ramslib.runs.checkpoint import Progress, save_checkpoint
+from ramslib.runs.run import open_run
 
 
 def shake(model, seed=0):

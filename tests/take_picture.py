@@ -11,7 +11,17 @@ from test_browser import CHROMIUM, PATIENCE, free_port, serve
 def take_picture(path, data, root, out):
     """Serve the app and save what a window shows once nothing is being computed any more."""
     port = free_port()
-    command = [sys.executable, "-m", "ramslib.app", "--data", data, "--root", root, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "ramslib.explorer.app",
+        "--data",
+        data,
+        "--root",
+        root,
+        "--out",
+        out,
+    ]
     command += ["--", "--no-browser", f"--port={port}"]
     address = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder, serve(command, address + "x", Path(folder)):

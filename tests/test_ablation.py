@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from tiny import draw_photos, tiny_config
 
-import ramslib.ablation
-from ramslib.ablation import cell_folder, collect, grid, summarise, train_cells
+import ramslib.experiments.ablation
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.training import train
+from ramslib.experiments.ablation import cell_folder, collect, grid, summarise, train_cells
+from ramslib.training.trainer import train
 
 
 def test_a_grid_has_every_combination_in_order():
@@ -37,7 +37,7 @@ def test_cells_train_once_and_are_collected_with_their_settings(tmp_path, monkey
             trained.append(cell.scales)
             train(cell, run)
 
-    monkeypatch.setattr(ramslib.ablation, "train_in_processes", train_here)
+    monkeypatch.setattr(ramslib.experiments.ablation, "train_in_processes", train_here)
     cells = grid(tiny_config(draw_photos(tmp_path / "photos"), epochs=1), scales=[1, 2])
     said = []
     first = train_cells(cells, tmp_path / "cells", say=said.append)

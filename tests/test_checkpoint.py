@@ -13,16 +13,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ramslib.checkpoint import (
-    Progress,
-    load_module,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-    write_atomically,
-    write_table,
-)
 from ramslib.errors import InputError
+from ramslib.files import write_atomically, write_table
+from ramslib.runs.checkpoint import Progress, load_module, read_checkpoint, restore, save_checkpoint
 
 
 def tiny_model():

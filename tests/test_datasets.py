@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from ramslib import annotations, datasets, readers
-from ramslib.datasets import describe, fingerprint, load_table, read_folder
+from ramslib.data import annotations, datasets, readers
+from ramslib.data.datasets import describe, fingerprint, load_table, read_folder
 from ramslib.errors import InputError
 
 BOX = annotations.BOX_COLUMNS
@@ -618,7 +618,7 @@ def test_validation_does_not_depend_on_row_order_place_or_process(tmp_path):
         lines = (moved / f"{name}.txt").read_text().splitlines()
         write(moved / f"{name}.txt", "\n".join(lines[::-1]))
     code = (
-        "import sys; from ramslib.datasets import load_table, relative_paths as p; "
+        "import sys; from ramslib.data.datasets import load_table, relative_paths as p; "
         "t = load_table('cub', sys.argv[1], 0.3, seed=5); "
         "print(*sorted(p(t)[t['split'] == 'validation']))"
     )
@@ -651,7 +651,7 @@ def test_draw_is_the_documented_hash():
 
 def test_diagnostic_set_is_drawn_once(tmp_path, monkeypatch):
     drawn = []
-    write_set = "ramslib.diagnostic.write_diagnostic_set"
+    write_set = "ramslib.data.diagnostic.write_diagnostic_set"
     monkeypatch.setattr(write_set, lambda root: drawn.append(write_cub(root)), raising=False)
     for _ in range(2):
         assert len(load_table("diagnostic", tmp_path / "new")) == 12
@@ -719,7 +719,8 @@ def test_large_lists_load_fast_and_small(tmp_path):
     names = [f"{label:04d}" for label in range(555)]
     write_cub(tmp_path, names, train=48, test=40, images=False)
     code = (
-        "import sys, time; from ramslib.readers import read_nabirds; start = time.process_time(); "
+        "import sys, time; from ramslib.data.readers import read_nabirds; "
+        "start = time.process_time(); "
         "table = read_nabirds(sys.argv[1], check_images=False); "
         "seconds = time.process_time() - start; "
         "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import draw_photos, tiny_config
 
 import ramslib.evaluation
-from ramslib.datasets import load_table
+from ramslib.data.datasets import load_table
+from ramslib.data.transforms import View
 from ramslib.errors import InputError
 from ramslib.evaluation import (
     BOX,
@@ -26,7 +27,6 @@ from ramslib.evaluation import (
 )
 from ramslib.model import build_model
 from ramslib.processes import Processes
-from ramslib.transforms import View
 
 
 @pytest.fixture(scope="module")

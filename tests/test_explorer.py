@@ -15,13 +15,13 @@ from exploring import make_run
 from nbformat import read
 from PIL import Image
 
-from ramslib.app import write_page
-from ramslib.browsing import ALL, PAGE
 from ramslib.explorer import Explorer
-from ramslib.looking import choose, follow, measure, probabilities
-from ramslib.panels import Chart, Later, Panel, bars
+from ramslib.explorer.app import write_page
+from ramslib.explorer.browsing import ALL, PAGE
+from ramslib.explorer.looking import choose, follow, measure, probabilities
+from ramslib.explorer.panels import Chart, Later, Panel, bars
+from ramslib.explorer.survey import images_of, sort_images
 from ramslib.plots import plot_threshold
-from ramslib.survey import images_of, sort_images
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +375,7 @@ def test_moves_leave_nothing_behind(explorer):
 
 
 def test_unforeseen_errors_are_messages_too(explorer, monkeypatch):
-    monkeypatch.setattr("ramslib.explorer.measure", lambda *_: 1 / 0)
+    monkeypatch.setattr("ramslib.explorer.page.measure", lambda *_: 1 / 0)
     explorer.controls.thresholds[0].value = 1.05
     assert "ZeroDivisionError" in text_of(explorer.message)
     monkeypatch.undo()

@@ -5,13 +5,13 @@ import pytest
 import torch
 from tiny import draw_photos, tiny_config
 
+from ramslib.data.transforms import View, open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
-from ramslib.export import Pixels, export_model, export_run
 from ramslib.model import build_model
-from ramslib.run import load
-from ramslib.training import train
-from ramslib.transforms import View, open_image
+from ramslib.runs.export import Pixels, export_model, export_run
+from ramslib.runs.run import load
+from ramslib.training.trainer import train
 
 
 def opinionated(**changes):

@@ -22,9 +22,9 @@ from ramslib.backbone import extend_class_tokens
 from ramslib.config import Config
 from ramslib.dppm import propose
 from ramslib.model import IMAGENET, RAMSTrans
-from ramslib.optimisation import backward_scales, create_optimizer, loss_weights
 from ramslib.strength import attention_strength
-from ramslib.weights import load_pretrained
+from ramslib.training.optimisation import backward_scales, create_optimizer, loss_weights
+from ramslib.weights.sources import load_pretrained
 
 OWN = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("RAMSLIB_GOLDEN", OWN))

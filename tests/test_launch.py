@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import draw_photos, tiny_config
 
-import ramslib.launch
+import ramslib.training.launch
 from ramslib.__main__ import _config, _parse
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.launch import (
+from ramslib.runs.run import is_finished, read_metrics
+from ramslib.training.launch import (
     Job,
     attach,
     changed_settings,
@@ -27,7 +28,6 @@ from ramslib.launch import (
     train_in_processes,
     usable_processes,
 )
-from ramslib.run import is_finished, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_commands_can_be_pasted():
 
 
 def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
-    monkeypatch.setattr(ramslib.launch, "_cores", lambda: 2)
+    monkeypatch.setattr(ramslib.training.launch, "_cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert usable_processes(4) == (
         2,
@@ -88,7 +88,7 @@ def _in_session(session):
     alive, zombies = [], []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            fields = ramslib.launch._stat(int(entry.name))
+            fields = ramslib.training.launch._stat(int(entry.name))
             if fields and fields[0] == "Z" and int(fields[1]) == os.getpid():
                 zombies.append(entry.name)
             elif fields and int(fields[3]) == session:
@@ -96,14 +96,21 @@ def _in_session(session):
     return alive, zombies
 
 
-def _listening():
-    """Local ports that someone listens on."""
-    lines = (
-        Path("/proc/net/tcp").read_text().splitlines()
-        + Path("/proc/net/tcp6").read_text().splitlines()
-    )
-    rows = [line.split() for line in lines if "local_address" not in line]
-    return {row[1].rpartition(":")[2] for row in rows if row[3] == "0A"}
+def _working_on(run):
+    """Processes that name a run on their command line."""
+    found = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True)
+    return [Path("/proc", pid) for pid in found.stdout.split()]
+
+
+def _listening(processes):
+    """Local ports that these processes listen on."""
+    held = {os.readlink(file) for process in processes for file in process.glob("fd/*")}
+    rows = [
+        line.split()
+        for file in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(file).read_text().splitlines()[1:]
+    ]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held}
 
 
 def _attach_elsewhere(run, answer):
@@ -112,7 +119,7 @@ def _attach_elsewhere(run, answer):
 
 def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
     config = tiny_config(draw_photos(tmp_path / "photos"), epochs=60, workers=1)
-    run, pids, ports = tmp_path / "run", [], _listening()
+    run, pids = tmp_path / "run", []
 
     def interrupt(metrics):
         if len(metrics):
@@ -133,7 +140,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
     assert attach(run) is None and not (run / "job.json").exists()
     stopped = len(read_metrics(run))
     assert 0 < stopped and (run / "last.safetensors").exists() and not is_finished(run)
-    assert _in_session(pids[0]) == ([], []) and _listening() <= ports
+    assert _in_session(pids[0]) == ([], []) and _working_on(run) == []
 
     train_in_processes(config.replace(workers=0), run, show=lambda metrics: None)
     assert is_finished(run) and len(read_metrics(run)) > stopped
@@ -143,20 +150,19 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
 
 def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     config = tiny_config(draw_photos(tmp_path / "photos"), epochs=200, workers=1)
-    run, ports = tmp_path / "run", _listening()
+    run = tmp_path / "run"
     job = start(run, ["train", "--run", run, *changed_settings(config)], 2)
     assert start(run, ["train"], 2).pid == job.pid, "it runs already"
     deadline = time.monotonic() + 120
     while read_metrics(run).empty and time.monotonic() < deadline:
         time.sleep(0.1)
     found = Job(run, job.pid)
+    assert _listening(_working_on(run)), "two processes meet at a port"
     found.stop()
     assert not found.is_running() and attach(run) is None
     assert "stopped as asked, at step" in job.output(200)
     time.sleep(0.5)
-    assert _in_session(job.pid) == ([], []) and _listening() <= ports
-    named = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True)
-    assert named.stdout == ""
+    assert _in_session(job.pid) == ([], []) and _working_on(run) == []  # so they hold no port
 
 
 def test_a_failure_is_told_as_the_command_told_it(tmp_path):
@@ -165,7 +171,7 @@ def test_a_failure_is_told_as_the_command_told_it(tmp_path):
     job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"])
     with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
         job.follow(every=0.1)
-    assert ramslib.launch._CHILDREN == {} and attach(tmp_path) is None
+    assert ramslib.training.launch._CHILDREN == {} and attach(tmp_path) is None
 
 
 def test_a_job_file_of_the_past_is_no_job(tmp_path):
@@ -173,7 +179,7 @@ def test_a_job_file_of_the_past_is_no_job(tmp_path):
         (tmp_path / "job.json").write_text(text)
         assert attach(tmp_path) is None
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    text = json.dumps({"pid": dead.pid, "started": ramslib.launch._start_time(dead.pid)})
+    text = json.dumps({"pid": dead.pid, "started": ramslib.training.launch._start_time(dead.pid)})
     dead.wait()
     (tmp_path / "job.json").write_text(text)
     assert attach(tmp_path) is None
@@ -187,4 +193,4 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 def test_ports_are_read_as_they_are():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert f"{server.getsockname()[1]:04X}" in _listening()
+        assert f"{server.getsockname()[1]:04X}" in _listening([Path("/proc/self")])

@@ -11,15 +11,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import draw_photos, tiny_config
 
-from ramslib import survey as surveys
 from ramslib.attention import attention_probabilities, record_attention
 from ramslib.backbone import create_backbone
-from ramslib.datasets import load_table
+from ramslib.data.datasets import load_table
+from ramslib.data.transforms import View
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
-from ramslib.lenses import Lens, describe_run, find_runs, open_backbone, open_photo, open_run
-from ramslib.looking import (
+from ramslib.explorer import survey as surveys
+from ramslib.explorer.lenses import (
+    Lens,
+    describe_run,
+    find_runs,
+    open_backbone,
+    open_photo,
+    open_run,
+)
+from ramslib.explorer.looking import (
     Choice,
     build_up,
     choose,
@@ -34,9 +42,7 @@ from ramslib.looking import (
     strength_of,
     threshold_curve,
 )
-from ramslib.model import RAMSTrans, build_model
-from ramslib.strength import STRENGTHS, attention_strength
-from ramslib.survey import (
+from ramslib.explorer.survey import (
     confusion,
     effect,
     examples,
@@ -47,7 +53,8 @@ from ramslib.survey import (
     stored_survey,
     survey_images,
 )
-from ramslib.transforms import View
+from ramslib.model import RAMSTrans, build_model
+from ramslib.strength import STRENGTHS, attention_strength
 
 
 @pytest.fixture
@@ -371,7 +378,7 @@ def test_a_backbone_alone_is_surveyed_and_explored(table, tmp_path, monkeypatch)
     weights.mkdir()
     backbone = create_backbone("test_vit", 160)[0]
     save_file(backbone.state_dict(), weights / "test_vit.safetensors")
-    monkeypatch.setattr("ramslib.lenses.WEIGHTS", weights)
+    monkeypatch.setattr("ramslib.explorer.lenses.WEIGHTS", weights)
     lens = open_backbone("test_vit", table, image_size=64, source_size=96)
     assert lens.classes == [] and "test_vit.safetensors" in lens.origin
     survey = survey_images(lens, tmp_path / "surveys", say=lambda text: None)

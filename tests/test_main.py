@@ -15,8 +15,8 @@ from tiny import draw_photos, tiny_config
 
 from ramslib.__main__ import main
 from ramslib.config import Config
-from ramslib.launch import changed_settings
-from ramslib.training import train
+from ramslib.training.launch import changed_settings
+from ramslib.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -287,7 +287,7 @@ def test_an_unexpected_error_is_one_line_that_says_where(world, capsys, monkeypa
     def fail(*args):
         raise KeyError("some\nthing")
 
-    monkeypatch.setattr("ramslib.datasets.load_table", fail)
+    monkeypatch.setattr("ramslib.data.datasets.load_table", fail)
     assert main(["data"]) == 2
     line = capsys.readouterr().err
     assert line.startswith("error: KeyError: ") and line.count("\n") == 1

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from ramslib.diagnostic import write_diagnostic_set
-from ramslib.road import run_road
+from ramslib.data.diagnostic import write_diagnostic_set
+from ramslib.experiments.road import run_road
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from ramslib.backbone import extend_class_tokens
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans
-from ramslib.optimisation import (
+from ramslib.training.optimisation import (
     backward_scales,
     create_optimizer,
     create_schedule,

@@ -10,11 +10,12 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from tiny import draw_photos
 
-from ramslib import pictures, plots, stories
-from ramslib.datasets import load_table
+from ramslib import plots
+from ramslib.data.datasets import load_table
 from ramslib.dppm import propose
 from ramslib.evaluation import expected_calibration_error
 from ramslib.model import RAMSTrans
+from ramslib.plots import figures, pictures, stories
 
 matplotlib.use("agg")
 MEAN_STD = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -106,7 +107,7 @@ def test_each_scale_has_its_own_colour_everywhere():
     assert len({pictures.view_colour(name) for name in names}) == len(names)
 
 
-@pytest.mark.parametrize("name", [pictures.HEAT, plots.SCORES])
+@pytest.mark.parametrize("name", [pictures.HEAT, figures.SCORES])
 def test_colour_maps_get_steadily_lighter(name):
     colours = matplotlib.colormaps[name](np.linspace(0, 1, 32))[:, :3]
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
@@ -277,7 +278,7 @@ def test_heat_map_annotates_means():
 
 
 def test_confusion_counts_every_image_once(predictions):
-    counts = plots.confusion_counts(predictions, 3, "scale 2")
+    counts = figures.confusion_counts(predictions, 3, "scale 2")
     rows = predictions[predictions["scale"] == "scale 2"]
     for true in range(3):
         for given in range(3):

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny import draw_photos, tiny_config
 
 from ramslib.errors import InputError
-from ramslib.prediction import find_images, predict_paths, save_pictures
-from ramslib.training import train
+from ramslib.runs.prediction import find_images, predict_paths, save_pictures
+from ramslib.training.trainer import train
 
 
 @pytest.fixture(scope="module")

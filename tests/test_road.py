@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ramslib import road
 from ramslib.errors import InputError
+from ramslib.experiments import road
 
 PARAMETERS = 'data = "diagnostic"\nroot = "x"\nout = "y"\npreset = "tiny"\n'
 WRITE = """

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tiny import draw_photos, held_elsewhere, tiny_config
 
 import ramslib
-from ramslib.checkpoint import Progress, save_checkpoint
 from ramslib.config import Config
-from ramslib.datasets import fingerprint, load_table
+from ramslib.data.datasets import fingerprint, load_table
 from ramslib.errors import InputError
 from ramslib.model import build_model
-from ramslib.results import write_results
-from ramslib.run import (
+from ramslib.runs.checkpoint import Progress, save_checkpoint
+from ramslib.runs.results import write_results
+from ramslib.runs.run import (
     Journal,
     check_run,
     claimed,

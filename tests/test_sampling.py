@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.processes import Processes
-from ramslib.sampling import batch_keys, check_shares, micro_batches, step_seed, steps_per_epoch
+from ramslib.training.sampling import (
+    batch_keys,
+    check_shares,
+    micro_batches,
+    step_seed,
+    steps_per_epoch,
+)
 
 
 @st.composite

@@ -20,10 +20,10 @@ from tiny import (
     tiny_config,
 )
 
-import ramslib.training
+import ramslib.training.trainer
 from ramslib.errors import InputError
-from ramslib.run import load
-from ramslib.training import train
+from ramslib.runs.run import load
+from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
@@ -89,7 +89,7 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
-    prepare = ramslib.training.prepare
+    prepare = ramslib.training.trainer.prepare
     seen = []
 
     def plant(pixels, *options):
@@ -97,7 +97,7 @@ def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, 
         seen.append(len(pixels))
         return images * (float("nan") if len(seen) == 6 else 1), source
 
-    monkeypatch.setattr(ramslib.training, "prepare", plant)
+    monkeypatch.setattr(ramslib.training.trainer, "prepare", plant)
     with pytest.raises(InputError) as error:
         train(tiny_config(photos), tmp_path / "run")
     message = str(error.value)
@@ -134,8 +134,8 @@ def test_what_a_batch_cannot_be_is_refused(photos, tmp_path):
 
 def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    claimed = ramslib.training.claimed
-    monkeypatch.setattr(ramslib.training, "claimed", lambda run: claimed(run, patience=0.3))
+    claimed = ramslib.training.trainer.claimed
+    monkeypatch.setattr(ramslib.training.trainer, "claimed", lambda run: claimed(run, patience=0.3))
     with held_elsewhere(run), pytest.raises(InputError, match="another training works there"):
         train(tiny_config(photos), run)
 

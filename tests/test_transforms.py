@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from ramslib import transforms
-from ramslib.annotations import image_size
+from ramslib.data import transforms
+from ramslib.data.annotations import image_size
+from ramslib.data.transforms import ImageDataset, View, isolated_random, open_image, prepare
 from ramslib.errors import InputError
-from ramslib.transforms import ImageDataset, View, isolated_random, open_image, prepare
 
 ORIENTATION = 0x0112
 

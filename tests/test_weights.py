@@ -23,8 +23,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from ramslib.errors import InputError
-from ramslib.formats import convert_onnx, digest
-from ramslib.weights import DINOV2_SMALL, OfflineSource, load_pretrained
+from ramslib.weights.formats import convert_onnx, digest
+from ramslib.weights.sources import DINOV2_SMALL, OfflineSource, load_pretrained
 
 SMALL = {"patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ramslib.config import Config
-from ramslib.launch import changed_settings, command
-from ramslib.run import claimed
+from ramslib.runs.run import claimed
+from ramslib.training.launch import changed_settings, command
 
 ROOT = Path(__file__).parents[1]
 COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230), (210, 200, 40), (30, 200, 210)])

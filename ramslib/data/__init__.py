@@ -1,0 +1,1 @@
+"""Data sets as tables, photos as views: what goes into a model."""

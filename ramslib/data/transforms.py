@@ -1,0 +1,263 @@
+"""From an image file to the pixels that a model sees, and boxes from one to the other and back.
+
+The view is the paper's: resize to a fixed size without keeping the aspect (bilinear), then crop, at
+random with a flip in training, in the centre otherwise. It is taken once, at the resolution of the
+source; `prepare` makes the input of scale 1 from it on the device, so that both show the same.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ramslib.data.annotations import image_file, upright_size
+from ramslib.errors import InputError
+
+LARGE = 25_000_000  # pixels of a JPEG beyond which a fraction of its size is decoded if enough
+
+
+def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
+    """Open any image as upright RGB of 8 bits.
+
+    The EXIF orientation is applied, transparency is laid over white, 16 bits are scaled to 8, other
+    numbers (32-bit, float) from their minimum and maximum. Of several frames, the first is read.
+
+    Args:
+        path: the file.
+        at_least: with it, JPEGs of more than `LARGE` pixels are decoded at 1/2, 1/4 or 1/8 of their
+            size, no side below ``at_least`` pixels: a giant costs little memory.
+
+    Raises:
+        InputError: missing, not an image, truncated, or larger than Pillow's safety limit.
+    """
+    return _open(path, at_least)[0]
+
+
+def _open(path: Path | str, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The image, and its upright (height, width) in the file whatever size it was decoded at."""
+    with image_file(path) as image:
+        size = upright_size(image)
+        if at_least and size[0] * size[1] > LARGE:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        with suppress(Exception):  # damaged EXIF is no reason to refuse a sound image
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image), size
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        low, high = values.min(), values.max()
+        values = (values - low) * (255 / (high - low)) if high > low else values.clip(0, 255)
+        image = Image.fromarray((values + 0.5).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class View:
+    """What part of an image is looked at, and how: called on a PIL image, gives (3, H, W) uint8.
+
+    Training views draw from the global generators, see `ImageDataset` for reproducible ones.
+
+    Attributes:
+        size: (H, W) of the view, or one number for both.
+        crop_fraction: size / the size that the image is resized to before cropping.
+        train: random crop and flip instead of the centre crop.
+        augment: of training views: "flip"; "autoaugment" (ImageNet's policy, after crop and flip),
+            timm's RandAugment such as "rand-m9-mstd0.5" likewise; "none": the test view.
+    """
+
+    size: int | tuple[int, int]
+    crop_fraction: float = 0.875
+    train: bool = False
+    augment: str = "flip"
+
+    def __post_init__(self):
+        size = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
+        if len(size) != 2 or min(size) < 1 or not 0 < self.crop_fraction <= 1:
+            raise InputError(
+                f"view of size {self.size}, crop_fraction {self.crop_fraction}: give (height, "
+                "width) in pixels and a fraction above 0 and up to 1"
+            )
+        object.__setattr__(self, "size", size)
+        _augmentation(self.augment, min(size))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two views of one image differ."""
+        return self.train and self.augment != "none"
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(height, width) that images are resized to before cropping."""
+        return round(self.size[0] / self.crop_fraction), round(self.size[1] / self.crop_fraction)
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """(top, left) of the centre crop in the resized image, in pixels."""
+        return tuple(round((r - s) / 2) for r, s in zip(self.resized, self.size, strict=True))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Look at an upright RGB image: (3, H, W) uint8."""
+        image = image.resize(self.resized[::-1], Image.Resampling.BILINEAR)
+        (height, width), (top, left) = self.size, self.margins
+        if self.is_random:
+            top, left = (
+                int(torch.randint(r - s + 1, ()))
+                for r, s in zip(self.resized, self.size, strict=True)
+            )
+        image = image.crop((left, top, left + width, top + height))
+        if self.is_random:
+            if torch.rand(()) < 0.5:
+                image = ImageOps.mirror(image)
+            image = _augmentation(self.augment, min(self.size))(image)
+        return pil_to_tensor(image)
+
+    def to_view_boxes(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
+        """Boxes in upright images, as boxes in their centre-cropped views, clipped to the view.
+
+        Args:
+            boxes: (B, 4) pixels of the upright image; NaN stays NaN.
+            image_sizes: (B, 2) height, width of the upright images.
+            frame: (height, width) that the view is measured in: its own size, or the model's input.
+
+        Returns:
+            (B, 4) float64, pixels of the frame.
+        """
+        scale, shift = self._mapping(image_sizes, frame)
+        limit = torch.tensor([*frame, *frame], dtype=torch.float64)
+        return torch.clamp(boxes * scale - shift, min=torch.zeros(4).double(), max=limit)
+
+    def to_image_boxes(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
+        """The way back: boxes in pixels of the frame, as boxes in pixels of the upright images."""
+        scale, shift = self._mapping(image_sizes, frame)
+        return (boxes + shift) / scale
+
+    def _mapping(self, image_sizes: Tensor, frame: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(B, 4) scale and (4,) shift of ``frame box = image box * scale - shift``."""
+        unit = torch.tensor(frame, dtype=torch.float64) / torch.tensor(self.size)
+        scale = torch.tensor(self.resized) * unit / image_sizes
+        return scale.repeat(1, 2), (torch.tensor(self.margins) * unit).repeat(2)
+
+
+@lru_cache
+def _augmentation(name: str, side: int):
+    """A function from PIL image to PIL image."""
+    if name in ("none", "flip"):
+        return lambda image: image
+    if name == "autoaugment":
+        return v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
+    if re.fullmatch(r"rand(-(m|n|mstd|mmax|p|inc)\d+(\.\d+)?)*", name):
+        with suppress(ValueError):  # such as n2.5
+            colour = (124, 116, 104)  # ImageNet's mean fills what turns and shifts leave empty
+            options = {"translate_const": int(0.45 * side), "img_mean": colour}
+            return rand_augment_transform(name, options)
+    raise InputError(
+        f"augment is {name!r}; choose none, flip, autoaugment or RandAugment as rand-m9-mstd0.5"
+    )
+
+
+class ImageDataset(Dataset):
+    """Images of a table, as seen through a view.
+
+    Items: ``source`` (3, Hs, Ws) uint8, ``label``, ``index`` (the row) and ``size`` (2,), height
+    and width of the upright image in the file. What is random about it depends on seed, epoch and
+    row alone: not on the worker or process that makes it, nor on what was made before. The epoch is
+    given with the key, ``dataset[epoch, row]``, or by `set_epoch`.
+    """
+
+    def __init__(self, table: pd.DataFrame, view: View, seed: int = 0):
+        self.paths = table["path"].tolist()
+        self.labels = table["label"].tolist()
+        self.view, self.seed = view, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers see changes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random views of an epoch, in running loader workers too."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, row = key if isinstance(key, tuple) else (int(self.epoch), key)
+        row = range(len(self))[row]
+        image, size = _open(self.paths[row], 2 * max(self.view.resized))
+        if self.view.is_random:
+            with isolated_random(self.seed, epoch, row):
+                source = self.view(image)
+        else:
+            source = self.view(image)
+        return {
+            "source": source,
+            "label": self.labels[row],
+            "index": row,
+            "size": torch.tensor(size),
+        }
+
+
+@contextmanager
+def isolated_random(*key: int) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch (CPU) inside, and restore them after."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(first)
+    np.random.seed(second)
+    torch.random.default_generator.manual_seed(third)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def prepare(
+    source: Tensor,
+    image_size: tuple[int, int],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise a batch on its device, and shrink it to the model's input with antialiasing.
+
+    Args:
+        source: (B, 3, Hs, Ws) uint8.
+        image_size: (H, W) of the model's input.
+        mean: per channel, of pixels in [0, 1].
+        std: likewise.
+
+    Returns:
+        The input (B, 3, H, W), and the source (B, 3, Hs, Ws) to cut crops from, or None where the
+        sizes are equal; float32, normalised.
+    """
+    mean, std = (
+        torch.as_tensor(values, dtype=torch.float32, device=source.device).reshape(3, 1, 1)
+        for values in (mean, std)
+    )
+    source = source.float().div_(255).sub_(mean).div_(std)
+    if source.shape[-2:] == tuple(image_size):
+        return source, None
+    size = tuple(image_size)
+    return F.interpolate(source, size, mode="bilinear", antialias=True), source

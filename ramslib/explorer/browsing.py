@@ -1,0 +1,186 @@
+"""Ways to a photo: the data set with filter and search, a folder, an upload, a gallery."""
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ipywidgets as widgets
+import pandas as pd
+
+from ramslib.data.transforms import open_image
+from ramslib.errors import InputError
+from ramslib.evaluation import BOX
+from ramslib.explorer.panels import jpeg, offer, small
+from ramslib.plots.pictures import readable
+from ramslib.runs.prediction import find_images
+
+ALL = "all"
+SHOWN = 300  # names in the list; more are found by filter and search
+PAGE = 18  # thumbnails at once
+SOURCES = ("data set", "folder", "upload")
+
+
+class Browser(widgets.VBox):
+    """Chooses a photo and calls ``pick(row)``, a row of a data set's table.
+
+    Photos from elsewhere have label -1 and no box.
+    """
+
+    def __init__(self, table: pd.DataFrame, pick: Callable[[pd.Series], None], guard: Callable):
+        self.table, self.pick, self.shown, self.quiet = table, pick, table, True
+        self.uploads = tempfile.TemporaryDirectory(prefix="ramslib-")
+        full = {"layout": widgets.Layout(width="auto"), "style": {"description_width": "44px"}}
+        self.source = widgets.ToggleButtons(options=SOURCES, style={"button_width": "auto"})
+        self.split = widgets.Dropdown(description="split", **full)
+        self.class_name = widgets.Dropdown(description="class", **full)
+        self.search = widgets.Text(description="search", placeholder="part of a name", **full)
+        self.folder = widgets.Text(
+            description="folder", placeholder="path, then Enter", continuous_update=False, **full
+        )
+        self.upload = widgets.FileUpload(
+            description="choose photos", accept="image/*", multiple=True, layout=full["layout"]
+        )
+        self.list = widgets.Select(rows=14, layout=full["layout"])
+        self.count = widgets.HTML()
+        super().__init__(layout=widgets.Layout(width="250px", flex="0 0 auto"))
+        self.source.observe(guard(self._switch), "value")
+        for control in (self.split, self.class_name, self.search):
+            control.observe(guard(self._filter), "value")
+        self.folder.observe(guard(self._read_folder), "value")
+        self.upload.observe(guard(self._read_upload), "value")
+        self.list.observe(guard(self._picked), "value")
+        self.use(table)
+
+    def use(self, table: pd.DataFrame) -> None:
+        """Browse another data set."""
+        self.table = table
+        present = [s for s in ("validation", "test", "train") if (table["split"] == s).any()]
+        names = table.drop_duplicates("label").sort_values("label")["class_name"]
+        self.quiet = True
+        offer(self.split, [*present, ALL])
+        offer(self.class_name, [(ALL, ALL), *((readable(name), name) for name in names)])
+        self.quiet = False
+        self._switch()
+
+    def pick_path(self, path: str) -> None:
+        """Pick a photo of the data set by its path."""
+        self.pick(self.table[self.table["path"] == path].iloc[0])
+
+    def _switch(self, _=None) -> None:
+        """Show the controls of one source."""
+        of_set = [self.split, self.class_name, self.search]
+        extra = {"data set": of_set, "folder": [self.folder], "upload": [self.upload]}
+        self.children = [self.source, *extra[self.source.value], self.list, self.count]
+        if self.source.value == "data set":
+            self._filter()
+        else:
+            self._list(self.table.iloc[:0])
+
+    def _filter(self, _=None) -> None:
+        if self.quiet:
+            return
+        rows = self.table
+        if self.split.value != ALL:
+            rows = rows[rows["split"] == self.split.value]
+        if self.class_name.value != ALL:
+            rows = rows[rows["class_name"] == self.class_name.value]
+        names = rows["path"].str.rsplit("/", n=2).str[1:].str.join("/")
+        self._list(rows[names.str.contains(self.search.value.strip(), case=False, regex=False)])
+
+    def _list(self, rows: pd.DataFrame) -> None:
+        """Offer rows, and pick the first."""
+        self.shown = rows.head(SHOWN)
+        names = [Path(path).name for path in self.shown["path"]]
+        more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
+        self.count.value = small(f"{len(rows):,} photos{more}")
+        self.quiet = True
+        offer(self.list, zip(names, range(len(names)), strict=True))
+        self.quiet = False
+        self._picked()
+
+    def _picked(self, _=None) -> None:
+        if self.list.value is not None and not self.quiet:
+            self.pick(self.shown.iloc[self.list.value])
+
+    def _read_folder(self, _=None) -> None:
+        self._list(_foreign(find_images([self.folder.value.strip()])))
+
+    def _read_upload(self, _=None) -> None:
+        paths = []
+        for item in self.upload.value:
+            path = Path(self.uploads.name) / Path(item["name"]).name
+            path.write_bytes(item["content"])
+            paths.append(path)
+        self._list(_foreign(paths))
+
+
+def _foreign(paths: Sequence[Path]) -> pd.DataFrame:
+    """Rows of photos that no data set knows."""
+    table = pd.DataFrame({"path": [str(path) for path in paths]})
+    return table.assign(label=-1, class_name="", split="", **dict.fromkeys(BOX, float("nan")))
+
+
+class Thumbnails(widgets.VBox):
+    """Pages of photos as buttons, which a keyboard reaches too; ``pick(path)`` when pressed."""
+
+    count = 0  # of instances, so that each has its own styles
+
+    def __init__(self, pick: Callable[[str], None], guard: Callable):
+        Thumbnails.count += 1
+        self.mark, self.pick = f"rams-{Thumbnails.count}", pick
+        self.paths, self.captions, self.meaning, self.page = [], [], "", 0
+        self.cells = [self._cell(number, guard) for number in range(PAGE)]
+        self.pictures, self.place = widgets.HTML(), widgets.HTML()
+        layout = widgets.Layout(flex_flow="row wrap", grid_gap="8px", margin="6px 0")
+        self.grid = widgets.Box(layout=layout)
+        self.back, self.ahead = (widgets.Button(description=d) for d in ("previous", "next"))
+        self.back.on_click(guard(lambda _: self._turn(-1)))
+        self.ahead.on_click(guard(lambda _: self._turn(1)))
+        super().__init__([self.pictures, self.grid, self.place])
+
+    def show(self, paths: Sequence[str], captions: Sequence[str], meaning: str = "") -> None:
+        """Show these photos from the first page on; ``meaning`` explains the captions."""
+        self.paths, self.captions, self.page = list(paths), list(captions), 0
+        self.meaning = meaning
+        self._turn(0)
+
+    def explain(self, text: str) -> None:
+        """Show no photo but a line of text."""
+        self.grid.children, self.place.value = [], small(text)
+        self.children = [self.grid, self.place]
+
+    def _turn(self, step: int) -> None:
+        """Show another page."""
+        pages = max(1, -(-len(self.paths) // PAGE))
+        self.page = min(max(self.page + step, 0), pages - 1)
+        part = slice(self.page * PAGE, (self.page + 1) * PAGE)
+        shown = self.paths[part]
+        styles = [self._style(number, path) for number, path in enumerate(shown)]
+        self.pictures.value = f"<style>{''.join(styles)}</style>"
+        for cell, path, text in zip(self.cells, shown, self.captions[part], strict=False):
+            cell.children[0].tooltip = f"open {Path(path).name}"
+            cell.children[1].value = small(text)
+        self.grid.children = self.cells[: len(shown)]
+        place = f"{len(self.paths)} photos, page {self.page + 1} of {pages}{self.meaning}"
+        self.place.value = small(place if shown else "no photo")
+        self.back.disabled, self.ahead.disabled = self.page == 0, self.page == pages - 1
+        buttons = [widgets.HBox([self.back, self.ahead])] if pages > 1 else []
+        self.children = [self.pictures, self.grid, *buttons, self.place]
+
+    def _style(self, number: int, path: str) -> str:
+        """The rule that puts a photo behind its button; none for one that cannot be read."""
+        try:
+            picture = open_image(path, 200)
+        except InputError:
+            return f".{self.mark}-{number}{{background-image:none}}"
+        picture.thumbnail((240, 180))
+        data = base64.b64encode(jpeg(picture, 75)).decode()
+        return f".{self.mark}-{number}{{background-image:url(data:image/jpeg;base64,{data})}}"
+
+    def _cell(self, number: int, guard: Callable) -> widgets.Widget:
+        button = widgets.Button(layout=widgets.Layout(width="132px", height="99px", margin="0"))
+        button.add_class("rams-thumb")
+        button.add_class(f"{self.mark}-{number}")
+        button.on_click(guard(lambda _: self.pick(self.paths[self.page * PAGE + number])))
+        return widgets.VBox([button, widgets.HTML()], layout=widgets.Layout(width="132px"))

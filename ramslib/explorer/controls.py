@@ -1,0 +1,115 @@
+"""The explorer's controls: sliders and menus on one side, a `looking.Choice` on the other."""
+
+from collections.abc import Callable
+
+import ipywidgets as widgets
+
+from ramslib.dppm import PROPOSALS
+from ramslib.explorer.lenses import Lens
+from ramslib.explorer.looking import SINGLE, Choice, default_choice, strength_names
+from ramslib.explorer.panels import offer
+
+SCALES = 4  # at most, in the explorer
+TOP = 4.0  # the largest threshold
+NAMES = {
+    "rollout_mean": "rollout, mean of all rows",
+    "rollout_class": "rollout, class token",
+    "last_class": "last block, class token",
+    "single_block": "one block",
+    "single_head": "one head of one block",
+    "attention": "largest component (DPPM)",
+    "all_patches": "all strong patches",
+    "random": "same box, random place",
+    "centre": "same box, centre",
+    "whole": "whole image",
+}
+
+
+class Controls(widgets.VBox):
+    """All that can be chosen about a look; ``moved()`` is called after every change."""
+
+    def __init__(self, moved: Callable):
+        self.moved, self.quiet = moved, False
+        names = [f"threshold of scale {n}" for n in range(1, SCALES)]
+        self.thresholds = [_slider(name, TOP, 0.05, "620px") for name in names]
+        for slider in self.thresholds:
+            slider.tooltip = "the paper's eta: patches above this multiple of the mean are kept"
+        self.opacity = _slider("heat opacity", 1, 0.05)
+        self.opacity.value = 0.6
+        self.strength, self.proposal, self.source = (
+            _menu("strength"),
+            _menu("region"),
+            _menu("crop"),
+        )
+        self.block, self.head, self.scales = _count("block"), _count("head"), _count("scales")
+        self.scales.min, self.scales.max = 1, SCALES
+        self.reset = widgets.Button(description="as trained", tooltip="all controls as trained")
+        self.reset.on_click(lambda _: self.fit(self.lens))
+        everything = [*self.thresholds, self.opacity, self.strength, self.proposal, self.source]
+        for control in [*everything, self.block, self.head, self.scales]:
+            control.observe(self._changed, "value")
+        layout = widgets.Layout(flex_flow="row wrap", grid_gap="2px 14px", align_items="center")
+        self.box = widgets.Box(layout=layout)
+        super().__init__([self.box])
+
+    def fit(self, lens: Lens) -> None:
+        """Take a lens's limits and the values it was trained with."""
+        self.lens, choice = lens, default_choice(lens)
+        self.quiet = True
+        offer(self.strength, [(NAMES.get(n, n), n) for n in strength_names(lens)])
+        offer(self.proposal, [(NAMES.get(n, n), n) for n in PROPOSALS])
+        size = " × ".join(map(str, lens.view.size))
+        crops = [(f"from the source, {size} px", True), ("from the view before", False)]
+        offer(self.source, crops if choice.from_source else crops[1:])
+        first = lens.model.backbone.blocks[0].attn
+        self.block.max, self.head.max = choice.block, first.num_heads
+        self.set(choice)
+        self.quiet = False
+        self._changed()
+
+    def set(self, choice: Choice) -> None:
+        """Move the controls to a choice."""
+        for number, slider in enumerate(self.thresholds):
+            slider.value = choice.thresholds[min(number, len(choice.thresholds) - 1)]
+        self.strength.value, self.proposal.value = choice.strength, choice.proposal
+        self.block.value, self.head.value = choice.block, choice.head
+        self.scales.value, self.source.value = max(2, choice.scales), choice.from_source
+
+    def choice(self) -> Choice:
+        """What the controls say."""
+        return Choice(
+            tuple(slider.value for slider in self.thresholds),
+            self.strength.value,
+            self.block.value,
+            self.head.value,
+            self.proposal.value,
+            self.scales.value,
+            self.source.value,
+        )
+
+    def _changed(self, _=None) -> None:
+        if self.quiet:
+            return
+        single = [self.block] * (self.strength.value in SINGLE)
+        single += [self.head] * (self.strength.value == "single_head")
+        shown = [self.strength, *single, self.proposal, self.source, self.scales, self.opacity]
+        if self.box.children[:-1] != tuple(shown):
+            self.box.children = [*shown, self.reset]
+        self.moved()
+
+
+def _slider(description: str, top: float, step: float, width="270px") -> widgets.FloatSlider:
+    style = {"description_width": "initial"}
+    layout = widgets.Layout(width=width, max_width="100%")
+    options = {"min": 0, "max": top, "step": step, "readout_format": ".2f"}
+    return widgets.FloatSlider(description=description, **options, style=style, layout=layout)
+
+
+def _count(description: str) -> widgets.IntSlider:
+    style, layout = {"description_width": "initial"}, widgets.Layout(width="190px")
+    return widgets.IntSlider(description=description, min=1, max=12, style=style, layout=layout)
+
+
+def _menu(description: str) -> widgets.Dropdown:
+    style, layout = {"description_width": "initial"}, widgets.Layout(width="270px")
+    return widgets.Dropdown(description=description, style=style, layout=layout)

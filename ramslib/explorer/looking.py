@@ -1,0 +1,258 @@
+"""The explorer's numbers: a photo is recorded once, and what a control changes is computed from it.
+
+`record` runs one scale and keeps query and key of every block; from that, `choose` derives
+strength, mask, component, box and crop for any `Choice` of controls without another forward pass.
+Only what a next scale makes of its crop needs one: `follow` runs the scales whose crop has changed.
+All functions are free of widgets.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ramslib.attention import QueryKey, record_attention
+from ramslib.backbone import count_class_tokens, read_feature
+from ramslib.data.transforms import isolated_random
+from ramslib.dppm import Proposal, propose
+from ramslib.evaluation import fuse, view_names
+from ramslib.explorer.lenses import Lens, Photo
+from ramslib.regions import box_area, box_iou, label_components
+from ramslib.strength import STRENGTHS, attention_strength
+
+SINGLE = ("single_block", "single_head")  # strengths beside those of the registry
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the controls say.
+
+    Attributes:
+        thresholds: one per proposal; the last one also counts for further scales.
+        strength: a key of ``STRENGTHS`` or one of ``SINGLE``.
+        block: which block a single strength reads, from 1.
+        head: which head, from 1.
+        proposal: a key of ``PROPOSALS``.
+        scales: how many looks.
+        from_source: crops are cut from the high-resolution source, else from the view before.
+    """
+
+    thresholds: tuple[float, ...] = (1.0,)
+    strength: str = "last_class"
+    block: int = 1
+    head: int = 1
+    proposal: str = "attention"
+    scales: int = 2
+    from_source: bool = True
+
+
+@dataclass(eq=False)
+class Seen:
+    """One recorded scale: its view, where it lies in input pixels, logits, and all attention."""
+
+    view: Tensor
+    boxes: Tensor
+    logits: Tensor
+    blocks: list[QueryKey]
+    token: int
+    strengths: dict = field(default_factory=dict)  # those already computed
+
+
+class Region(NamedTuple):
+    """What the next scale will look at: the tensors of `model.Look`, and the crop itself."""
+
+    strength: Tensor
+    proposal: Proposal
+    crop: Tensor
+    boxes: Tensor
+
+
+def default_choice(lens: Lens) -> Choice:
+    """The controls as the model was trained."""
+    model = lens.model
+    return Choice(
+        thresholds=model.thresholds or (1.0,),
+        strength=model.strength,
+        block=len(model.backbone.blocks),
+        proposal=model.proposal,
+        scales=model.num_scales,
+        from_source=lens.view.size != model.image_size,
+    )
+
+
+def strength_names(lens: Lens) -> list[str]:
+    """The strengths that this backbone has: those of a class token need one."""
+    has_token = count_class_tokens(lens.model.backbone) > 0
+    return [name for name in STRENGTHS if has_token or not name.endswith("_class")] + list(SINGLE)
+
+
+@torch.inference_mode()
+def record(lens: Lens, view: Tensor, boxes: Tensor, scale: int) -> Seen:
+    """Run one scale and keep its attention; further scales than trained read the last token.
+
+    Args:
+        lens: the model.
+        view: (1, 3, H, W) normalised.
+        boxes: (1, 4) where it lies, in input pixels.
+        scale: 0 for scale 1.
+    """
+    model = lens.model
+    token = min(scale, model.num_scales - 1) if model.per_scale_token else 0
+    with record_attention(model.backbone) as blocks:
+        tokens = model.backbone.forward_features(view)
+    logits = model.classifier(read_feature(model.backbone, tokens, token))
+    return Seen(view, boxes, logits, blocks, token)
+
+
+def first_look(lens: Lens, photo: Photo) -> Seen:
+    """Scale 1: the whole view."""
+    whole = torch.tensor([[0.0, 0.0, *lens.model.image_size]], device=photo.images.device)
+    return record(lens, photo.images, whole, 0)
+
+
+def strength_of(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
+    """Attention strength (1, h, w) as the controls choose it; each is computed once per look."""
+    key = choice.strength, choice.block, choice.head
+    key = key if choice.strength in SINGLE else choice.strength
+    if key not in seen.strengths:
+        blocks, name = seen.blocks, choice.strength
+        if name in SINGLE:
+            blocks, name = [blocks[choice.block - 1]], _row_name(lens)
+        if choice.strength == "single_head":
+            blocks = [_one_head(blocks[0], choice.head - 1)]
+        seen.strengths[key] = attention_strength(blocks, name, lens.model.grid, seen.token)
+    return seen.strengths[key]
+
+
+def _row_name(lens: Lens) -> str:
+    """The strength that reads a single block: the class token's row where there is one."""
+    return "last_class" if count_class_tokens(lens.model.backbone) else "rollout_mean"
+
+
+def _one_head(block: QueryKey, head: int) -> QueryKey:
+    bias = block.bias
+    if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1:
+        bias = bias[..., head : head + 1, :, :]
+    query, key = (tensor[:, head : head + 1] for tensor in (block.query, block.key))
+    return QueryKey(query, key, bias, block.scale)
+
+
+@torch.inference_mode()
+def choose(lens: Lens, photo: Photo, seen: Seen, choice: Choice, number: int = 0) -> Region:
+    """What a look proposes to the next one, from what was recorded: no forward pass.
+
+    Args:
+        lens: the model.
+        photo: crops are cut from its source, if the controls say so.
+        seen: the look that proposes.
+        choice: the controls.
+        number: 0 for the proposal of scale 1.
+    """
+    strength = strength_of(lens, seen, choice)
+    threshold = choice.thresholds[min(number, len(choice.thresholds) - 1)]
+    with isolated_random(number):  # the random proposal stays where it is while controls move
+        proposal = propose(strength, threshold, choice.proposal)
+    source = photo.source if choice.from_source else None
+    crop, boxes = lens.model.amplify(seen.view, source, seen.boxes, proposal.patch_boxes)
+    return Region(strength, proposal, crop, boxes)
+
+
+def follow(lens: Lens, photo: Photo, seen: Sequence[Seen], choice: Choice) -> list[Seen]:
+    """All looks that the controls ask for; those whose crop is as before are not run again."""
+    looks = [seen[0]]
+    for number in range(choice.scales - 1):
+        region = choose(lens, photo, looks[-1], choice, number)
+        old = seen[number + 1] if number + 1 < len(seen) else None
+        same = old is not None and torch.equal(old.view, region.crop)
+        looks.append(old if same else record(lens, region.crop, region.boxes, number + 1))
+    return looks
+
+
+def probabilities(seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """(K,) class probabilities by view name."""
+    fused = fuse(tuple(look.logits for look in seen))
+    return {
+        name: values[0].cpu() for name, values in zip(view_names(len(seen)), fused, strict=True)
+    }
+
+
+def photo_boxes(lens: Lens, photo: Photo, boxes: Tensor) -> Tensor:
+    """Boxes (B, 4) in input pixels, as boxes in pixels of the upright photo."""
+    return lens.view.to_image_boxes(boxes.cpu(), photo.size, lens.model.image_size)
+
+
+def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
+    """The numbers of a region.
+
+    Returns:
+        ``top, left, bottom, right`` in pixels of the upright photo; ``area``, its share of the
+        photo; ``iou`` with the annotated box, NaN without one; and, in patches of the view that it
+        was proposed in, ``patches`` above the threshold, their number of ``components``, ``kept``.
+    """
+    boxes = photo_boxes(lens, photo, region.boxes)
+    mask, component = region.proposal.mask, region.proposal.component
+    numbers = dict(zip(("top", "left", "bottom", "right"), boxes[0].tolist(), strict=True))
+    numbers["area"] = float(box_area(boxes)[0] / photo.size.prod())
+    iou = float(box_iou(boxes, photo.truth)[0])
+    numbers["iou"] = torch.nan if photo.truth.isnan().any() else iou
+    numbers["patches"] = int(mask.sum())
+    numbers["components"] = len(label_components(mask)[mask].unique())
+    return numbers | {"kept": int(component.sum())}
+
+
+def threshold_curve(
+    lens: Lens, photo: Photo, seen: Seen, choice: Choice, thresholds: Sequence[float]
+) -> pd.DataFrame:
+    """What any threshold of scale 1 does to this photo, from what was recorded.
+
+    Returns:
+        One row per threshold: ``threshold, area`` (share of the photo), and ``iou`` if annotated.
+    """
+    rows = []
+    for threshold in thresholds:
+        region = choose(lens, photo, seen, replace(choice, thresholds=(threshold,)))
+        numbers = measure(lens, photo, region)
+        rows.append({"threshold": threshold, "area": numbers["area"], "iou": numbers["iou"]})
+    return pd.DataFrame(rows).dropna(axis=1)
+
+
+def probability_curve(
+    lens: Lens, photo: Photo, seen: Seen, choice: Choice, thresholds: Sequence[float]
+) -> Iterator[float]:
+    """Probability that scale 2 gives the true class, threshold by threshold of scale 1.
+
+    Where the true class is unknown, that of the class which scale 1 predicts. One forward pass per
+    different crop.
+    """
+    label = seen.logits[0].argmax() if photo.label is None else photo.label
+    known = {}
+    for threshold in thresholds:
+        region = choose(lens, photo, seen, replace(choice, thresholds=(threshold,)))
+        box = tuple(region.boxes[0].tolist())
+        if box not in known:
+            logits = record(lens, region.crop, region.boxes, 1).logits
+            known[box] = float(logits[0].softmax(dim=0)[label])
+        yield known[box]
+
+
+def build_up(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
+    """The strength (L, h, w) if the network ended after each block; single ones, block by block."""
+    name = _row_name(lens) if choice.strength in SINGLE else choice.strength
+    depths = range(1, len(seen.blocks) + 1)
+    maps = [attention_strength(seen.blocks[:n], name, lens.model.grid, seen.token) for n in depths]
+    return torch.cat(maps)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Small tensors are faster in one thread, above all while the model runs in others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,174 @@
+"""The explorer's rows of pictures, what one proposal is made of, and those that explain it."""
+
+from functools import partial
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from PIL import Image
+from torch import Tensor
+
+from ramslib.evaluation import BOX
+from ramslib.explorer.lenses import Lens, Photo
+from ramslib.explorer.looking import Choice, Region, Seen
+from ramslib.explorer.panels import Chart, Panel, draw_figure, fit
+from ramslib.plots import plot_threshold
+from ramslib.plots.pictures import (
+    HEAT,
+    TRUTH,
+    paint_box,
+    paint_mask,
+    paint_strength,
+    relative_strength,
+    to_picture,
+    view_colour,
+)
+from ramslib.plots.stories import show_build_up
+from ramslib.regions import map_boxes
+
+_STOPS = ", ".join(to_hex(colour) for colour in colormaps[HEAT](np.linspace(0, 1, 9)))
+
+
+class Row(widgets.VBox):
+    """View, attention strength, patch mask and crop of one proposal, below its threshold."""
+
+    def __init__(self, number: int, slider: widgets.Widget):
+        self.number, self.colour = number, view_colour(f"scale {number + 2}")
+        names = (
+            "photo",
+            f"attention strength, scale {number + 1}",
+            f"patch mask, scale {number + 1}",
+        )
+        self.panels = [Panel(name) for name in (*names, f"scale {number + 2} sees")]
+        self.view, self.heat, self.mask, self.crop = self.panels
+        self.base: tuple[Seen | None, Image.Image | None] = None, None
+        self.photo: tuple[Photo | None, Image.Image | None] = None, None
+        template = "repeat(4, minmax(0, 1fr))"
+        grid = widgets.Layout(grid_template_columns=template, grid_gap="12px", width="100%")
+        super().__init__([slider, widgets.GridBox(self.panels, layout=grid)])
+
+    def draw(
+        self,
+        lens: Lens,
+        photo: Photo,
+        seen: Seen,
+        region: Region,
+        numbers: dict,
+        choice: Choice,
+        opacity: float,
+    ) -> None:
+        """Draw what has changed since the last time."""
+        base, strength, proposal = self._base(lens, photo, seen), *region[:2]
+        read = seen, choice.strength, choice.block, choice.head
+        threshold = choice.thresholds[self.number]
+        self.heat.show(
+            (*read, opacity),
+            lambda: (paint_strength(base, strength[0], opacity), say_strength(strength[0])),
+        )
+        self.mask.show(
+            (*read, choice.proposal, threshold),
+            lambda: (
+                paint_mask(base, proposal.mask[0], proposal.component[0], self.colour),
+                say_mask(numbers, strength[0].numel(), threshold),
+            ),
+        )
+        crop = tuple(region.boxes[0].tolist()), choice.from_source
+        self.crop.show(
+            (seen, crop),
+            lambda: (fit(to_picture(region.crop[0], lens.model.mean_std)), say_region(numbers)),
+        )
+        if self.number:
+            self.view.name(f"scale {self.number + 1} saw")
+            self.view.show((seen, crop), lambda: (self._boxed(base, region), ""))
+
+    def draw_photo(self, photo: Photo, boxes: dict[str, list[float]]) -> None:
+        """Draw the whole photo with the boxes of all scales, in pixels of the upright photo."""
+        if self.photo[0] is not photo:
+            self.photo = photo, paint_truth(photo)
+        picture, factor = self.photo[1], self.photo[1].height / float(photo.size[0, 0])
+
+        def draw() -> tuple[Image.Image, str]:
+            painted = picture
+            for name, box in boxes.items():
+                painted = paint_box(painted, [side * factor for side in box], view_colour(name))
+            return painted, say_photo(photo, boxes)
+
+        self.view.show((picture, *map(tuple, boxes.values())), draw)
+
+    def stale(self) -> None:
+        """Dim all pictures until they are drawn again."""
+        for panel in self.panels[not self.number :]:
+            panel.stale(True)
+
+    def _base(self, lens: Lens, photo: Photo, seen: Seen) -> Image.Image:
+        """The view that was looked at, at the size of the page, made once."""
+        if self.base[0] is not seen:
+            pixels = seen.view[0] if self.number else photo.pixels
+            self.base = seen, fit(to_picture(pixels, lens.model.mean_std))
+        return self.base[1]
+
+    def _boxed(self, base: Image.Image, region: Region) -> Image.Image:
+        frame = torch.tensor([0.0, 0.0, base.height, base.width])
+        grid = tuple(region.proposal.mask.shape[1:])
+        box = map_boxes(region.proposal.patch_boxes[0].cpu(), grid, frame)
+        return paint_box(base, box.tolist(), self.colour)
+
+
+def paint_truth(photo: Photo) -> Image.Image:
+    """The upright photo at the size of the page, with its annotated box dashed."""
+    picture = fit(photo.picture)
+    if photo.truth.isnan().any():
+        return picture
+    box = photo.truth[0] * (picture.height / float(photo.size[0, 0]))
+    return paint_box(picture, box.tolist(), TRUTH, dashed=True)
+
+
+def say_photo(photo: Photo, boxes: dict[str, list[float]]) -> str:
+    """Size of the photo and a legend of its boxes."""
+    height, width = photo.size[0].tolist()
+    marks = [_mark(view_colour(name), name) for name in boxes]
+    marks += [_mark(TRUTH, "annotated")] * (not photo.truth.isnan().any())
+    return f"{height} × {width} px (height × width)<br>{' '.join(marks)}"
+
+
+def _mark(colour: str, name: str) -> str:
+    """A small empty box of that colour, and its name."""
+    box = f'<span class="rams-mark" style="border-color:{colour}"></span>'
+    return f'<span style="white-space:nowrap">{box}{name}</span>'
+
+
+def say_strength(strength: Tensor) -> str:
+    """The colour scale, in multiples of the mean."""
+    largest = float(relative_strength(strength).nan_to_num().max())
+    bar = f'<span class="rams-scale" style="background:linear-gradient(to right, {_STOPS})"></span>'
+    return f"0 {bar} {largest:.1f} × mean"
+
+
+def say_mask(numbers: dict, patches: int, threshold: float) -> str:
+    """What the threshold left, and what was kept of it."""
+    count, kept = numbers["components"], numbers["kept"]
+    text = f"{numbers['patches']} of {patches} patches above {threshold:.2f}"
+    return f"{text}<br>{count} component{'s' * (count != 1)}, {kept} patches kept"
+
+
+def say_region(numbers: dict) -> str:
+    """Where a region lies in the photo."""
+    top, left, bottom, right = (f"{numbers[side]:.0f}" for side in BOX)
+    iou = "" if np.isnan(numbers["iou"]) else f", IoU {numbers['iou']:.2f}"
+    share = f"{100 * numbers['area']:.0f} % of the photo"
+    return f"y {top}–{bottom}, x {left}–{right} px<br>{share}{iou}"
+
+
+def threshold_chart(curve: pd.DataFrame) -> Chart:
+    """The threshold curve of one photo, ready for a marker."""
+    return Chart(lambda ax: plot_threshold(curve, ax=ax), 7, 3)
+
+
+def build_up_picture(photo: Photo, strengths: Tensor) -> Image.Image:
+    """The strength after each block, six in a row."""
+    rows = -(-len(strengths) // 6)
+    draw = partial(show_build_up, strengths, photo.pixels)
+    return draw_figure(lambda axes: draw(axes=axes), 9, 1.75 * rows, rows, 6)[1]

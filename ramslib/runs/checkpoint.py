@@ -1,0 +1,156 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is one safetensors file: tensors (``model.*``, ``ema.*``, ``optimizer.*``) and the
+scalars of the run as JSON in its header. It is written beside its final name and moved there in one
+step, so a reader finds the old one or the new one, never half of one. Nothing is pickled.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ramslib.errors import InputError
+from ramslib.files import write_atomically
+
+NUMBER = "=number"  # ends the name of a tensor that stands for a plain number
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the scalars of its checkpoints."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training steps, without evaluation
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    scaler: dict = field(default_factory=dict)  # of float16 loss scaling
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds."""
+
+    tensors: dict[str, Tensor]
+    progress: Progress
+
+
+def save_checkpoint(
+    path: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+) -> None:
+    """Write model, and what training needs to go on, atomically to one file."""
+    tensors = _named("model", model.state_dict())
+    if ema is not None:
+        tensors |= _named("ema", ema.state_dict())
+    if optimizer is not None:
+        for owner, slots in _optimizer_slots(optimizer.state_dict()):
+            tensors |= _named(f"optimizer.{owner}", slots)
+    metadata = {"progress": json.dumps(asdict(progress))}
+    write_atomically(path, lambda part: save_file(tensors, part, metadata))
+
+
+def _optimizer_slots(state: dict) -> Iterator[tuple[str, dict]]:
+    """What an optimizer keeps per parameter, and the steps that some of timm's keep per group."""
+    yield from state["state"].items()
+    for number, group in enumerate(state["param_groups"]):
+        yield f"group{number}", {key: group[key] for key in group if key == "step"}
+
+
+def _named(prefix: str, values: dict) -> dict[str, Tensor]:
+    """Values by full name; plain numbers become tensors, named so that they can come back."""
+    named = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            named[f"{prefix}.{name}"] = value.detach().cpu().contiguous()
+        elif isinstance(value, int | float):
+            kind = torch.float64 if isinstance(value, float) else None
+            named[f"{prefix}.{name}{NUMBER}"] = torch.tensor(value, dtype=kind)
+        elif value is not None:
+            raise InputError(
+                f"this optimizer keeps a {type(value).__name__} as {name!r}, which no checkpoint "
+                "can hold; choose another optimizer"
+            )
+    return named
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint written by `save_checkpoint`.
+
+    Raises:
+        InputError: the file is missing, damaged, or not a checkpoint of this library.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; train the run first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
+        if min(progress.step, progress.best_epoch, progress.seconds) < 0:
+            raise ValueError("its progress makes no sense")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint of this library, or damaged ({error}); "
+            "remove it to start again, or give another run"
+        ) from None
+    return Checkpoint(tensors, progress)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+) -> None:
+    """Put a checkpoint's tensors back where they came from.
+
+    Raises:
+        InputError: they are those of another model or optimizer.
+    """
+    load_module(model, checkpoint, "model")
+    if ema is not None:
+        load_module(ema, checkpoint, "ema")
+    if optimizer is not None:
+        try:
+            optimizer.load_state_dict(_optimizer_state(optimizer, checkpoint))
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise InputError(f"the checkpoint does not fit the optimizer: {error}") from None
+
+
+def _optimizer_state(optimizer: Optimizer, checkpoint: Checkpoint) -> dict:
+    state: dict[int, dict] = {}
+    groups = optimizer.state_dict()["param_groups"]
+    for name, tensor in _under("optimizer", checkpoint.tensors).items():
+        owner, slot = name.split(".", 1)
+        value = tensor.item() if slot.endswith(NUMBER) else tensor
+        group = owner.startswith("group")
+        slots = groups[int(owner[5:])] if group else state.setdefault(int(owner), {})
+        slots[slot.removesuffix(NUMBER)] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+
+def load_module(module: nn.Module, checkpoint: Checkpoint, part: str) -> None:
+    """Load one part of a checkpoint, ``model`` or ``ema``, strictly.
+
+    Raises:
+        InputError: the checkpoint was made by a model of another shape.
+    """
+    try:
+        module.load_state_dict(_under(part, checkpoint.tensors))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the checkpoint does not fit the configured model: {reason}") from None

@@ -1,0 +1,80 @@
+"""A trained run as one program for other places: all scales, from pixels to logits and boxes.
+
+The file needs neither ramslib nor timm. ``.pt2`` is torch.export's, to be read by torch alone;
+``.onnx`` is for every runtime that knows ONNX (needs the package onnxscript to be written). The
+batch size is free; search for the largest component and cutting out the region are inside.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ramslib.data.transforms import View, prepare
+from ramslib.errors import InputError
+from ramslib.files import write_atomically
+from ramslib.model import RAMSTrans
+from ramslib.runs.run import load, read_run
+
+
+class Pixels(nn.Module):
+    """A model that takes a view as it comes from the file: the part that is exported."""
+
+    def __init__(self, model: RAMSTrans):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Look at all scales.
+
+        Args:
+            pixels: (B, 3, Hs, Ws) uint8 RGB, the test view (`transforms.View`) of the photos.
+
+        Returns:
+            ``logits_1`` .. ``logits_S`` (B, K) and ``boxes_1`` .. ``boxes_S`` (B, 4), where each
+            scale looked, in pixels of the model's input.
+        """
+        output = self.model(*prepare(pixels, self.model.image_size, *self.model.mean_std))
+        named = {f"logits_{scale + 1}": logits for scale, logits in enumerate(output.logits)}
+        return named | {f"boxes_{scale + 1}": boxes for scale, boxes in enumerate(output.boxes)}
+
+
+def export_model(model: RAMSTrans, source_size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """Trace a model for batches of any size.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        source_size: (Hs, Ws) of the views that the program will take.
+    """
+    pixels = torch.zeros(2, 3, *source_size, dtype=torch.uint8)
+    shapes = {"pixels": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    with torch.no_grad():
+        return torch.export.export(Pixels(model).eval(), (pixels,), dynamic_shapes=shapes)
+
+
+def export_run(run: Path | str, path: Path | str, which: str = "best") -> Path:
+    """Write the model of a run as one file.
+
+    Args:
+        run: the run's folder.
+        path: the new file, ``.pt2`` or ``.onnx``.
+        which: ``best`` or ``last`` weights.
+
+    Raises:
+        InputError: no such run, a file that exists, or another ending.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx") or path.exists():
+        raise InputError(f"{path}: give a new file that ends in .pt2 or .onnx")
+    config, _, _ = read_run(run)
+    program = export_model(load(run, which), View(config.source_size or config.image_size).size)
+    write = partial(torch.export.save, program)
+    if path.suffix == ".onnx":
+        names = [f"{what}_{n + 1}" for what in ("logits", "boxes") for n in range(config.scales)]
+        try:
+            write = torch.onnx.export(program, output_names=names, verbose=False).save
+        except ImportError as error:
+            raise InputError(f"{path}: {error}; install what ONNX needs, or use .pt2") from None
+    write_atomically(path, write)
+    return path

@@ -1,0 +1,96 @@
+"""What a finished run leaves: predictions, scores with their uncertainty, and the model card."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ramslib.config import Config
+from ramslib.evaluation import score
+from ramslib.files import write_atomically, write_table
+from ramslib.runs.run import read_run
+
+
+def write_results(run: Path, predictions: dict[str, pd.DataFrame], facts: dict) -> None:
+    """Write the files that end a run; ``results.csv`` comes last and says that it is finished.
+
+    Args:
+        run: its folder.
+        predictions: of the test split, by name of the weights that made them.
+        facts: further columns of the results: epochs, seconds, processes.
+    """
+    scores = [
+        score(table).assign(split="test", weights=which) for which, table in predictions.items()
+    ]
+    results = pd.concat(scores).assign(**facts)
+    for which, table in predictions.items():
+        write_table(table, run / f"predictions_{which}.csv")
+    card = model_card(run, results).encode("utf-8", "surrogateescape")
+    write_atomically(run / "README.md", lambda part: part.write_bytes(card))
+    write_table(results, run / "results.csv")
+
+
+def model_card(run: Path, results: pd.DataFrame) -> str:
+    """A run told to people, in Markdown: what it is, on which data, how good, how to use it."""
+    config, description, table = read_run(run)
+    counts = table["split"].value_counts()
+    images = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "validation", "test"))
+    classes, facts = description["classes"], results.iloc[0]
+    versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
+    return f"""# {run.name}: RAMS-Trans on {config.data}
+
+{_architecture(config)}
+It tells {len(classes)} classes apart, from "{classes[0]}" to "{classes[-1]}".
+
+- Weights before training: {description["weights"]}
+- Data: {config.data}, {images} images; fingerprint {description["data_fingerprint"][:16]}.
+- Training: {facts["epochs"]} epochs, best by validation: {facts["best_epoch"]};
+  {facts["train_seconds"]:.0f} s with {facts["processes"]} process(es) on {description["machine"]};
+  seed {config.seed}; all settings are in `config.json`.
+- Made with {versions}; commit {description["commit"]}.
+
+## Accuracy on the test split, percent
+
+{_accuracy_table(results)}
+
+The standard error says how far another test set of this size would move top-1; other seeds move it
+too. The test split chose nothing.
+
+## Use
+
+```python
+import ramslib
+
+model = ramslib.load("{run.name}")  # the folder; which="last" for the last weights
+```
+
+    python -m ramslib predict --run {run.name} PHOTO...
+
+The model knows only these classes and gives one of them to any picture. It was tested on pictures
+like those it was trained on, and on no others.
+"""
+
+
+def _architecture(config: Config) -> str:
+    height, width = (
+        (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    )
+    size = f"`{config.backbone}` at {height} x {width} pixels"
+    if config.scales == 1:
+        return f"A plain Vision Transformer, {size}."
+    where = "a source of higher resolution" if config.source_size else "the view before"
+    return (
+        f"A Vision Transformer, {size}, that looks {config.scales} times (RAMS-Trans): the region "
+        f"of the next look is where attention (`{config.strength}`, threshold {config.threshold}) "
+        f"was, cut from {where}."
+    )
+
+
+def _accuracy_table(results: pd.DataFrame) -> str:
+    lines = ["| weights | scale | images | top-1 | top-5 | mean per class | calibration error |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    lines += [
+        f"| {row.weights} | {row.scale} | {row.images} | {row.top1:.1f} ± {row.standard_error:.1f} "
+        f"| {row.top5:.1f} | {row.mean_class:.1f} | {row.calibration_error:.1f} |"
+        for row in results.itertuples()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Training that survives what happens to it, in one process or many."""
