@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,10 @@ def _working_on(run):
 
 def _listening(processes):
     """Local ports that these processes listen on."""
-    held = {os.readlink(file) for process in processes for file in process.glob("fd/*")}
+    held = set()
+    for file in [file for process in processes for file in process.glob("fd/*")]:
+        with suppress(FileNotFoundError):  # closed meanwhile
+            held.add(os.readlink(file))
     rows = [
         line.split()
         for file in ("/proc/net/tcp", "/proc/net/tcp6")
