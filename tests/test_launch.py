@@ -114,7 +114,9 @@ def _listening(processes):
         for file in ("/proc/net/tcp", "/proc/net/tcp6")
         for line in Path(file).read_text().splitlines()[1:]
     ]
-    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held}
+    return {
+        row[1].rpartition(":")[2] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held
+    }
 
 
 def _attach_elsewhere(run, answer):
