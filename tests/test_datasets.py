@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from ramslib.data import annotations, datasets, readers
-from ramslib.data.datasets import describe, fingerprint, load_table, read_folder
+from ramslib.data.datasets import fingerprint, load_table, read_folder
+from ramslib.data.summary import describe, describe_boxes, describe_parts, load_parts
 from ramslib.errors import InputError
 
 BOX = annotations.BOX_COLUMNS

@@ -72,9 +72,17 @@ def _read_text_layout(home: str, names: dict[str, str], used: Collection[str]) -
     )
 
 
+PART_COLUMNS = ["path", "part", "y", "x"]
+
+
 def read_parts(root: Path) -> pd.DataFrame:
-    """Visible parts in the CUB (or NABirds) layout: columns path, part, y, x, in pixels."""
+    """Visible parts in the CUB (or NABirds) layout: `PART_COLUMNS`, y and x in pixels.
+
+    A layout without the folder ``parts`` has none: no rows.
+    """
     home = find_home(root, "images.txt", "CUB_200_2011", "nabirds")
+    if not os.path.isdir(f"{home}/parts"):
+        return pd.DataFrame(columns=PART_COLUMNS)
     images = read_by_id(f"{home}/images.txt", path=str)
     names = read_by_id(f"{home}/parts/parts.txt", name=str)
     rows = read_rows(
@@ -86,7 +94,7 @@ def read_parts(root: Path) -> pd.DataFrame:
         visible=int,
     )
     visible = [(path, part, y, x) for _, (path, part, x, y, is_visible) in rows if is_visible]
-    return pd.DataFrame(visible, columns=["path", "part", "y", "x"])
+    return pd.DataFrame(visible, columns=PART_COLUMNS)
 
 
 def read_hierarchy(root: Path) -> pd.DataFrame:
