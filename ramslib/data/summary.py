@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ramslib.data import annotations, readers
@@ -79,7 +78,7 @@ def describe_parts(table: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def load_parts(data: str, root: Path | str) -> pd.DataFrame:
-    """Visible parts of a data set, as `readers.read_parts` gives them; no rows where it has none."""
+    """Visible parts as of `readers.read_parts`; no rows where a data set has none."""
     has_parts = data in ("cub", "nabirds", "diagnostic")
     return readers.read_parts(root) if has_parts else pd.DataFrame(columns=readers.PART_COLUMNS)
 
