@@ -253,7 +253,7 @@ def test_parts(tmp_path):
     summary = describe_parts(table, parts)
     assert summary.index.tolist() == ["back", "left wing"]
     assert summary["visible"].tolist() == [1 / 12, 1 / 12]
-    assert summary[["y", "x"]].to_numpy().tolist() == [[1.0, 5 / 3], [1.5, 2.0]]
+    assert summary[["y", "x"]].to_numpy().tolist() == [[1.0, 4 / 3], [1.5, 2.0]]
     pd.testing.assert_frame_equal(load_parts("cub", root), parts)
     write(root / "parts/part_locs.txt", "1 1 5.0 6.0 1\n1 3 0.0 0.0 0\n")
     assert "part_locs.txt:2: " in message(lambda: readers.read_parts(root))

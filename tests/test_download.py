@@ -90,7 +90,7 @@ def test_a_later_call_goes_on_where_an_earlier_one_stopped(server, tmp_path):
     server.cuts = [1000, 0]
     call = functools.partial(fetch, f"{server.address}/file.bin", tmp_path / "file.bin", MD5)
     found = message(call)
-    assert f"cut off at 1,000 of {len(DATA):,} bytes" in found and "file.bin.part" in found
+    assert f"cut off at 1,000 of {len(DATA):,} bytes" in found and "goes on after 1,000" in found
     assert (tmp_path / "file.bin.part").read_bytes() == DATA[:1000]
     call()
     assert (tmp_path / "file.bin").read_bytes() == DATA and server.asked[-1] == "bytes=1000-"

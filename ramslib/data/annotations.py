@@ -120,7 +120,9 @@ def _check_images(table: pd.DataFrame, home: str, allow_missing: bool) -> pd.Dat
     )  # fmt: skip
     report = f"{home}: {report}, first: {table['path'][missing].iloc[0]}"
     if not allow_missing:
-        raise InputError(f"{report}; complete the images, or pass allow_missing=True to do without")
+        raise InputError(
+            f"{report}; complete the images, or read it with allow_missing=True in Python"
+        )
     warnings.warn(f"{report}; they are left out", stacklevel=3)
     return table[~missing].reset_index(drop=True)
 

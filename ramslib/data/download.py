@@ -59,7 +59,7 @@ def download(data: str, root: Path | str) -> None:
     if by_hand and "address" not in source:
         raise InputError(
             f"{root}: {', '.join(by_hand)} must be fetched by a person; see {source['page']}, put "
-            "them into this folder under these names, and run the same command again"
+            "that into this folder under this name, and run the same command again"
         )
     if wanted:
         print(f"{data}: {', '.join(wanted)}; for the terms of use see {source['page']}")
@@ -91,8 +91,8 @@ def fetch(address: str, path: Path, checksum: str = "") -> None:
             if _size(part) <= before or isinstance(error, urllib.error.HTTPError):
                 why = " ".join(f"{error}".split())
                 raise InputError(
-                    f"{address}: not fetched ({why}); {_size(part):,} bytes of it are in {part}, "
-                    "the same command goes on from there"
+                    f"{address}: not fetched ({why}); run the same command again, it goes on after "
+                    f"{_size(part):,} bytes, or put the file there by hand: {path}"
                 ) from None
     try:
         check(part, checksum)
