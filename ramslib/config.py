@@ -47,7 +47,7 @@ class Config:
     dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
 
     # objective
-    # sum over scales (paper's figure 2), first (released), last, or a weight per scale such as 1,0.5
+    # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5
     loss: str | tuple[float, ...] = "sum"
     label_smoothing: float = 0.0
 
