@@ -170,7 +170,9 @@ def _read(name: str, value):
         expected = " or ".join(getattr(base, "__name__", str(base)) for base in bases)
         raise InputError(f"setting {name!r} takes {expected}, not {value!r}")
     if isinstance(value, tuple):
-        _check_items(name, value, int if name.endswith("size") else float)
+        kind = int if name.endswith("size") else float
+        _check_items(name, value, kind)
+        value = tuple(map(kind, value))
     return value
 
 
