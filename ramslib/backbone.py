@@ -154,11 +154,18 @@ def set_dropout(backbone: nn.Module, rate: float) -> None:
     """Set the dropout rate of the embedded tokens and of the MLPs, as in Google's ViT.
 
     timm's ``proj_drop_rate`` would drop the attention's output as well.
+
+    Raises:
+        InputError: a rate above 0 for a model that has not these places.
     """
-    places = [getattr(backbone, "pos_drop", None), *(block.mlp for block in backbone.blocks)]
-    for module in (module for place in places if place is not None for module in place.modules()):
-        if isinstance(module, nn.Dropout):
-            module.p = rate
+    blocks = [getattr(block, "mlp", None) for block in backbone.blocks]
+    places = [getattr(backbone, "pos_drop", None), *blocks]
+    if rate and None in places:
+        raise InputError(f"{type(backbone).__name__} has no place for dropout; use dropout=0")
+    for place in filter(None, places):
+        for module in place.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
 
 
 def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:
