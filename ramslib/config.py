@@ -31,6 +31,7 @@ class Config:
     workers: int = 1  # loader processes per training process
 
     # model
+    model: str = "rams"  # rams, transfg; vit is a word for rams with one scale
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
     pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
     position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
@@ -43,10 +44,13 @@ class Config:
     released_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's
+    patch_stride: int | None = None  # pixels; below the patch size patches overlap (TransFG: 12)
 
     # objective
     loss: str = "sum"  # sum over scales (paper's figure 2), first (released), or last
     label_smoothing: float = 0.0
+    contrastive_weight: float = 1.0  # TransFG: of its contrastive loss
+    contrastive_margin: float = 0.4  # TransFG: cosine below which two classes are far enough apart
 
     # optimisation
     epochs: int = 5
@@ -101,10 +105,18 @@ class Config:
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; strings are read as the field's type.
 
+        A model that looks once settles ``scales``. The plain Vision Transformer, ``vit``, is stored
+        as ``rams`` with one scale: one model has one key, however it was asked for.
+
         Raises:
             InputError: an unknown name (the nearest one is named) or a value of the wrong kind.
         """
         read = {name: _read(name, value) for name, value in changes.items()}
+        model = read.get("model", self.model)
+        if model in _LOOK_ONCE:
+            if read.get("scales", 1) != 1:
+                raise InputError(f"model {model!r} looks once; leave 'scales' at 1")
+            read |= {"model": _LOOK_ONCE[model], "scales": 1}
         config = replace(self, **read)
         _check(config)
         return config
@@ -162,7 +174,9 @@ PRESETS: dict[str, dict] = {
     },
 }
 
+_LOOK_ONCE = {"transfg": "transfg", "vit": "rams"}  # as asked for: as stored
 _CHOICES = {
+    "model": ("rams", "transfg"),  # the keys of model.MODELS
     "class_token": ("per_scale", "shared"),
     "loss": ("sum", "first", "last"),
     "amp": ("none", "bf16", "fp16"),
@@ -170,9 +184,9 @@ _CHOICES = {
     "normalise": ("backbone", "imagenet"),
 }
 _POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
-_POSITIVE += ("learning_rate", "head_factor")
+_POSITIVE += ("learning_rate", "head_factor", "patch_stride")
 _NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
-_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed")
+_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "contrastive_weight")
 _LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}
 _LARGEST |= {"seed": 2**32 - 1}
 _FRACTIONS = {
@@ -182,6 +196,7 @@ _FRACTIONS = {
     "ema_decay": (0.0, 0.99999),
     "drop_path": (0.0, 0.99),
     "layer_decay": (0.01, 1.0),
+    "contrastive_margin": (-1.0, 1.0),
 }
 
 
@@ -261,3 +276,5 @@ def _check(config: Config) -> None:
             f"setting 'threshold' has {len(config.threshold)} numbers for {config.scales - 1} "
             "proposals; give one number, or one per scale after the first"
         )
+    if config.patch_stride is not None and config.scales > 1:
+        raise InputError("a region is cut out by patches that tile; 'patch_stride' needs one scale")
