@@ -31,7 +31,7 @@ class Config:
     workers: int = 1  # loader processes per training process
 
     # model
-    model: str = "rams"  # rams, transfg; vit is a word for rams with one scale
+    model: str = "rams"  # rams, transfg, or vit, which is stored as rams with one scale
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
     pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
     position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
@@ -176,7 +176,7 @@ PRESETS: dict[str, dict] = {
 
 _LOOK_ONCE = {"transfg": "transfg", "vit": "rams"}  # as asked for: as stored
 _CHOICES = {
-    "model": ("rams", "transfg"),  # the keys of model.MODELS
+    "model": ("rams", "transfg", "vit"),  # the keys of model.MODELS, and a word for one of them
     "class_token": ("per_scale", "shared"),
     "loss": ("sum", "first", "last"),
     "amp": ("none", "bf16", "fp16"),

@@ -72,7 +72,8 @@ class TransFG(Recogniser):
         """The one look at the whole image, see `Recogniser.scales`; ``source`` is not needed."""
         self.check_size(images)
         logits, feature, _ = self.look(images)
-        yield Look(logits, images, whole_box(images).repeat(len(images), 1), None, None, feature)
+        boxes = whole_box(images).repeat(images.shape[0], 1)
+        yield Look(logits, images, boxes, None, None, feature)
 
     def look(self, view: Tensor) -> Parts:
         """Encode a view, (B, 3, H, W) normalised, choose patches before the last block, classify.

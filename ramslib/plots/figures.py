@@ -122,6 +122,30 @@ def plot_ablation(
 
 
 @styled
+def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """Differences to a baseline with their 95 % intervals, a row per method, view and seed.
+
+    Args:
+        differences: from `comparison.differences`, of one budget and one choice of weights.
+        title: above it.
+        ax: where to draw.
+    """
+    ax = new_axes(ax, 1 + 0.3 * len(differences), 5)
+    several = differences["seed"].nunique() > 1
+    names = []
+    for place, row in enumerate(differences.itertuples()):
+        look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": view_colour(row.scale)}
+        ax.errorbar(row.difference, place, xerr=row.high - row.difference, **look)
+        names.append(f"{row.method}: {row.scale}" + (f", seed {row.seed}" if several else ""))
+    ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="difference to the baseline (points, 95 % over images)", title=title)
+    ax.grid(False, axis="y")
+    return ax
+
+
+@styled
 def plot_threshold(
     curve: pd.DataFrame,
     mark: float | None = None,
