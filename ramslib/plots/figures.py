@@ -58,7 +58,7 @@ def plot_losses(metrics: pd.DataFrame, ax: Axes | None = None, smooth: int = 10)
         ax.plot(steps["step"], steps[name], color=view_colour(scale), alpha=0.2, linewidth=0.8)
         mean = steps[name].rolling(smooth, min_periods=1).mean()
         ax.plot(steps["step"], mean, color=view_colour(scale), label=scale)
-    ax.set(xlabel="step", ylabel="cross entropy (nats)", title="training loss")
+    ax.set(xlabel="step", ylabel="loss (nats)", title="training loss")
     ax.set_ylim(bottom=0)
     ax.legend()
     return ax
@@ -135,7 +135,8 @@ def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None
     names = []
     for place, row in enumerate(differences.itertuples()):
         look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": view_colour(row.scale)}
-        ax.errorbar(row.difference, place, xerr=row.high - row.difference, **look)
+        ends = [[max(0, row.difference - row.low)], [max(0, row.high - row.difference)]]
+        ax.errorbar(row.difference, place, xerr=ends, **look)
         names.append(f"{row.method}: {row.scale}" + (f", seed {row.seed}" if several else ""))
     ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
     ax.set_yticks(range(len(names)), names)
