@@ -131,19 +131,15 @@ def test_published_numbers_carry_their_uncertainty():
 
 
 def test_methods_are_trained_and_compared(tmp_path, monkeypatch):
-    trained = []
-
     def train_here(cell, run, processes, show):
-        if not (run / "results.csv").exists():
-            trained.append(cell.model)
-            train(cell, run)
+        return train(cell, run)
 
     monkeypatch.setattr(ramslib.experiments.ablation, "train_in_processes", train_here)
     base = tiny_config(draw_photos(tmp_path / "photos"), epochs=1)
     plan = plan_methods(base, ["TransFG", "RAMS-Trans"], [0])
     results = compare(plan, tmp_path / "cells")
     pd.testing.assert_frame_equal(results, compare(plan, tmp_path / "cells"))
-    assert sorted(trained) == ["rams", "rams", "transfg"]
+    assert len(list((tmp_path / "cells").iterdir())) == 3
     assert len(results) == 2 * (1 + 1 + 4)  # weights, views
     found = differences(results, tmp_path / "cells")
     assert len(found) == 2 * (1 + 4) and set(found["method"]) == {"TransFG", "RAMS-Trans"}
