@@ -111,3 +111,25 @@ def attention_probabilities(block: QueryKey, rows: slice = slice(None)) -> Tenso
         bias = block.bias if block.bias.shape[-2] == 1 else block.bias[..., rows, :]
         logits += bias
     return logits.softmax(dim=-1)
+
+
+def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
+    """Row vectors times the probabilities of a block, head by head, one image at a time.
+
+    Args:
+        rows: (B, A, Q, N) float32, or (B, 1, Q, N) for rows that all heads share.
+        block: the recorded query and key.
+
+    Returns:
+        (B, A, Q, N) ``rows @ probabilities``; memory is that of one image's probabilities.
+    """
+    if torch.compiler.is_exporting():  # an exported program takes batches of any size
+        return rows @ attention_probabilities(block)
+    products = []
+    for image, row in enumerate(rows):
+        bias = block.bias
+        if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
+            bias = bias[image : image + 1]
+        one = block._replace(query=block.query[image, None], key=block.key[image, None], bias=bias)
+        products.append(row @ attention_probabilities(one)[0])
+    return torch.stack(products)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ramslib.attention import QueryKey, attention_probabilities
+from ramslib.attention import QueryKey, attention_probabilities, multiply_rows
 from ramslib.errors import InputError
 
 
@@ -34,7 +34,8 @@ def rollout_rows(blocks: Sequence[QueryKey], weights: Tensor) -> Tensor:
         (B, N) float32; sums to the sum of the weights.
     """
     for block in reversed(blocks):
-        weights = (weights + _mean_head_rows(block, weights)) / 2
+        products = multiply_rows(weights[:, None, None], block)
+        weights = (weights + products.mean(dim=1).squeeze(1)) / 2
     return weights
 
 
@@ -59,20 +60,6 @@ def last_class(blocks: Sequence[QueryKey], class_index: int = 0) -> Tensor:
     """The row of class token ``class_index`` of the last block, averaged over heads."""
     row = attention_probabilities(blocks[-1], slice(class_index, class_index + 1))
     return row.mean(dim=1).squeeze(1)
-
-
-def _mean_head_rows(block: QueryKey, weights: Tensor) -> Tensor:
-    """Row vectors times head-averaged probabilities: (B, N) -> (B, N), one image at a time."""
-    if torch.compiler.is_exporting():  # an exported program takes batches of any size
-        return (weights[:, None, None] @ attention_probabilities(block)).mean(dim=1).squeeze(1)
-    products = []
-    for image, row in enumerate(weights):
-        bias = block.bias
-        if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
-            bias = bias[image : image + 1]
-        one = block._replace(query=block.query[image, None], key=block.key[image, None], bias=bias)
-        products.append((row @ attention_probabilities(one)[0]).mean(dim=0))
-    return torch.stack(products)
 
 
 STRENGTHS: dict[str, Callable[[Sequence[QueryKey], int], Tensor]] = {
