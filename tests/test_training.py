@@ -20,6 +20,7 @@ from tiny import (
     tiny_config,
 )
 
+import ramslib.training.learner
 import ramslib.training.trainer
 from ramslib.errors import InputError
 from ramslib.runs.run import load
@@ -28,6 +29,7 @@ from ramslib.training.trainer import train
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
 TWO = {"workers": 1, "optimizer": "momentum", "accumulate": 2, "batch_size": 8, "epochs": 6}
+TWO |= {"augment": "rand-m9-mstd0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
-    prepare = ramslib.training.trainer.prepare
+    prepare = ramslib.training.learner.prepare
     seen = []
 
     def plant(pixels, *options):
@@ -97,7 +99,7 @@ def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, 
         seen.append(len(pixels))
         return images * (float("nan") if len(seen) == 6 else 1), source
 
-    monkeypatch.setattr(ramslib.training.trainer, "prepare", plant)
+    monkeypatch.setattr(ramslib.training.learner, "prepare", plant)
     with pytest.raises(InputError) as error:
         train(tiny_config(photos), tmp_path / "run")
     message = str(error.value)
