@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = add("export", _export, "write a run's model as one file that needs no ramslib")
     export.add_argument("--run", required=True, type=Path, help="folder of the run")
-    export.add_argument("--out", required=True, type=Path, help="new file, .pt2 or .onnx")
+    export.add_argument("--out", required=True, type=Path, help="new file, .pt2")
 
     sweep = add("sweep", _sweep, "train a grid; start it again in other shells to share the work")
     sweep.add_argument("--out", required=True, type=Path, help="folder of all runs")
