@@ -1,8 +1,12 @@
 """Training: it learns, it survives kills to the bit, and processes do not change what it does."""
 
+import json
 import os
 import random
+import re
+import shlex
 import signal
+import statistics
 import subprocess
 import time
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    ROOT,
     draw_photos,
     finish_training,
     held_elsewhere,
@@ -24,6 +29,7 @@ import ramslib.training.learner
 import ramslib.training.trainer
 from ramslib.errors import InputError
 from ramslib.runs.run import load
+from ramslib.training.launch import changed_settings, command, how_far
 from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
@@ -57,6 +63,30 @@ def test_a_finished_run_stays_and_another_configuration_is_refused(photos, tmp_p
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     with pytest.raises(InputError, match=r"another run \(learning_rate 0.001 there, 0.5 here\)"):
         train(config.replace(learning_rate=0.5), run)
+
+
+def test_it_says_how_far_it_is(photos, tmp_path):
+    assert how_far(tmp_path) == "starting"
+    run = train(tiny_config(photos, epochs=2), tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    speed = statistics.median(json.loads(line)["images_per_second"] for line in lines[:3])
+    left = f"about {(8 - 3) * 6 / speed:.0f} s left"
+    assert how_far(run) == f"step 3 of 8, {speed:.3g} images/s, {left}"
+
+
+def test_the_bar_shows_images_per_second_and_time_left_on_a_terminal(photos, tmp_path):
+    """A pseudo-terminal, as the bar is for people: in files there is none."""
+    config = tiny_config(photos, epochs=1)
+    words = ["train", "--run", str(tmp_path / "run"), *changed_settings(config)]
+    shell = shlex.join(command(words))
+    subprocess.run(
+        ["script", "-qec", shell, str(tmp_path / "typescript")], cwd=ROOT, check=True, timeout=300
+    )
+    text = (tmp_path / "typescript").read_text(errors="replace")
+    assert re.search(r"100%.*24/24 \[\d\d:\d\d<\d\d:\d\d, .+ images/s, loss=\d", text)
+    code, output = finish_training(config, tmp_path / "second")
+    assert code == 0 and "images/s" not in output
 
 
 def test_early_stopping_keeps_the_best(photos, tmp_path):
