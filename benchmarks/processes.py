@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> float:
     options = parser.parse_args(arguments)
     settings = dict(text.split("=", 1) for text in options.settings)
     with tempfile.TemporaryDirectory() as folder:
-        root = write_diagnostic_set(Path(folder, "data"), species=4, train_per_species=32)
+        root = write_diagnostic_set(
+            Path(folder, "data"), species=4, train_per_species=32, test_per_species=2
+        )
         base = {"data": "diagnostic", "root": str(root), "epochs": 3, "validation_fraction": 0}
         config = Config.preset(options.preset, **base | settings)
         ratios = compare(config, Path(folder), options.repeats, options.skip)

@@ -5,18 +5,16 @@ import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
-from tiny import draw_photos, tiny_config
+from tiny import draw_photos
 
 import ramslib.experiments.ablation
 from ramslib.__main__ import main
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.experiments.ablation import cell_folder, grid, train_cells
 from ramslib.experiments.sweep import open_study, work
 from ramslib.training.trainer import train
 
@@ -30,6 +28,12 @@ def pretend(config, run, seconds=0.05):
         file.write(f"{run.name} {os.getpid()}\n")
     time.sleep(seconds)
     pd.DataFrame({"weights": ["last"], "top1": [50.0]}).to_csv(run / "results.csv", index=False)
+
+
+def pretend_together(config, run):
+    """Stands for trainings that last until another worker has begun with one, too."""
+    pretend(config, run)
+    wait_for(lambda: len({worker for _, worker in begun(run.parent)}) > 1)
 
 
 def never_ends(config, run):
@@ -69,12 +73,12 @@ def wait_for(condition, seconds=60):
 
 def test_workers_that_start_together_train_each_cell_once(tmp_path):
     cells = cells_in(tmp_path, 8)
-    workers = [start_worker(tmp_path, cells) for _ in range(3)]
+    workers = [start_worker(tmp_path, cells, pretend_together) for _ in range(3)]
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
         assert worker.exitcode == 0
     assert Counter(name for name, _ in begun(tmp_path)) == Counter(run.name for run in cells)
-    assert len({worker for _, worker in begun(tmp_path)}) > 1, "one did it all: nothing was shared"
+    assert len({worker for _, worker in begun(tmp_path)}) > 1
     done = [t for t in open_study(tmp_path).trials if t.state == TrialState.COMPLETE]
     assert len(done) == 8 and {trial.value for trial in done} == {50.0}
 
@@ -186,8 +190,5 @@ def test_the_command_reports_what_failed_in_one_line(tmp_path, in_this_process, 
     (line,) = captured.err.splitlines()
     assert "error: 1 of 2 cells failed, " in line and "batch_size 100 exceeds" in line
     assert captured.out.count("failed: batch_size 100") == 2
-    config = tiny_config(photos)
-    assert cell_folder(config, tmp_path) == cell_folder(config.replace(workers=3), tmp_path)
-    assert Path(tmp_path / "sweep" / "sweep.db").exists()
+    assert (tmp_path / "sweep" / "sweep.db").exists()
     assert len(list((tmp_path / "sweep").glob("*/results.csv"))) == 1
-    assert grid(config) and train_cells

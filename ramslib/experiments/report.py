@@ -107,7 +107,7 @@ def write_report(run: Path | str) -> Path:
         results = pd.read_csv(run / "results.csv")
         predictions = pd.read_csv(run / "predictions_last.csv", encoding_errors="surrogateescape")
         content = _content(run, config, description, table, results, predictions)
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"{run}: its results cannot be read ({error})") from None
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(content)
     text = page.encode("utf-8", "replace")
