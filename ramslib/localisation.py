@@ -107,7 +107,7 @@ def score_regions(
         One row per image: ``path, iou`` (NaN without an annotated box), ``area`` (share of the
         image) and, with parts, ``parts_inside`` (share of its visible parts).
     """
-    annotated = torch.from_numpy(strengths.table[BOX].to_numpy(float))
+    annotated = torch.tensor(strengths.table[BOX].to_numpy(float))
     scores = strengths.table[["path"]].copy()
     scores["iou"] = box_iou(boxes.double(), annotated).numpy()
     scores.loc[annotated.isnan().any(dim=1).numpy(), "iou"] = np.nan

@@ -270,7 +270,7 @@ def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
 def test_app_serves_the_explorer_without_code(page, places, tmp_path):
     pytest.importorskip("voila", reason="needs Voila for the app")
     port = free_port()
-    command = [sys.executable, "-m", "ramslib.explorer.app", "--data", "folder"]
+    command = [sys.executable, "-m", "ramslib", "app", "--data", "folder"]
     command += ["--root", str(places / "photos"), "--out", str(places / "runs")]
     command += ["--", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
     with serve(command, f"http://127.0.0.1:{port}/voila/static/", tmp_path):

@@ -35,16 +35,14 @@ from ramslib.explorer.looking import (
     first_look,
     follow,
     measure,
-    probabilities,
     probability_curve,
-    single_thread,
     strength_names,
     strength_of,
     threshold_curve,
 )
 from ramslib.explorer.survey import (
     confusion,
-    effect,
+    effect_curve,
     examples,
     images_of,
     images_to_survey,
@@ -54,6 +52,7 @@ from ramslib.explorer.survey import (
     survey_images,
 )
 from ramslib.model import RAMSTrans, build_model
+from ramslib.plots.stories import probabilities_of
 from ramslib.strength import STRENGTHS, attention_strength
 
 
@@ -124,9 +123,8 @@ def test_more_scales_than_trained_read_the_last_token(lens, photo):
     choice = dataclasses.replace(default_choice(lens), scales=4)
     seen = follow(lens, photo, [first_look(lens, photo)], choice)
     assert [look.token for look in seen] == [0, 1, 1, 1]
-    assert list(probabilities(seen))[-2:] == ["mean softmax", "mean logits"]
     mean = torch.stack([look.logits[0].softmax(0) for look in seen]).mean(0)
-    assert torch.allclose(probabilities(seen)["mean softmax"], mean)
+    assert torch.allclose(probabilities_of(seen)["mean softmax"], mean)
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
@@ -228,7 +226,7 @@ def test_curves_of_a_photo_are_its_numbers_at_every_threshold(lens, photo):
     for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
         choice = Choice((threshold,))
         numbers = measure(lens, photo, choose(lens, photo, seen, choice))
-        assert (row.area, row.iou) == (numbers["area"], numbers["iou"])
+        assert (row.area, row.iou) == pytest.approx((numbers["area"], numbers["iou"]))
         second = follow(lens, photo, [seen], choice)[1]
         assert chance == pytest.approx(float(second.logits[0].softmax(0)[photo.label]), abs=1e-6)
 
@@ -249,14 +247,6 @@ def test_photos_that_cannot_be_looked_at(lens, tmp_path):
         with pytest.raises(InputError, match=words) as error:
             open_photo(lens, tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
-
-
-def test_one_thread_inside_and_as_before_outside():
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), single_thread():
-        assert torch.get_num_threads() == 1
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
 
 
 @pytest.fixture
@@ -312,7 +302,7 @@ def test_without_validation_images_the_test_images_are_surveyed(lens):
 @pytest.mark.parametrize("threshold", [0.6, 1.0, 1.5])
 def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
     lens, survey = surveyed
-    found = effect(survey, "last_class", threshold, "attention")
+    found = effect_curve(survey, "last_class", "attention", [threshold]).iloc[0]
     rows = []
     for row in survey.strengths.table.to_dict("records"):
         photo = open_photo(
@@ -323,7 +313,7 @@ def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
     rows = pd.DataFrame(rows)
     assert found["area"] == pytest.approx(rows["area"].mean(), abs=1e-5)
     assert found["iou"] == pytest.approx(rows["iou"].mean(), abs=1e-5)
-    assert found["hit"] == pytest.approx((rows["iou"].dropna() > 0.5).mean())
+    assert found["iou_above_half"] == pytest.approx((rows["iou"].dropna() > 0.5).mean())
 
 
 def test_stored_accuracy_is_that_of_the_nearest_threshold(surveyed):
@@ -363,7 +353,7 @@ def test_a_backbone_alone_is_judged_by_boxes_only(surveyed):
 def test_confusion_cells_hold_their_photos(surveyed, limit):
     _, survey = surveyed
     for scale in ("scale 1", "mean softmax"):
-        counts = confusion(survey, scale, limit)
+        counts = confusion(survey, 3, scale, limit)
         assert len(counts) == min(limit, 3) and list(counts.index) == list(counts.columns)
         for true in counts.index:
             for given in counts.columns:
