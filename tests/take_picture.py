@@ -14,14 +14,14 @@ from test_browser import CHROMIUM, PATIENCE, free_port, serve
 
 
 def take_picture(path, data, root, out):
-    """Serve the app and save, in 128 colours, what a window shows once nothing is computed."""
+    """Serve the app and save, in 256 colours, what a window shows once nothing is computed."""
     port = free_port()
     command = [sys.executable, "-m", "ramslib", "app", "--data", data, "--root", root]
     command += ["--out", out, "--", "--no-browser", f"--port={port}"]
     address = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as tools:
         chromium = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1240, "height": 1000})
+        page = chromium.new_page(viewport={"width": 1240, "height": 1060})
         page.set_default_timeout(PATIENCE)
         with serve(command, f"{address}voila/static/", Path(folder)):
             page.goto(address)
@@ -34,7 +34,8 @@ def take_picture(path, data, root, out):
             shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         chromium.close()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    shot.convert("RGB").quantize(128).save(path, "PNG", optimize=True)
+    colours = shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    colours.save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":
