@@ -26,10 +26,8 @@ def take_picture(path, data, root, out):
         with serve(command, f"{address}voila/static/", Path(folder)):
             page.goto(address)
             page.wait_for_selector(".rams-chart img[src]")
-            first = page.locator(".rams-chart img").first.get_attribute("src")
-            changed = f"""() => document.querySelector('.rams-chart img').src != {first!r}
-                && !document.querySelector('.rams-stale')"""
-            page.wait_for_function(changed)  # the curve has the probabilities, too
+            rest = "() => !document.querySelector('.rams').innerText.includes('computing')"
+            page.wait_for_function(rest)
             page.wait_for_timeout(1000)
             shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         chromium.close()

@@ -276,6 +276,7 @@ def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
     explorer.controls.thresholds[0].value = 1.0
     explorer.later.settle()
     before, picture = marker(curve), curve.image.value
+    assert curve.key[1] and "computing" not in text_of(curve.note), "probabilities are there"
     explorer.controls.thresholds[0].value = 3.0
     assert marker(curve) > before
     explorer.later.settle()

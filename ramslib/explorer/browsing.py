@@ -87,9 +87,9 @@ class Browser(widgets.VBox):
     def _list(self, rows: pd.DataFrame) -> None:
         """Offer rows, and pick the first."""
         self.shown = rows.head(SHOWN)
-        names = pd.Series([Path(path).name for path in self.shown["path"]], dtype=str)
-        parents = [f"{Path(path).parent.name}/" for path in self.shown["path"]]
-        names = names.where(~names.duplicated(keep=False), parents + names)
+        names = [Path(path).name for path in self.shown["path"]]
+        if len(set(names)) < len(names):
+            names = ["/".join(Path(path).parts[-2:]) for path in self.shown["path"]]
         more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
         self.count.value = small(f"{len(rows):,} photos{more}")
         self.quiet = True

@@ -112,8 +112,9 @@ class Explaining(widgets.Tab):
     ) -> Iterator[Callable]:
         """Draw the threshold curve; then the probabilities, which take longer, too."""
         curve = threshold_curve(lens, photo, seen, choice, THRESHOLDS)
-        yield self.curve.draw((key, not lens.classes), _plot(curve))
-        if lens.classes:
+        more = "computing the probability of the true class …" if lens.classes else ""
+        yield self.curve.draw((key, not more), _plot(curve), more)
+        if more:
             values = []
             for value in probability_curve(lens, photo, seen, choice, THRESHOLDS):
                 values.append(value)

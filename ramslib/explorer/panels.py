@@ -88,13 +88,13 @@ class Chart(Panel):
         self.children = [self.title, plot, self.note]
         self.add_class("rams-chart")
 
-    def draw(self, key: object, draw: Callable[[Axes], object]) -> Callable[[], None]:
+    def draw(self, key: object, draw: Callable[[Axes], object], text="") -> Callable[[], None]:
         """Let ``draw(ax)`` draw a chart; returns what shows it, to be called under the lock."""
         axes, picture = draw_figure(lambda axes: draw(axes[0]), 7, 3.2)
 
         def change_page() -> None:
             self.axes = axes[0, 0]
-            self.show(key, lambda: (picture, ""))
+            self.show(key, lambda: (picture, text))
             self.mark(self.x)
 
         return change_page
