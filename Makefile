@@ -2,7 +2,7 @@
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
-## make docs/story.png   the README's picture, from what make run made
+## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
 ##
@@ -39,11 +39,14 @@ lab: $(VENV)/.installed
 	$(RUN) jupyterlab --LabApp.default_url=/lab/tree/notebooks $$root $(ARGS)
 
 app: $(VENV)/.installed
-	$(RUN) ramslib.explorer.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
+	$(RUN) ramslib app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
 docs/story.png: $(OUT)/figures/05_story.png
 	mkdir -p docs
 	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
+
+docs/explorer.png: $(OUT)/results.csv $(VENV)/.installed-test
+	$(VENV)/bin/python tests/take_picture.py "$@" "$(DATA)" "$(ROOT)" "$(OUT)"
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix-only --quiet .

@@ -111,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     road.add_argument("--out", type=Path, default=Path("runs/road"), help="folder of all results")
     road.add_argument("--preset", default="small", help=PRESET_HELP)
     road.add_argument("settings", nargs="*", metavar="name=value", help="notebook parameters")
+
+    app = add("app", _app, "serve the explorer as a page without code")
+    app.add_argument("--data", default="diagnostic", help="a reader's name")
+    app.add_argument("--root", type=Path, help="folder of the data set")
+    app.add_argument("--out", type=Path, default=Path("runs"), help="runs are found below it")
+    app.add_argument("--run", type=Path, help="folder of the run to look through first")
+    app.add_argument("voila", nargs="*", help="after --: Voila's own options")
     return parser
 
 
@@ -212,9 +219,18 @@ def _report(options: argparse.Namespace) -> None:
 def _road(options: argparse.Namespace) -> None:
     from ramslib.experiments.road import run_road
 
-    root = options.root or Path("data") / options.data
     parameters = _assignments(options.settings)
-    run_road(options.data, root, options.out, options.preset, parameters)
+    run_road(options.data, _root(options), options.out, options.preset, parameters)
+
+
+def _app(options: argparse.Namespace) -> None:
+    from ramslib.explorer.app import serve
+
+    sys.exit(serve(options.data, _root(options), options.out, options.run, options.voila))
+
+
+def _root(options: argparse.Namespace) -> Path:
+    return options.root or Path("data") / options.data
 
 
 if __name__ == "__main__":
