@@ -23,7 +23,9 @@ def shake(model, seed=0):
 
 def make_run(root, run, **changes):
     """Photos below ``root`` and a run that looks finished; returns its folder."""
-    changes = {"image_size": 64, "source_size": 96, "validation_fraction": 0.25} | changes
+    sizes = {"image_size": 64, "source_size": 96, "validation_fraction": 0.25}
+    token = {} if changes.get("model") == "transfg" else {"class_token": "per_scale"}
+    changes = sizes | token | changes
     config = tiny_config(root if root.exists() else draw_photos(root, size=90), **changes)
     table = load_table(config.data, config.root, config.validation_fraction)
     run.mkdir(parents=True)

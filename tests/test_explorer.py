@@ -528,6 +528,7 @@ def test_a_damaged_survey_is_made_again(surveyed, places):
     whole = (stored / "strengths.safetensors").read_bytes()
     for name, data in (("strengths.safetensors", whole[:100]), ("predictions.csv", b"")):
         kept = (stored / name).read_bytes()
+        (stored / name).unlink()  # the explorer may have the old file mapped into memory
         (stored / name).write_bytes(data)
         page = Explorer("folder", places / "photos", places / "runs")
         assert page.message.value == "" and page.tabs.survey is None

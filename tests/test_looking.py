@@ -69,7 +69,9 @@ def table(tmp_path):
 @pytest.fixture
 def lens(table):
     """Two scales of timm's test_vit at 64 pixels (4 x 4 patches), crops from 96."""
-    model = shake(build_model(tiny_config("", image_size=64, source_size=96), 3)[0])
+    model = shake(
+        build_model(tiny_config("", image_size=64, source_size=96, class_token="per_scale"), 3)[0]
+    )
     return Lens("tiny", model, View(96, 0.875), ["a", "b", "c"], table, "random", "tiny")
 
 
