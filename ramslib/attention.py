@@ -34,7 +34,8 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
     """Record query and key of every block while a backbone runs.
 
     Use as ``with record_attention(backbone) as blocks: backbone.forward_features(images)``;
-    afterwards ``blocks`` is a list of L `QueryKey`, first block first. It catches torch's
+    afterwards ``blocks`` holds L `QueryKey`, first block first, or only the ``last`` ones: outside
+    of training, query and key of the others are then freed as soon as they are used. It catches torch's
     ``scaled_dot_product_attention`` in the current thread, so query and key already include
     normalisation, rotary embedding and head grouping, with no code per model family. Attention
     whose query and key differ in length (attention pooling) is not a block and is passed over.
@@ -44,9 +45,10 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
             off, a block with two attentions, or a model replica in another thread).
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, last: int | None = None):
         super().__init__()
-        self.depth = len(backbone.blocks)
+        self.depth, self.seen = len(backbone.blocks), 0
+        self.last = last or self.depth
         self.blocks: list[QueryKey] = []
 
     def __enter__(self) -> list[QueryKey]:
@@ -84,13 +86,15 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, float("-inf"))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.seen += 1
         self.blocks.append(QueryKey(query, key, bias, scale))
+        del self.blocks[: -self.last]
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        if error[0] is None and len(self.blocks) != self.depth:
+        if error[0] is None and self.seen != self.depth:
             raise RuntimeError(
-                f"recorded {len(self.blocks)} attention calls for {self.depth} blocks; "
+                f"recorded {self.seen} attention calls for {self.depth} blocks; "
                 "is fused attention off, or does a block hold more than one attention?"
             )
 

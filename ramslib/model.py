@@ -29,7 +29,7 @@ from ramslib.config import Config
 from ramslib.dppm import PROPOSALS, Proposal, propose
 from ramslib.errors import InputError
 from ramslib.regions import crop_and_resize, map_boxes
-from ramslib.strength import STRENGTHS, attention_strength
+from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -173,7 +173,7 @@ class RAMSTrans(nn.Module):
         if scale == self.num_scales - 1:
             tokens = self.backbone.forward_features(view)
             return self.classifier(read_feature(self.backbone, tokens, token)), None
-        with record_attention(self.backbone) as blocks:
+        with record_attention(self.backbone, LAST_BLOCKS.get(self.strength)) as blocks:
             tokens = self.backbone.forward_features(view)
         logits = self.classifier(read_feature(self.backbone, tokens, token))
         return logits, attention_strength(blocks, self.strength, self.grid, token)

@@ -5,7 +5,7 @@ the residual connection, rows are normalised and the blocks are multiplied (atte
 & Zuidema 2020; the paper's equations 7-9): ``g = G_L ... G_1``, ``G_l = (I + mean_a A_l,a) / 2``.
 
 Only one weighted sum of g's rows is ever used, so no matrix product is formed: ``u <- u G_l`` from
-the last block to the first costs O(L N^2) time and the memory of one block of one image.
+the last block to the first costs O(L N^2) time and, on a CPU, one MiB of memory.
 
 The registry ``STRENGTHS`` maps a name to a function ``(blocks, class_index) -> (B, N)``:
 
@@ -14,7 +14,7 @@ The registry ``STRENGTHS`` maps a name to a function ``(blocks, class_index) -> 
 - ``last_class``: the class token's row of the last block, heads averaged (no rollout).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,17 +62,34 @@ def last_class(blocks: Sequence[QueryKey], class_index: int = 0) -> Tensor:
 
 
 def _mean_head_rows(block: QueryKey, weights: Tensor) -> Tensor:
-    """Row vectors times head-averaged probabilities: (B, N) -> (B, N), one image at a time."""
+    """Row vectors times head-averaged probabilities: (B, N) -> (B, N).
+
+    Probabilities are formed for as many rows as stay in a CPU's cache, one head at a time.
+    """
     if torch.compiler.is_exporting():  # an exported program takes batches of any size
         return (weights[:, None, None] @ attention_probabilities(block)).mean(dim=1).squeeze(1)
-    products = []
-    for image, row in enumerate(weights):
-        bias = block.bias
-        if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
-            bias = bias[image : image + 1]
-        one = block._replace(query=block.query[image, None], key=block.key[image, None], bias=bias)
-        products.append((row @ attention_probabilities(one)[0]).mean(dim=0))
-    return torch.stack(products)
+    heads, tokens = block.query.shape[1:3]
+    count = max(1, CACHED // tokens) if weights.is_cpu else tokens
+    sums = torch.zeros_like(weights)
+    for image, part in _parts(block):
+        for start in range(0, tokens, count):
+            rows = slice(start, start + count)
+            products = weights[image, rows] @ attention_probabilities(part, rows)
+            sums[image] += products.reshape(-1, tokens).sum(dim=0)
+    return sums / heads
+
+
+def _parts(block: QueryKey) -> Iterator[tuple[int, QueryKey]]:
+    """What is worked on at a time, with its image: one head on a CPU, elsewhere all of them."""
+    batch, heads, tokens, _ = block.query.shape
+    bias = block.bias
+    if bias is not None:
+        bias = bias.expand(batch, heads, tokens, tokens)
+    for image in range(batch):
+        for head in range(heads) if block.query.is_cpu else [slice(None)]:
+            part = image, head
+            added = None if bias is None else bias[part]
+            yield image, QueryKey(block.query[part], block.key[part], added, block.scale)
 
 
 STRENGTHS: dict[str, Callable[[Sequence[QueryKey], int], Tensor]] = {
@@ -81,6 +98,9 @@ STRENGTHS: dict[str, Callable[[Sequence[QueryKey], int], Tensor]] = {
     "last_class": last_class,
 }
 
+LAST_BLOCKS = {"last_class": 1}  # how many of the last blocks a strength reads; others read all
+CACHED = 2**18  # probabilities formed at a time on a CPU: one MiB stays in the cores' own caches
+
 
 def attention_strength(
     blocks: Sequence[QueryKey], name: str, grid: tuple[int, int], class_index: int = 0
@@ -88,7 +108,7 @@ def attention_strength(
     """Attention strength of every patch.
 
     Args:
-        blocks: recorded attention of all blocks.
+        blocks: recorded attention of all blocks, or of as many last ones as ``LAST_BLOCKS`` says.
         name: a key of ``STRENGTHS``.
         grid: (h, w) patches; the tokens before the last h * w are prefix tokens and are dropped.
         class_index: which class token's row is read, 0 for scale 1.
