@@ -2,6 +2,7 @@
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
+## make bench    what two scales cost on this machine, measured side by side: half an hour
 ## make docs/story.png   the README's picture, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
@@ -20,7 +21,7 @@ PRESET ?= small
 ARGS ?=
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help run test lab app format clean
+.PHONY: help run test lab app bench format clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -40,6 +41,9 @@ lab: $(VENV)/.installed
 
 app: $(VENV)/.installed
 	$(RUN) ramslib.explorer.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks $(ARGS)
 
 docs/story.png: $(OUT)/figures/05_story.png
 	mkdir -p docs

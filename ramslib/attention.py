@@ -35,8 +35,8 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
 
     Use as ``with record_attention(backbone) as blocks: backbone.forward_features(images)``;
     afterwards ``blocks`` holds L `QueryKey`, first block first, or only the ``last`` ones: outside
-    of training, query and key of the others are then freed as soon as they are used. It catches torch's
-    ``scaled_dot_product_attention`` in the current thread, so query and key already include
+    of training, query and key of the others are then freed as soon as they are used. It catches
+    torch's ``scaled_dot_product_attention`` in the current thread, so query and key already include
     normalisation, rotary embedding and head grouping, with no code per model family. Attention
     whose query and key differ in length (attention pooling) is not a block and is passed over.
 

@@ -43,6 +43,7 @@ class Config:
     released_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's
+    checkpointing: bool = False  # compute blocks again in the backward pass: slower, less memory
 
     # objective
     loss: str = "sum"  # sum over scales (paper's figure 2), first (released), or last

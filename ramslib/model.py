@@ -9,7 +9,7 @@ No gradient flows through a crop, so the scales are independent given their view
 before the next runs, and inference can stop early. `RAMSTrans.forward` simply collects them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -137,10 +137,13 @@ class RAMSTrans(nn.Module):
             proposals=tuple(look.proposal for look in looks[:-1]),
         )
 
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
+    def scales(
+        self, images: Tensor, source: Tensor | None = None
+    ) -> Generator[Look, Tensor | None, None]:
         """Look at one scale after the other, each only when it is asked for.
 
-        Takes what `forward` takes. Yields a `Look` per scale.
+        Takes what `forward` takes. Yields a `Look` per scale. Who sends it a mask (B,) bool of the
+        images just looked at, instead of calling ``next``, goes on with those images alone.
 
         Raises:
             InputError: images of another size than the backbone's.
@@ -154,9 +157,13 @@ class RAMSTrans(nn.Module):
             proposal = None
             if strength is not None:
                 proposal = propose(strength, self.thresholds[scale], self.proposal)
-            yield Look(logits, view, boxes, strength, proposal)
+            kept = yield Look(logits, view, boxes, strength, proposal)
             if proposal is not None:
-                view, boxes = self.amplify(view, source, boxes, proposal.patch_boxes)
+                patch_boxes = proposal.patch_boxes
+                if kept is not None:
+                    view, boxes, patch_boxes = view[kept], boxes[kept], patch_boxes[kept]
+                    source = None if source is None else source[kept]
+                view, boxes = self.amplify(view, source, boxes, patch_boxes)
 
     def look(self, view: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Encode and classify one view.
@@ -260,6 +267,7 @@ def build_model(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
         position_resize=config.position_resize,
         final_norm=config.final_norm,
     )
+    backbone.set_grad_checkpointing(config.checkpointing)
     model = RAMSTrans(
         backbone,
         num_classes,

@@ -154,8 +154,10 @@ def _mix_rows(planes: Tensor, low: Tensor, high: Tensor, part: Tensor) -> Tensor
     An embedding bag reads two rows and writes one; indexing twice and mixing takes thrice as long.
     """
     count, height, width = planes.shape
-    first = torch.arange(count, device=planes.device)[:, None, None] * height
-    pairs = (torch.stack([low, high], dim=2) + first).flatten(0, 1)
+    first = torch.arange(count, device=planes.device)[:, None]
+    if torch.compiler.is_exporting():  # ONNX would walk through the bags one by one
+        return planes[first, low].lerp(planes[first, high], part[:, :, None])
+    pairs = torch.stack([low, high], dim=2).add_(first[:, :, None] * height).flatten(0, 1)
     weights = torch.stack([1 - part, part], dim=2).flatten(0, 1)
     table = planes.reshape(-1, width)
     rows = F.embedding_bag(pairs, table, per_sample_weights=weights, mode="sum")
