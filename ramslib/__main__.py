@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         "--save-every", type=float, default=300.0, metavar="SECONDS", help="between checkpoints"
     )
     _add_settings(train)
-    _add_settings(add("data", _data, "read a data set and say what was found"))
+    data = add("data", _data, "read a data set and say what was found")
+    data.add_argument("--download", action="store_true", help="fetch its official files first")
+    _add_settings(data)
 
     predict = add("predict", _predict, "classify photos with a finished run")
     predict.add_argument("paths", nargs="+", help="image files, folders or patterns")
@@ -132,8 +134,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     config = _config(options)
-    from ramslib.data.datasets import describe, load_table
+    from ramslib.data.datasets import load_table
+    from ramslib.data.download import download
+    from ramslib.data.summary import describe
 
+    if options.download:
+        download(config.data, config.root)
     table = load_table(config.data, config.root, config.validation_fraction, config.seed)
     print(describe(table).to_string())
 

@@ -21,6 +21,7 @@ def create_backbone(
     class_tokens: int = 1,
     pretrained: str = "none",
     drop_path: float = 0.0,
+    dropout: float = 0.0,
     **weight_options,
 ) -> tuple[nn.Module, str]:
     """Build a timm Vision Transformer without classifier.
@@ -32,6 +33,7 @@ def create_backbone(
             position. 1 leaves the model as timm builds it.
         pretrained: where weights come from, see `ramslib.weights.sources`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
+        dropout: see `set_dropout`.
         **weight_options: passed to `load_pretrained` (``position_resize``, ``final_norm``).
 
     Returns:
@@ -42,6 +44,7 @@ def create_backbone(
             patches do not tile, or weights that cannot be had.
     """
     backbone = _build(name, _pair(image_size), drop_path)
+    set_dropout(backbone, dropout)
     origin = load_pretrained(backbone, name, pretrained, **weight_options)
     if class_tokens > 1:
         extend_class_tokens(backbone, class_tokens)
@@ -145,6 +148,24 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
     for module in backbone.modules():
         if hasattr(module, "num_prefix_tokens"):
             module.num_prefix_tokens += added
+
+
+def set_dropout(backbone: nn.Module, rate: float) -> None:
+    """Set the dropout rate of the embedded tokens and of the MLPs, as in Google's ViT.
+
+    timm's ``proj_drop_rate`` would drop the attention's output as well.
+
+    Raises:
+        InputError: a rate above 0 for a model that has not these places.
+    """
+    blocks = [getattr(block, "mlp", None) for block in backbone.blocks]
+    places = [getattr(backbone, "pos_drop", None), *blocks]
+    if rate and None in places:
+        raise InputError(f"{type(backbone).__name__} has no place for dropout; use dropout=0")
+    for place in filter(None, places):
+        for module in place.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
 
 
 def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:

@@ -1,7 +1,7 @@
 """One frozen configuration for a run: every choice, its default, and the reason.
 
-Patch size and grid are not here: they are read from the backbone. Two presets name the two methods
-that the literature mixes up, ``paper`` and ``released`` (see the README for every difference).
+Patch size and grid are not here: they are read from the backbone. Named settings to start from are
+in `ramslib.recipes`.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ramslib.errors import InputError
+from ramslib.recipes import PRESETS
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,17 @@ class Config:
     released_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's
+    dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
     checkpointing: bool = False  # compute blocks again in the backward pass: slower, less memory
 
     # objective
-    loss: str = "sum"  # sum over scales (paper's figure 2), first (released), or last
+    # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5
+    loss: str | tuple[float, ...] = "sum"
     label_smoothing: float = 0.0
 
     # optimisation
     epochs: int = 5
+    steps: int = 0  # train for so many, whatever the epochs; 0: epochs decide
     batch_size: int = 16  # images per step over all processes
     accumulate: int = 1  # micro-batches per step
     optimizer: str = "adamw"  # any timm optimizer name
@@ -74,7 +78,7 @@ class Config:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
-        """A named starting point: ``small``, ``tiny``, ``paper`` or ``released``."""
+        """A named starting point, a key of `ramslib.recipes.PRESETS`."""
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls().replace(**PRESETS[name]).replace(**changes)
@@ -117,52 +121,6 @@ class Config:
         return given[:count]
 
 
-_RELEASED = {
-    "backbone": "vit_base_patch32_224",
-    "image_size": 448,
-    "source_size": None,
-    "crop_fraction": 448 / 600,
-    "strength": "rollout_mean",
-    "threshold": 1.2,
-    "loss": "first",
-    "position_resize": "zoom",
-    "final_norm": False,
-    "released_boxes": True,
-    "align_corners": True,
-    "normalise": "imagenet",
-    "head_factor": 1.0,
-    "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
-    "learning_rate": 0.03,
-    "weight_decay": 0.0,
-    "warmup_steps": 500,
-    "frozen_blocks": 0,
-    "epochs": 27,  # 10,000 steps of 16 on CUB's 5,994 training images
-}
-
-_TINY = {  # random weights, seconds: does every step run?
-    "backbone": "test_vit",
-    "pretrained": "none",
-    "image_size": 64,
-    "source_size": 128,
-    "frozen_blocks": 0,
-    "epochs": 2,
-}
-
-PRESETS: dict[str, dict] = {
-    "small": {},  # the defaults: minutes on two CPU cores
-    "tiny": _TINY,
-    "released": _RELEASED,
-    "paper": _RELEASED
-    | {
-        "backbone": "vit_base_patch16_224",
-        "loss": "sum",
-        "position_resize": "timm",
-        "final_norm": True,
-        "released_boxes": False,
-        "align_corners": False,
-    },
-}
-
 _CHOICES = {
     "class_token": ("per_scale", "shared"),
     "loss": ("sum", "first", "last"),
@@ -173,7 +131,7 @@ _CHOICES = {
 _POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
 _POSITIVE += ("learning_rate", "head_factor")
 _NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
-_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed")
+_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "steps")
 _LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}
 _LARGEST |= {"seed": 2**32 - 1}
 _FRACTIONS = {
@@ -182,6 +140,7 @@ _FRACTIONS = {
     "label_smoothing": (0.0, 0.99),
     "ema_decay": (0.0, 0.99999),
     "drop_path": (0.0, 0.99),
+    "dropout": (0.0, 0.99),
     "layer_decay": (0.01, 1.0),
 }
 
@@ -194,8 +153,8 @@ def _read(name: str, value):
         raise InputError(f"unknown setting {name!r}; did you mean {near!r}?")
     hint = hints[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and str not in kinds:
-        value = _parse(name, value)
+    if isinstance(value, str) and (str not in kinds or kinds[1:] and not value[:1].isalpha()):
+        value = _parse(name, value)  # of a field that takes numbers, or names and numbers
     if isinstance(value, list):
         value = tuple(value)
     if (
@@ -212,7 +171,9 @@ def _read(name: str, value):
         expected = " or ".join(getattr(base, "__name__", str(base)) for base in bases)
         raise InputError(f"setting {name!r} takes {expected}, not {value!r}")
     if isinstance(value, tuple):
-        _check_items(name, value, int if name.endswith("size") else float)
+        kind = int if name.endswith("size") else float
+        _check_items(name, value, kind)
+        value = tuple(map(kind, value))
     return value
 
 
@@ -220,7 +181,8 @@ def _parse(name: str, text: str):
     """A value typed on a command line: JSON, or numbers with commas."""
     words = {"none": "null", "true": "true", "false": "false"}
     try:
-        return json.loads(words.get(text.lower(), f"[{text}]" if "," in text else text))
+        listed = "," in text and not text.startswith("[")
+        return json.loads(words.get(text.lower(), f"[{text}]" if listed else text))
     except (ValueError, RecursionError):
         shown = text if len(text) < 50 else text[:50] + ".."
         raise InputError(f"setting {name!r} cannot read {shown!r}") from None
@@ -237,10 +199,9 @@ def _check_items(name: str, values: tuple, kind: type) -> None:
 def _check(config: Config) -> None:
     """Ranges and choices that no single type can say."""
     for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(
-                f"setting {name!r} is {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
-            )
+        value = getattr(config, name)
+        if isinstance(value, str) and value not in allowed:
+            raise InputError(f"setting {name!r} is {value!r}; choose one of {', '.join(allowed)}")
     for name in _POSITIVE + _NOT_NEGATIVE:
         value = getattr(config, name)
         lowest = min(value) if isinstance(value, tuple) else value
@@ -257,8 +218,20 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"setting {name!r} must lie in [{low}, {high}], not {getattr(config, name)}"
             )
-    if isinstance(config.threshold, tuple) and len(config.threshold) < config.scales - 1:
+    _check_count(config, "threshold", config.scales - 1, "proposals", "scale after the first")
+    _check_count(config, "loss", config.scales, "scales", "scale")
+    if isinstance(config.loss, tuple):
+        weights = config.loss[: config.scales]
+        if min(weights) < 0 or max(weights) == 0:
+            raise InputError(
+                f"setting 'loss' is {config.loss}; weights are 0 or more, one of them above 0"
+            )
+
+
+def _check_count(config: Config, name: str, count: int, what: str, each: str) -> None:
+    """A list of numbers has enough of them; more are left unread, so that ``scales`` can vary."""
+    given = getattr(config, name)
+    if isinstance(given, tuple) and len(given) < count:
         raise InputError(
-            f"setting 'threshold' has {len(config.threshold)} numbers for {config.scales - 1} "
-            "proposals; give one number, or one per scale after the first"
+            f"setting {name!r} has {len(given)} numbers for {count} {what}; give one per {each}"
         )

@@ -8,7 +8,9 @@ and a new strategy is one more entry there. The alternatives are the controls of
 see the same strength, so that ``random`` and ``centre`` spend exactly the area the DPPM spends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -66,10 +68,36 @@ def centre_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
 
 
 def random_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
-    """The DPPM's box moved to a random place of the image, drawn from torch's global generator."""
+    """The DPPM's box moved to a random place of the image.
+
+    Drawn from torch's global generator, or inside `drawn_by_row` from those of the images.
+    """
     dppm = attention_proposal(strength, threshold)
-    room = _room(dppm, strength)
-    return _moved(dppm, strength, (torch.rand(room.shape, device=room.device) * (room + 1)).long())
+    room, generators = _room(dppm, strength), _GENERATORS.get()
+    if generators is None:
+        place = torch.rand(room.shape, device=room.device)
+    else:
+        drawn = [torch.rand(2, generator=generator) for generator in generators]
+        place = torch.stack(drawn).to(room.device)
+    return _moved(dppm, strength, (place * (room + 1)).long())
+
+
+_GENERATORS: ContextVar[list[torch.Generator] | None] = ContextVar("generators", default=None)
+
+
+@contextmanager
+def drawn_by_row(rows: Iterable[int]) -> Iterator[None]:
+    """Inside, random proposals for images of these rows are the same in any batch, on any device.
+
+    Args:
+        rows: of the images of a batch in the data set's table.
+    """
+    seeded = [torch.Generator().manual_seed(int(row)) for row in rows]
+    token = _GENERATORS.set(seeded)
+    try:
+        yield
+    finally:
+        _GENERATORS.reset(token)
 
 
 def _room(proposal: Proposal, strength: Tensor) -> Tensor:

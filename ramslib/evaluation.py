@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ramslib.data.transforms import ImageDataset, View, prepare
+from ramslib.dppm import drawn_by_row
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans
 from ramslib.processes import Processes, load_batches, sum_over_processes
@@ -57,14 +58,11 @@ def predict(
     """
     processes = processes or Processes(device=next(model.parameters()).device)
     mine = range(processes.rank, len(table), processes.world)
-    size = 1 if model.proposal == "random" else batch_size
-    batches = load_batches(ImageDataset(table, view), workers, batch_size=size, sampler=mine)
+    batches = load_batches(ImageDataset(table, view), workers, batch_size=batch_size, sampler=mine)
     names = view_names(model.num_scales)
     results = torch.zeros(len(table), len(names), len(_COLUMNS), dtype=torch.float64)
-    cuda = [processes.device] if processes.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        for batch in batches:
-            torch.manual_seed(int(batch["index"][0]))
+    for batch in batches:
+        with drawn_by_row(batch["index"]):
             results[batch["index"]] = _rows(model, view, batch, processes.device)
     results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
     check_known(results[:, :, _COLUMNS.index("confidence")].sum(axis=1), table)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ramslib.attention import record_attention
 from ramslib.data.transforms import ImageDataset, View, prepare
-from ramslib.dppm import propose
+from ramslib.dppm import drawn_by_row, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, fuse, view_names
 from ramslib.model import RAMSTrans
@@ -85,9 +85,13 @@ def record_strengths(
 
 
 def regions(strengths: Strengths, name: str, threshold: float, proposal: str) -> Tensor:
-    """The proposed region of every image: (n, 4) in pixels of the upright images."""
+    """The proposed region of every image: (n, 4) in pixels of the upright images.
+
+    Random ones are those that `evaluation.predict` looks at.
+    """
     strength = strengths.maps[name]
-    patch_boxes = propose(strength, threshold, proposal).patch_boxes
+    with drawn_by_row(range(len(strength))):
+        patch_boxes = propose(strength, threshold, proposal).patch_boxes
     whole = torch.tensor([0.0, 0.0, *strengths.image_size])
     boxes = map_boxes(patch_boxes, strength.shape[1:], whole)
     return strengths.view.to_image_boxes(boxes, strengths.sizes, strengths.image_size)
@@ -107,7 +111,7 @@ def score_regions(
         One row per image: ``path, iou`` (NaN without an annotated box), ``area`` (share of the
         image) and, with parts, ``parts_inside`` (share of its visible parts).
     """
-    annotated = torch.from_numpy(strengths.table[BOX].to_numpy(float))
+    annotated = torch.tensor(strengths.table[BOX].to_numpy(float))
     scores = strengths.table[["path"]].copy()
     scores["iou"] = box_iou(boxes.double(), annotated).numpy()
     scores.loc[annotated.isnan().any(dim=1).numpy(), "iou"] = np.nan
@@ -115,6 +119,16 @@ def score_regions(
     if parts is not None:
         scores["parts_inside"] = scores["path"].map(_parts_inside(boxes, scores["path"], parts))
     return scores
+
+
+def best_median_worst(scores: pd.Series) -> dict[str, int]:
+    """Positions of three images that show what a mean hides; none where every score is NaN.
+
+    Of an even number the median is the upper one of the two in the middle.
+    """
+    order = np.argsort(scores.to_numpy(), kind="stable")[: scores.notna().sum()]
+    places = {"best": -1, "median": len(order) // 2, "worst": 0}
+    return {name: int(order[place]) for name, place in places.items()} if len(order) else {}
 
 
 def _parts_inside(boxes: Tensor, paths: pd.Series, parts: pd.DataFrame) -> pd.Series:
@@ -179,7 +193,8 @@ def accuracy_by_threshold(
         first, strength = model.look(images, 0)
         whole = torch.tensor([0.0, 0.0, *model.image_size], device=images.device)
         for row, threshold in enumerate(thresholds):
-            proposal = propose(strength, threshold, model.proposal)
+            with drawn_by_row(batch["index"]):
+                proposal = propose(strength, threshold, model.proposal)
             boxes = whole.repeat(len(images), 1)
             crops, _ = model.amplify(images, source, boxes, proposal.patch_boxes)
             probabilities = torch.stack(fuse((first, model.look(crops, 1)[0])))

@@ -264,6 +264,7 @@ def build_model(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
         class_tokens=config.scales if per_scale else 1,
         pretrained=config.pretrained,
         drop_path=config.drop_path,
+        dropout=config.dropout,
         position_resize=config.position_resize,
         final_norm=config.final_norm,
     )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from ramslib.backbone import (
     normalisation,
     patch_grid,
     read_feature,
+    set_dropout,
 )
 from ramslib.errors import InputError
 
@@ -234,3 +236,26 @@ def test_size_that_patches_do_not_tile(size, remedy):
 def test_several_tokens_for_a_model_without_any():
     message = refused(create_backbone, "test_vit2", 32, class_tokens=2)
     assert "has no class token to copy per scale" in message
+
+
+def test_dropout_is_of_embeddings_and_mlps_in_every_family(family, backbone_of):
+    backbone = backbone_of(family)
+    if "relpos" in family:  # adds nothing to its patches, and drops nothing of them
+        with pytest.raises(InputError, match="has no place for dropout; use dropout=0"):
+            set_dropout(backbone, 0.25)
+        return
+    set_dropout(backbone, 0.25)
+    rates = {name: m.p for name, m in backbone.named_modules() if isinstance(m, torch.nn.Dropout)}
+    dropped = {name for name in rates if re.match(r"pos_drop|blocks\.\d\.mlp\.", name)}
+    assert len(dropped) >= 4 and {rates[name] for name in dropped} == {0.25}
+    assert {rates[name] for name in set(rates) - dropped} <= {0.0}
+    set_dropout(backbone, 0.0)
+    assert backbone.pos_drop.p == 0
+
+
+def test_a_model_without_mlps_builds_but_takes_no_dropout():
+    name = "vit_small_patch16_18x2_224"
+    with torch.device("meta"):
+        assert len(create_backbone(name, 32)[0].blocks) == 18
+        with pytest.raises(InputError, match="has no place for dropout; use dropout=0"):
+            create_backbone(name, 32, dropout=0.1)

@@ -43,7 +43,7 @@ def test_presets_differ_where_paper_and_release_do():
 def test_preset_with_changes():
     config = Config.preset("paper", scales=3, threshold=[1.2, 1.3])
     assert config.scales == 3 and config.thresholds() == (1.2, 1.3)
-    assert "choose one of small, tiny, released, paper" in refused(Config.preset, "papr")
+    assert "choose one of small, tiny, released, paper, paper-cub" in refused(Config.preset, "papr")
 
 
 def test_a_configuration_cannot_be_edited():
@@ -73,6 +73,10 @@ def test_one_threshold_per_proposal(scales, threshold, expected):
         ("learning_rate", "1", 1.0),
         ("threshold", "1", 1.0),
         ("threshold", "1.2, 1.3", (1.2, 1.3)),
+        ("threshold", "[1.2]", (1.2,)),
+        ("loss", "last", "last"),
+        ("loss", "1, 0.5", (1, 0.5)),
+        ("loss", "[0, 1.5]", (0, 1.5)),
         ("image_size", "112", 112),
         ("image_size", "112,224", (112, 224)),
         ("source_size", "none", None),
@@ -117,6 +121,11 @@ def test_lists_from_json_become_tuples():
         ("threshold", (1.2, True)),
         ("threshold", (1.2, math.inf)),
         ("threshold", {"a": 1}),
+        ("loss", 1),
+        ("loss", "1"),
+        ("loss", ""),
+        ("loss", "1,x"),
+        ("loss", (1.0, math.nan)),
         ("image_size", (112,)),
         ("image_size", (112, 112, 3)),
         ("image_size", (112, 112.0)),
@@ -163,6 +172,10 @@ def test_value_of_the_wrong_kind(name, value):
         ("layer_decay", 0.0),
         ("class_token", "each"),
         ("loss", "mean"),
+        ("loss", (1.0, -0.5)),
+        ("loss", (0.0, 0.0, 1.0)),
+        ("steps", -1),
+        ("dropout", 1.0),
         ("amp", "fp8"),
         ("position_resize", "bicubic"),
     ],
@@ -182,6 +195,8 @@ def test_zero_where_it_means_off(name, value):
 def test_too_few_thresholds():
     message = refused(Config().replace, scales=4, threshold=(1.2, 1.3))
     assert "has 2 numbers for 3 proposals" in message
+    message = refused(Config().replace, scales=3, loss=(1.0, 0.5))
+    assert "'loss' has 2 numbers for 3 scales" in message
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from ramslib.data import annotations, datasets, readers
-from ramslib.data.datasets import describe, fingerprint, load_table, read_folder
+from ramslib.data.datasets import fingerprint, load_table, read_folder
+from ramslib.data.summary import describe, describe_boxes, describe_parts, load_parts
 from ramslib.errors import InputError
 
 BOX = annotations.BOX_COLUMNS
@@ -154,6 +155,19 @@ def test_binary_file_is_not_text(tmp_path):
     assert "classes.txt: cannot be read as text" in message(lambda: readers.read_cub(root))
 
 
+@pytest.mark.parametrize("name", ["images", "classes", "train_test_split", "bounding_boxes"])
+def test_empty_file_is_named(tmp_path, name):
+    root = write_cub(tmp_path)
+    write(root / f"{name}.txt", "\n")
+    assert f"{root / name}.txt: has no line" in message(lambda: readers.read_cub(root))
+
+
+def test_long_line_is_cut_short(tmp_path):
+    root = write_cub(tmp_path)
+    change_line(root / "train_test_split.txt", 1, "1 " + "9" * 5000)
+    assert len(message(lambda: readers.read_cub(root))) < 400 + len(str(root))
+
+
 def test_wrong_root_says_what_is_there(tmp_path):
     write(tmp_path / "cars_meta.mat")
     found = message(lambda: readers.read_cub(tmp_path))
@@ -172,6 +186,33 @@ def test_missing_images_are_counted_per_split(tmp_path):
         table = readers.read_cub(root, allow_missing=True)
     assert len(table) == 12 and table.index.tolist() == list(range(12))
     assert len(readers.read_cub(root, check_images=False)) == 14
+
+
+@pytest.mark.parametrize("what", ["folder", "link to nothing", "link to itself"])
+def test_what_only_has_the_name_of_an_image_is_missing(tmp_path, what):
+    root = write_cub(tmp_path)
+    photo = root / "images/001.Crow/Crow_0000.jpg"
+    photo.unlink()
+    photo.mkdir() if what == "folder" else photo.symlink_to(photo if "itself" in what else "none")
+    assert f"1 of 8 train images missing, 4 of 4 test images found, first: {photo}" in message(
+        lambda: readers.read_cub(root)
+    )
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    root, photos = write_cub(tmp_path / "cub"), write_folder(tmp_path / "own", crow=2, wren=2)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(("001.Crow", "crow")):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = message(lambda: readers.read_cub(root))
+    assert f"{root}/images/001.Crow: cannot be listed (Permission denied)" in found
+    found = message(lambda: read_folder(photos))
+    assert f"{photos}/crow: cannot be listed (Permission denied)" in found
 
 
 def test_no_image_folder_at_all(tmp_path):
@@ -208,6 +249,12 @@ def test_parts(tmp_path):
         ["left wing", 8.0, 7.0],
     ]
     assert parts["path"].tolist() == readers.read_cub(root)["path"].iloc[[0, 2]].tolist()
+    table = readers.read_cub(root)
+    summary = describe_parts(table, parts)
+    assert summary.index.tolist() == ["back", "left wing"]
+    assert summary["visible"].tolist() == [1 / 12, 1 / 12]
+    assert summary[["y", "x"]].to_numpy().tolist() == [[1.0, 4 / 3], [1.5, 2.0]]
+    pd.testing.assert_frame_equal(load_parts("cub", root), parts)
     write(root / "parts/part_locs.txt", "1 1 5.0 6.0 1\n1 3 0.0 0.0 0\n")
     assert "part_locs.txt:2: " in message(lambda: readers.read_parts(root))
 
@@ -506,14 +553,36 @@ def test_new_photos_are_appended_and_lost_ones_kept(tmp_path):
     (root / "crow/photo3.png").unlink()
     for index in range(10, 20):
         write_image(root / f"wren/photo{index}.png")
-    with pytest.warns(UserWarning, match="10 new photos appended: 8 train, 2 test|2 test, 8 train"):
+    with pytest.warns(UserWarning) as caught:
         after = read_folder(root).set_index("path")["split"]
+    gone, new = (str(warning.message) for warning in caught)
+    assert "1 of its 20 photos missing, first: crow/photo3.png" in gone
+    assert "10 new photos appended: 8 train, 2 test" in new or "2 test, 8 train" in new
     kept = before.index.intersection(after.index)
     assert len(kept) == 19 and after.loc[kept].equals(before.loc[kept])
     assert (root / "split.csv").read_text().splitlines()[: len(lines)] == lines
     write_image(root / "crow/photo3.png")
     again = read_folder(root).set_index("path")["split"]
     assert again.loc[before.index].equals(before)
+
+
+def test_split_saved_by_a_spreadsheet_is_read(tmp_path):
+    root = write_folder(tmp_path, crow=3, wren=3)
+    first = read_folder(root)
+    text = (root / "split.csv").read_bytes()
+    (root / "split.csv").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    pd.testing.assert_frame_equal(read_folder(root), first)
+
+
+def test_what_is_no_photo_is_left_out(tmp_path):
+    root = write_folder(tmp_path, crow=3, wren=3)
+    (root / "crow/folder.jpg").mkdir()
+    (root / "crow/none.jpg").symlink_to("nowhere")
+    (root / "crow/circle").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    os.mkfifo(root / "wren/pipe.jpg")  # reading it would never end
+    with pytest.warns(UserWarning, match="3 files left out: 3 that are no files"):
+        assert len(read_folder(root)) == 6
 
 
 def test_split_by_hand_is_respected(tmp_path):
@@ -701,6 +770,19 @@ def test_describe(tmp_path):
     assert summary.loc["test", "box_share"] == pytest.approx(12 / 48)
     assert summary.loc[["train", "validation"], "shortest_side"].min() == 5
     assert describe(readers.read_cub(root), sample=1).loc["train", "width"] == 80
+
+
+def test_describe_boxes(tmp_path):
+    root = write_cub(tmp_path)
+    change_line(root / "bounding_boxes.txt", 1, "1 2.0 3.0 100.0 3.0")
+    table = readers.read_cub(root)
+    found = describe_boxes(table).iloc[0]  # clipped to 6 x 3 pixels of 8 x 6
+    wanted = {"area": 18 / 48, "height": 0.5, "width": 0.75, "aspect": 2.0, "y": 0.75, "x": 5 / 8}
+    assert found.to_dict() == pytest.approx(wanted)
+    assert len(describe_boxes(table, sample=5)) == 4
+    none = table.assign(**dict.fromkeys(BOX, np.nan))
+    assert len(describe_boxes(none)) == 0
+    assert len(describe_parts(none, load_parts("pets", root))) == 0
 
 
 def test_describe_finds_a_box_outside_and_a_broken_image(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ramslib.dppm import PROPOSALS, Proposal, propose
+from ramslib.dppm import PROPOSALS, Proposal, drawn_by_row, propose
 from ramslib.errors import InputError
 from ramslib.regions import bounding_boxes, box_area
 
@@ -140,6 +140,31 @@ def test_random_covers_every_place_and_follows_the_seed():
     torch.manual_seed(3)
     assert torch.equal(propose(strength, 1.0, "random").patch_boxes, boxes)
     assert not torch.equal(propose(strength, 1.0, "random").patch_boxes, boxes)
+
+
+def test_random_places_by_row_are_the_same_in_any_batch():
+    strength = random_strength(9)
+    with drawn_by_row(range(9)):
+        first = [propose(strength, 1.3, "random").patch_boxes for _ in range(2)]  # two scales
+    for rows in (range(4), range(4, 9), [8, 0, 3]):
+        with drawn_by_row(rows):
+            for expected in first:
+                found = propose(strength[list(rows)], 1.3, "random").patch_boxes
+                assert torch.equal(found, expected[list(rows)])
+    assert not torch.equal(*first)
+
+
+def test_random_places_by_row_cover_the_image_and_end_with_the_block():
+    strength = torch.zeros(3000, 4, 5)
+    strength[:, 0, 0] = 1.0
+    state = torch.get_rng_state()
+    with drawn_by_row(range(3000)):
+        boxes = propose(strength, 1.0, "random").patch_boxes
+    assert torch.equal(torch.get_rng_state(), state)
+    places, counts = boxes.unique(dim=0, return_counts=True)
+    assert len(places) == 20 and counts.min() > 90
+    propose(strength, 1.0, "random")
+    assert not torch.equal(torch.get_rng_state(), state), "the global generator again"
 
 
 def test_all_patches_encloses_every_component():

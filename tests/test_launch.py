@@ -43,6 +43,7 @@ CHOICES = {
     "root": st.text("abc 'ä\"=/.,$[]{}", min_size=1).filter(str.strip),
     "scales": st.integers(1, 4),
     "threshold": st.sampled_from([1.0, 1.25, (1.2, 1.3, 1.4)]),
+    "loss": st.sampled_from(["sum", "last", (1.0, 0.5, 0.25, 0.0)]),
     "learning_rate": st.floats(1e-8, 1.0),
     "final_norm": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
@@ -53,6 +54,12 @@ CHOICES = {
 @settings(max_examples=100, deadline=None)
 def test_settings_survive_the_command_line(changes):
     config = Config().replace(**changes)
+    options = _parse(["train", "--run", "x", *changed_settings(config)])
+    assert _config(options) == config
+
+
+def test_a_list_of_one_number_survives_the_command_line():
+    config = Config().replace(threshold=(1.2,), scales=1, loss=(2.0,))
     options = _parse(["train", "--run", "x", *changed_settings(config)])
     assert _config(options) == config
 

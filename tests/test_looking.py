@@ -378,7 +378,7 @@ def test_a_backbone_alone_is_surveyed_and_explored(table, tmp_path, monkeypatch)
     weights.mkdir()
     backbone = create_backbone("test_vit", 160)[0]
     save_file(backbone.state_dict(), weights / "test_vit.safetensors")
-    monkeypatch.setattr("ramslib.explorer.lenses.WEIGHTS", weights)
+    monkeypatch.setattr("ramslib.explorer.lenses.cache_folder", lambda: weights)
     lens = open_backbone("test_vit", table, image_size=64, source_size=96)
     assert lens.classes == [] and "test_vit.safetensors" in lens.origin
     survey = survey_images(lens, tmp_path / "surveys", say=lambda text: None)

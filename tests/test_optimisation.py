@@ -38,9 +38,10 @@ def test_weights_of_the_losses():
     assert loss_weights("sum", 3) == [1, 1, 1]
     assert loss_weights("first", 3) == [1, 0, 0]
     assert loss_weights("last", 3) == [0, 0, 1]
+    assert loss_weights((1.0, 0.5, 0.25), 2) == [1, 0.5]
 
 
-@pytest.mark.parametrize("loss", ["sum", "first", "last"])
+@pytest.mark.parametrize("loss", ["sum", "first", "last", (1.0, 0.5, 0.0)])
 @pytest.mark.parametrize("source", [False, True])
 def test_scale_by_scale_gradients_are_those_of_the_joint_loss(model_of, images, loss, source):
     model, weights = model_of("dinov2"), loss_weights(loss, 3)

@@ -255,6 +255,10 @@ def test_ablation_draws_mean_and_interval():
     ends = [sorted(y for _, y in segment) for c in ax.collections for segment in c.get_segments()]
     assert sorted(ends) == [[59, 63], [59, 63], [60, 64], [60, 64]]
     assert "95 %" in ax.get_title(loc="left") and ax.get_ylabel() == "accuracy (%)"
+    names = summary.assign(condition=summary["scales"].map("a long name of condition {}".format))
+    difference = plots.plot_ablation(names, "condition", label="difference")
+    assert {label.get_rotation() for label in difference.get_xticklabels()} == {25}
+    assert any(set(line.get_ydata()) == {0} for line in difference.lines), "the baseline"
     single = plots.plot_ablation(summary.assign(runs=1, half_width=np.nan), "scales")
     assert "no interval" in single.get_title(loc="left")
 

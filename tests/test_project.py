@@ -21,8 +21,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The road that data take. Nothing here needs, directly or through others, what stands after it.
 ORDER = """
-errors files config processes data weights attention strength regions dppm backbone model evaluation
-adaptive localisation runs training plots experiments explorer __main__
+errors files recipes config processes data weights attention strength regions dppm backbone model
+evaluation adaptive localisation runs training plots experiments explorer __main__
 """.split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}

@@ -1,5 +1,6 @@
 """Training: it learns, it survives kills to the bit, and processes do not change what it does."""
 
+import math
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
+ONE |= {"dropout": 0.1}
 TWO = {"workers": 1, "optimizer": "momentum", "accumulate": 2, "batch_size": 8, "epochs": 6}
 
 
@@ -45,6 +47,17 @@ def test_it_learns_what_the_photos_show(photos, tmp_path):
     assert set(results["images"]) == {15} and set(results["split"]) == {"test"}
     assert results["top1"].min() > 60
     assert load(tmp_path / "run", "last").num_scales == 2
+
+
+def test_steps_end_within_an_epoch_with_a_validation_and_the_schedule_at_its_end(photos, tmp_path):
+    run = train(tiny_config(photos, scales=1, steps=6, warmup_steps=2), tmp_path / "run")
+    log = read_log(run)
+    assert [row["step"] for row in log if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [(r["step"], r["epoch"]) for r in log if r["split"] == "validation"] == [(4, 1), (6, 2)]
+    rates = [row["learning_rate"] for row in log if row["split"] == "train"]
+    cosine = [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx([0, 5e-4, *cosine])
+    assert set(pd.read_csv(run / "results.csv")["epochs"]) == {2}
 
 
 def test_a_finished_run_stays_and_another_configuration_is_refused(photos, tmp_path):

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ramslib.errors import InputError
 from ramslib.weights.formats import convert_onnx, digest
-from ramslib.weights.sources import DINOV2_SMALL, OfflineSource, load_pretrained
+from ramslib.weights.sources import DINOV2_SMALL, OfflineSource, cache_folder, load_pretrained
 
 SMALL = {"patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -505,3 +505,8 @@ def test_hub_cache_serves_without_network(name, pretrained, no_network):
     sentence = load_pretrained(target, name, pretrained)
     assert_same(target, source.state_dict())
     assert "hub nobody/t" in sentence
+
+
+def test_weights_are_kept_in_the_clone_from_wherever_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder() == Path(__file__).parents[1] / "data" / "weights"

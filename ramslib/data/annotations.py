@@ -106,10 +106,8 @@ def _check_boxes(found: Annotations) -> np.ndarray:
 
 def _check_images(table: pd.DataFrame, home: str, allow_missing: bool) -> pd.DataFrame:
     """Compare with the file system, one listing per folder instead of a call per image."""
-    files: set[str] = set()
-    for folder in set(map(os.path.dirname, table["path"])):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            files.update(f"{folder}/{name}" for name in os.listdir(folder))
+    entries = map(list_folder, set(map(os.path.dirname, table["path"])))
+    files = {entry.path for folder in entries for entry in folder if is_file(entry)}
     missing = ~table["path"].isin(files)
     if not missing.any():
         return table
@@ -122,9 +120,27 @@ def _check_images(table: pd.DataFrame, home: str, allow_missing: bool) -> pd.Dat
     )  # fmt: skip
     report = f"{home}: {report}, first: {table['path'][missing].iloc[0]}"
     if not allow_missing:
-        raise InputError(f"{report}; complete the images, or pass allow_missing=True to do without")
+        raise InputError(
+            f"{report}; complete the images, or read it with allow_missing=True in Python"
+        )
     warnings.warn(f"{report}; they are left out", stacklevel=3)
     return table[~missing].reset_index(drop=True)
+
+
+def list_folder(folder: str) -> list[os.DirEntry]:
+    """What a folder holds, by name; nothing where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); correct that") from None
+
+
+def is_file(entry: os.DirEntry) -> bool:
+    """Whether an entry is a file, or a link to one; asks the disk for links alone."""
+    return entry.is_file(follow_symlinks=False) or entry.is_symlink() and os.path.isfile(entry)
 
 
 def check_classes(table: pd.DataFrame, names: Sequence[str], home: str) -> None:
@@ -176,8 +192,8 @@ def read_rows(file: str, **columns: Callable[[str], object]) -> Iterator[tuple[i
         except (ValueError, KeyError) as error:
             why = f"{error} is unknown" if isinstance(error, KeyError) else "it is out of shape"
             raise InputError(
-                f"{file}:{number}: expected '{' '.join(columns)}', found '{line.strip()}': {why}; "
-                "correct this line"
+                f"{file}:{number}: expected '{' '.join(columns)}', found '{line[:80].strip()}': "
+                f"{why[:80]}; correct this line"
             ) from None
 
 
@@ -200,6 +216,8 @@ def read_by_id(
                 f"{file}:{number}: id {key} is not among the images; correct this line"
             )
         values[key] = fields if len(fields) > 1 else fields[0]
+    if not values:
+        raise InputError(f"{file}: has no line; fetch the data set's annotation files again")
     missing = [key for key in known or () if key not in values]
     if missing:
         raise InputError(
@@ -216,10 +234,11 @@ def locate_id(file: str, key: str) -> str:
     )
 
 
-def read_mat(file: str, key: str) -> np.ndarray:
-    """One variable of a MATLAB file, as a vector; nothing in the file is executed."""
+def read_mat(file: str, key: str, kind: type = object) -> np.ndarray:
+    """One variable of a MATLAB file, as a vector of a kind; nothing in the file is executed."""
     with file_errors(file):
-        return np.atleast_1d(loadmat(file, squeeze_me=True, variable_names=[key])[key])
+        values = np.ravel(loadmat(file, squeeze_me=True, variable_names=[key])[key])
+        return values if kind is object else values.astype(kind)
 
 
 @contextlib.contextmanager

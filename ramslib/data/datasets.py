@@ -11,7 +11,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def read_diagnostic(root: Path | str) -> pd.DataFrame:
     """The diagnostic set; drawn first, as its defaults say, where ``root`` is missing or empty."""
     from ramslib.data.diagnostic import write_diagnostic_set
 
-    if not os.path.exists(root) or not os.listdir(root):
+    if not os.path.isdir(root) or not os.listdir(root):
         write_diagnostic_set(Path(root))
     return readers.read_cub(root)
 
@@ -93,8 +93,8 @@ def _given_splits(root: str) -> dict[str, str]:
 
 def _folders(folder: str) -> list[str]:
     """Names of the visible folders in a folder, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(HIDDEN))
+    found = annotations.list_folder(folder)
+    return [e.name for e in found if os.path.isdir(e) and not e.name.startswith(HIDDEN)]
 
 
 def _find_photos(base: str) -> list[str]:
@@ -102,16 +102,11 @@ def _find_photos(base: str) -> list[str]:
     loose = sum(os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES for name in os.listdir(base))
     photos, ignored = [], Counter({"outside class folders": loose} if loose else {})
     for class_name in _folders(base):
-        count = len(photos)
-        for parent, folders, names in os.walk(f"{base}/{class_name}"):
-            folders[:] = sorted(set(folders) & set(_folders(parent)))
-            for file in sorted(names):
-                kind = "hidden" if file.startswith(HIDDEN) else os.path.splitext(file)[1].lower()
-                if kind in PHOTO_SUFFIXES:
-                    photos.append(f"{parent}/{file}")
-                else:
-                    ignored[kind or "without suffix"] += 1
-        if len(photos) == count:
+        kinds = {entry.path: _kind(entry) for entry in _entries(f"{base}/{class_name}")}
+        found = [path for path, kind in kinds.items() if kind in PHOTO_SUFFIXES]
+        photos += found
+        ignored.update(kind for kind in kinds.values() if kind not in PHOTO_SUFFIXES)
+        if not found:
             kinds = ", ".join(PHOTO_SUFFIXES)
             raise InputError(
                 f"{base}/{class_name}: no photo ({kinds}) in this class folder; add some"
@@ -120,6 +115,23 @@ def _find_photos(base: str) -> list[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
         warnings.warn(f"{base}: {ignored.total()} files left out: {kinds}", stacklevel=3)
     return photos
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry]:
+    """Everything below a folder but folders; neither hidden nor linked folders are entered."""
+    for entry in annotations.list_folder(folder):
+        if not entry.is_dir(follow_symlinks=False):
+            yield entry
+        elif not entry.name.startswith(HIDDEN):
+            yield from _entries(entry.path)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    if entry.name.startswith(HIDDEN):
+        return "hidden"
+    if not annotations.is_file(entry):
+        return "that are no files"
+    return os.path.splitext(entry.name)[1].lower() or "without suffix"
 
 
 def _draw_test(root: str, table: pd.DataFrame, fraction: float, seed: int) -> list[str]:
@@ -135,6 +147,10 @@ def _draw_test(root: str, table: pd.DataFrame, fraction: float, seed: int) -> li
     splits = _read_split(file) if os.path.exists(file) else {}
     keys = [os.path.relpath(path, root).replace(os.sep, "/") for path in table["path"]]
     new = [row for row, key in enumerate(keys) if key not in splits]
+    known = set(keys)
+    if gone := [key for key in splits if key not in known]:
+        report = f"{len(gone):,} of its {len(splits):,} photos missing, first: {gone[0]}"
+        warnings.warn(f"{file}: {report}; their lines stay for their return", stacklevel=4)
     if new:
         drawn = _draw([keys[row] for row in new], table["label"].iloc[new], fraction, seed)
         added = {keys[r]: "test" if test else "train" for r, test in zip(new, drawn, strict=True)}
@@ -146,7 +162,7 @@ def _draw_test(root: str, table: pd.DataFrame, fraction: float, seed: int) -> li
 def _read_split(file: str) -> dict[str, str]:
     """Split by path relative to the root, from split.csv."""
     splits: dict[str, str] = {}
-    with annotations.file_errors(file), open(file, **CSV) as lines:
+    with annotations.file_errors(file), open(file, **CSV | {"encoding": "utf-8-sig"}) as lines:
         rows = csv.reader(lines)
         if next(rows, None) != ["path", "split"]:
             raise InputError(f"{file}:1: the first line must be path,split; correct it")
@@ -248,52 +264,3 @@ def fingerprint(table: pd.DataFrame) -> str:
     rows = zip(relative_paths(table), *columns, sizes, strict=True)
     text = "\n".join(sorted("\t".join(map(str, row)) for row in rows))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def describe(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:
-    """Summary of a table, one row per split; decodes nothing.
-
-    Args:
-        table: a data set.
-        sample: image sizes are read from the headers of at most so many images per split.
-
-    Returns:
-        Columns ``images, classes, smallest_class, largest_class`` (images), ``height, width``
-        (median pixels), ``shortest_side`` (smallest), ``boxes`` (count), ``box_share`` (mean share
-        of the image's area). A box outside its image is an InputError.
-    """
-    parts = {split: table[table["split"] == split] for split in annotations.SPLITS}
-    rows = {name: _describe(part, sample) for name, part in parts.items() if len(part)}
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _describe(table: pd.DataFrame, sample: int) -> dict[str, float]:
-    seen = table.iloc[:: -(-len(table) // sample)]
-    sizes = np.array([annotations.image_size(path) for path in seen["path"]])
-    per_class = table["class_name"].value_counts()
-    return {
-        "images": len(table),
-        "classes": len(per_class),
-        "smallest_class": per_class.min(),
-        "largest_class": per_class.max(),
-        "height": np.median(sizes[:, 0]),
-        "width": np.median(sizes[:, 1]),
-        "shortest_side": sizes.min(),
-        "boxes": table["top"].notna().sum(),
-        "box_share": _box_shares(seen, sizes).mean(),
-    }
-
-
-def _box_shares(table: pd.DataFrame, sizes: np.ndarray) -> pd.Series:
-    """Share of each image's area that its box covers."""
-    box, (height, width) = table[annotations.BOX_COLUMNS], sizes.T
-    outside = (box["top"] >= height) | (box["left"] >= width)
-    if outside.any():
-        row = table[outside].iloc[0]
-        raise InputError(
-            f"{row['path']}: the box {box[outside].iloc[0].tolist()} lies outside this image of "
-            f"{sizes[outside][0].tolist()} pixels (height, width); correct its annotation"
-        )
-    tall = box["bottom"].clip(upper=height) - box["top"]
-    wide = box["right"].clip(upper=width) - box["left"]
-    return tall * wide / (height * width)

@@ -72,9 +72,17 @@ def _read_text_layout(home: str, names: dict[str, str], used: Collection[str]) -
     )
 
 
+PART_COLUMNS = ["path", "part", "y", "x"]
+
+
 def read_parts(root: Path) -> pd.DataFrame:
-    """Visible parts in the CUB (or NABirds) layout: columns path, part, y, x, in pixels."""
+    """Visible parts in the CUB (or NABirds) layout: `PART_COLUMNS`, y and x in pixels.
+
+    A layout without the folder ``parts`` has none: no rows.
+    """
     home = find_home(root, "images.txt", "CUB_200_2011", "nabirds")
+    if not os.path.isdir(f"{home}/parts"):
+        return pd.DataFrame(columns=PART_COLUMNS)
     images = read_by_id(f"{home}/images.txt", path=str)
     names = read_by_id(f"{home}/parts/parts.txt", name=str)
     rows = read_rows(
@@ -86,7 +94,7 @@ def read_parts(root: Path) -> pd.DataFrame:
         visible=int,
     )
     visible = [(path, part, y, x) for _, (path, part, x, y, is_visible) in rows if is_visible]
-    return pd.DataFrame(visible, columns=["path", "part", "y", "x"])
+    return pd.DataFrame(visible, columns=PART_COLUMNS)
 
 
 def read_hierarchy(root: Path) -> pd.DataFrame:
@@ -105,7 +113,7 @@ def read_cars(root: Path, unlabelled: bool = False) -> Annotations:
     the test images get label -1: good for predicting, not for scoring.
     """
     home = find_home(root, "devkit/cars_train_annos.mat", "stanford_cars")
-    names = [str(name) for name in read_mat(f"{home}/devkit/cars_meta.mat", "class_names")]
+    names = read_mat(f"{home}/devkit/cars_meta.mat", "class_names", str).tolist()
     labelled = "cars_test_annos_withlabels.mat"
     tests = [
         f"{home}/{labelled}",
@@ -158,8 +166,8 @@ def read_dogs(root: Path, boxes: bool = True) -> Annotations:
     images, class_ids, splits = [], [], []
     for split in ("train", "test"):
         file = f"{home}/{split}_list.mat"
-        images += [str(name) for name in read_mat(file, "file_list")]
-        class_ids += read_mat(file, "labels").tolist()
+        images += read_mat(file, "file_list", str).tolist()
+        class_ids += read_mat(file, "labels", int).tolist()
         splits += [split] * (len(images) - len(splits))
         if len(images) != len(class_ids):
             raise InputError(f"{file}: file_list and labels differ in length; fetch it again")
@@ -246,10 +254,10 @@ def read_flowers(root: Path) -> Annotations:
     home = find_home(root, "imagelabels.mat", "flowers-102")
     file, numbers, splits = f"{home}/setid.mat", [], []
     for split, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
-        numbers += read_mat(file, key).astype(int).tolist()
+        numbers += read_mat(file, key, int).tolist()
         splits += [split] * (len(numbers) - len(splits))
-    class_ids = read_mat(f"{home}/imagelabels.mat", "labels")
-    if min(numbers) < 1 or max(numbers) > len(class_ids):
+    class_ids = read_mat(f"{home}/imagelabels.mat", "labels", int)
+    if not numbers or min(numbers) < 1 or max(numbers) > len(class_ids):
         raise InputError(f"{file}: images beyond the {len(class_ids):,} labelled; fetch it again")
     labels = _labels(f"{home}/imagelabels.mat", class_ids, Flowers102.classes)
     paths = [f"{home}/jpg/image_{number:05d}.jpg" for number in numbers]

@@ -27,8 +27,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ramslib.data.annotations import image_file, upright_size
 from ramslib.errors import InputError
 
-LARGE = 25_000_000  # pixels of a JPEG beyond which a fraction of its size is decoded if enough
-
 
 def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
     """Open any image as upright RGB of 8 bits.
@@ -38,8 +36,8 @@ def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
 
     Args:
         path: the file.
-        at_least: with it, JPEGs of more than `LARGE` pixels are decoded at 1/2, 1/4 or 1/8 of their
-            size, no side below ``at_least`` pixels: a giant costs little memory.
+        at_least: with it, a JPEG is decoded at the least of 1, 1/2, 1/4 and 1/8 of its size that
+            leaves no side below ``at_least`` pixels: much faster, and in little memory.
 
     Raises:
         InputError: missing, not an image, truncated, or larger than Pillow's safety limit.
@@ -51,7 +49,7 @@ def _open(path: Path | str, at_least: int | None) -> tuple[Image.Image, tuple[in
     """The image, and its upright (height, width) in the file whatever size it was decoded at."""
     with image_file(path) as image:
         size = upright_size(image)
-        if at_least and size[0] * size[1] > LARGE:
+        if at_least:
             image.draft(None, (at_least, at_least))
         image.load()
         with suppress(Exception):  # damaged EXIF is no reason to refuse a sound image

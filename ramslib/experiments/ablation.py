@@ -1,11 +1,13 @@
-"""Ablations: a grid of configurations, each trained once, as one tidy table.
+"""Ablations: configurations, each trained once, as one tidy table.
 
 A cell is a `Config`. It trains in a folder named after everything that decides its result, so no
-finished cell runs twice, a killed one goes on, and notebooks that share a cell share its run.
+finished cell runs twice, a killed one goes on, and notebooks that share a cell share its run. An
+ablation is a list of cells, `grid` or `one_at_a_time`, and a table over seeds: means (`summarise`)
+or, sharper, differences to a baseline seed by seed (`paired_differences`).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +16,63 @@ from scipy import stats
 
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint, load_table
+from ramslib.dppm import PROPOSALS
+from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
-from ramslib.runs.run import is_finished, read_run, run_key
+from ramslib.runs.run import WITHOUT_EFFECT, is_finished, read_run, run_key
+from ramslib.strength import STRENGTHS
 from ramslib.training.launch import train_in_processes
+
+AXES: dict[str, Sequence] = {
+    "scales": (1, 2, 3, 4),
+    "threshold": (0.8, 1.0, 1.2, 1.5),
+    "strength": tuple(STRENGTHS),
+    "proposal": tuple(PROPOSALS),  # random and centre of equal area; all_patches, connected or not
+    "loss": ("first", "sum", "last", (1.0, 0.5, 0.25, 0.125)),
+    "class_token": ("per_scale", "shared"),
+    "source_size": (None,),  # crops of the previous view; the base has the high resolution
+}
+
+
+def choose_axes(chosen: Iterable[str] | Mapping[str, Sequence]) -> dict[str, Sequence]:
+    """Settings to vary, with their values: given, or by name with those of ``AXES``.
+
+    Raises:
+        InputError: a name without values that ``AXES`` does not have.
+    """
+    if isinstance(chosen, Mapping):
+        return dict(chosen)
+    if unknown := set(chosen) - set(AXES):
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"no values for {names}; give them, or choose from {', '.join(AXES)}")
+    return {name: AXES[name] for name in chosen}
 
 
 def grid(base: Config, **axes: Sequence) -> list[Config]:
     """All combinations of settings: ``grid(base, scales=[1, 2], seed=[0, 1])`` has four cells."""
     combinations = itertools.product(*axes.values())
     return [base.replace(**dict(zip(axes, values, strict=True))) for values in combinations]
+
+
+def one_at_a_time(base: Config, **axes: Sequence) -> list[Config]:
+    """The base, then every single change of it: the rows of an ablation table, none twice."""
+    changed = (base.replace(**{name: value}) for name in axes for value in axes[name])
+    return list(dict.fromkeys([base, *changed]))
+
+
+def describe(cell: Config, base: Config) -> str:
+    """What a cell changes, seed apart: ``scales=3, threshold=1.2``, or ``base``."""
+    names = [name for name in Config.names() if name not in ("seed", *WITHOUT_EFFECT)]
+    pairs = [(name, getattr(cell, name)) for name in names]
+    changed = [f"{name}={value}" for name, value in pairs if value != getattr(base, name)]
+    return ", ".join(changed) or "base"
+
+
+def lengthen(config: Config, factor: float) -> Config:
+    """The same training so many times as long, in whole steps or epochs, never shorter."""
+    name = "steps" if config.steps else "epochs"
+    length = getattr(config, name)
+    return config.replace(**{name: max(length, round(length * factor))})
 
 
 def cell_folder(config: Config, folder: Path | str) -> Path:
@@ -32,33 +82,42 @@ def cell_folder(config: Config, folder: Path | str) -> Path:
 
 
 def train_cells(
-    cells: Sequence[Config], folder: Path | str, processes: int = 1, say=print
+    cells: Iterable[Config],
+    folder: Path | str,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+    base: Config | None = None,
 ) -> pd.DataFrame:
     """Train every cell that is not finished, one after the other, and collect all results.
 
     Args:
-        cells: configurations.
+        cells: configurations; one that comes again is the same cell.
         folder: where the runs lie.
         processes: training processes per cell.
         say: told which cell trains.
+        base: what conditions are described against, see `collect`.
 
     Returns:
         See `collect`.
     """
+    cells = list(dict.fromkeys(cells))
     runs = [cell_folder(cell, folder) for cell in cells]
     for number, (cell, run) in enumerate(zip(cells, runs, strict=True), start=1):
         state = "finished before" if is_finished(run) else "training"
         say(f"cell {number} of {len(cells)}: {run} {state}")
         train_in_processes(cell, run, processes, show=lambda metrics: None)
-    return collect(runs)
+    return collect(runs, base=base)
 
 
-def collect(runs: Sequence[Path | str], weights: str = "last") -> pd.DataFrame:
+def collect(
+    runs: Iterable[Path | str], weights: str = "last", base: Config | None = None
+) -> pd.DataFrame:
     """Results of finished runs: one row per run and scale, settings beside scores.
 
     Args:
         runs: folders of finished runs.
         weights: ``last`` or ``best``.
+        base: adds a column ``condition``: how each run differs from it, see `describe`.
 
     Returns:
         The columns of ``results.csv``, the run's settings, and ``iou`` (mean over test images of
@@ -75,7 +134,8 @@ def collect(runs: Sequence[Path | str], weights: str = "last") -> pd.DataFrame:
             results = results.assign(iou=results["scale"].map(iou))
         names = [name for name in Config.names() if name not in results]
         settings = {name: [getattr(config, name)] * len(results) for name in names}
-        rows.append(results.assign(run=run.name, **settings))
+        named = {"condition": describe(config, base)} if base else {}
+        rows.append(results.assign(**named, run=run.name, **settings))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -95,3 +155,37 @@ def summarise(results: pd.DataFrame, by: Sequence[str], value: str = "top1") -> 
     quantile = stats.t.ppf(0.975, (summary["runs"] - 1).clip(lower=1))
     half_width = quantile * summary["deviation"] / np.sqrt(summary["runs"])
     return summary.assign(half_width=half_width).drop(columns="deviation")
+
+
+def paired_differences(
+    results: pd.DataFrame, by: Sequence[str], baseline: Mapping, value: str = "top1"
+) -> pd.DataFrame:
+    """Differences to a baseline with the same seed, mean and 95 % interval over seeds.
+
+    What a seed does to both (order of the images, crops) cancels, so that the interval is narrower
+    than those of the means. It is over seeds alone: a single seed has none, and the test images are
+    the same for all.
+
+    Args:
+        results: from `collect`.
+        by: columns that tell conditions apart.
+        baseline: value of some of these columns, ``{"condition": "base"}``: all others are compared
+            with the baseline of their own value, such as their own ``scale``.
+        value: the score.
+
+    Returns:
+        One row per condition that has the baseline's seeds: ``mean, half_width, runs``.
+
+    Raises:
+        InputError: no such baseline, or several with one seed.
+    """
+    shared = ["seed", *(name for name in by if name not in baseline)]
+    chosen = np.logical_and.reduce([results[name] == is_ for name, is_ in baseline.items()])
+    reference = results.loc[chosen, [*shared, value]]
+    told = ", ".join(f"{name}={is_}" for name, is_ in baseline.items())
+    if reference.empty or reference.duplicated(shared).any():
+        count = "several rows" if len(reference) else "no row"
+        raise InputError(f"{count} of the results for {told} and one seed; name one baseline")
+    pairs = results.merge(reference, on=shared, suffixes=("", "_baseline"))
+    difference = pairs[value] - pairs[f"{value}_baseline"]
+    return summarise(pairs.assign(difference=difference), by, "difference")

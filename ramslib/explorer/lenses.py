@@ -16,8 +16,8 @@ from ramslib.data.transforms import View, open_image, prepare
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.run import is_finished, load, read_run, run_key
+from ramslib.weights.sources import cache_folder
 
-WEIGHTS = Path(__file__).parents[1] / "data" / "weights"  # where training keeps them
 DISPLAY = 900  # pixels; the longer side of the copy of a photo that is kept to show
 
 
@@ -107,7 +107,7 @@ def open_backbone(name: str, table: pd.DataFrame, image_size=224, source_size=44
     """
     sizes = {"image_size": image_size, "source_size": source_size}
     config = Config().replace(backbone=name, class_token="shared", strength="rollout_mean", **sizes)
-    stored = WEIGHTS / f"{name}.safetensors"
+    stored = cache_folder() / f"{name}.safetensors"
     pretrained = str(stored) if stored.exists() else "auto"
     classes = int(table["label"].max()) + 1 if len(table) else 1  # never read, but scored
     model, origin = build_model(config.replace(pretrained=pretrained), classes)

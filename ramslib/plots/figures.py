@@ -27,6 +27,7 @@ LABELS = {
     "accuracy": "accuracy (share of images)",
     "probability": "probability of the true class",
     "top1": "accuracy (%)",
+    "difference": "accuracy above the baseline's (points)",
     "scale": "read at",
     "scales": "number of scales",
 }
@@ -101,18 +102,22 @@ def plot_ablation(
         summary: columns ``mean, half_width, runs`` and those named by ``x`` and ``hue``.
         x: what stands along the axis, in the order of its appearance.
         hue: what colours tell apart.
-        label: the score that was summarised.
+        label: the score that was summarised; ``difference`` of `ablation.paired_differences`.
         ax: where to draw.
     """
-    ax = new_axes(ax)
     conditions, hues = list(dict.fromkeys(summary[x])), list(dict.fromkeys(summary[hue]))
+    ax = new_axes(ax, 2.8, max(4.2, 1.8 + 0.6 * len(conditions)))
+    if label == "difference":
+        ax.axhline(0, color="#222222", linewidth=1, linestyle=":")
     for number, value in enumerate(hues):
         group = summary[summary[hue] == value]
         places = [conditions.index(c) + 0.14 * (number - (len(hues) - 1) / 2) for c in group[x]]
         colour = view_colour(value) if hue == "scale" else None
         look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": colour, "label": str(value)}
         ax.errorbar(places, group["mean"], group["half_width"].fillna(0), **look)
-    ax.set_xticks(range(len(conditions)), [str(c) for c in conditions])
+    names = [str(condition) for condition in conditions]
+    tilt = {"rotation": 25, "ha": "right"} if max(map(len, names)) > 12 else {}
+    ax.set_xticks(range(len(names)), names, **tilt)
     runs = sorted(set(summary["runs"]))
     title = "one run each, no interval" if runs == [1] else "mean and 95 % interval over seeds"
     ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(label, label), title=title)

@@ -266,5 +266,5 @@ def show_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int
         ax.axis("off")
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):
         box = [row[side] for side in BOX]
-        show_photo(open_image(row["path"], 300), None, box, readable(row["class_name"]), ax)
+        show_photo(open_image(row["path"]), None, box, readable(row["class_name"]), ax)
     return axes

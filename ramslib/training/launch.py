@@ -55,7 +55,7 @@ def changed_settings(config: Config) -> list[str]:
 
 def _as_text(value) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return json.dumps(value)  # brackets tell a list of one number from a number
     return "none" if value is None else str(value)
 
 

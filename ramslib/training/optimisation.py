@@ -5,6 +5,8 @@ each scale is back-propagated before the next one runs, which gives the gradient
 at the memory of one scale, because no gradient flows through a crop.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -18,8 +20,16 @@ from ramslib.model import RAMSTrans
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def loss_weights(loss: str, scales: int) -> list[float]:
-    """Weight of each scale's cross entropy: ``sum`` (paper), ``first`` (release) or ``last``."""
+def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
+    """Weight of each scale's cross entropy.
+
+    Args:
+        loss: ``sum`` (paper), ``first`` (release), ``last``, or the weights, coarse to fine; those
+            beyond the last scale are left unread.
+        scales: how many.
+    """
+    if not isinstance(loss, str):
+        return list(loss[:scales])
     chosen = {"sum": range(scales), "first": [0], "last": [scales - 1]}[loss]
     return [float(scale in chosen) for scale in range(scales)]
 

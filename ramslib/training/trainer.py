@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
@@ -78,7 +79,7 @@ class Trainer:
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.validation = parts.get("validation", table[:0])
         self.epoch_steps = steps_per_epoch(config, len(self.train))
-        self.total_steps = self.epoch_steps * config.epochs
+        self.total_steps = config.steps or self.epoch_steps * config.epochs
         size = config.source_size or config.image_size
         self.test_view = View(size, config.crop_fraction)
         self.train_view = View(size, config.crop_fraction, train=True, augment=config.augment)
@@ -139,8 +140,8 @@ class Trainer:
         self._log([row | {"images_per_second": round(rate, 2)}])
         bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{rate:.1f}", refresh=False)
         bar.update()
-        if self.progress.step % self.epoch_steps == 0:
-            self._end_epoch(self.progress.step // self.epoch_steps)
+        if self.progress.step % self.epoch_steps == 0 or self.progress.step == self.total_steps:
+            self._end_epoch(ceil(self.progress.step / self.epoch_steps))
         elif self.stopping or time.monotonic() - self.saved >= self.save_every:
             self._save("last")
 
@@ -169,16 +170,9 @@ class Trainer:
         pixels = batch["source"].to(device, non_blocking=True)
         images, source = prepare(pixels, self.model.image_size, *self.model.mean_std)
         share = torch.tensor(1 / config.accumulate, device=device)
-        losses = backward_scales(
-            self.model,
-            images,
-            source,
-            batch["label"].to(device),
-            self.weights,
-            config.label_smoothing,
-            AMP_TYPES[config.amp],
-            self.scaler.scale(share),
-        )
+        labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]
+        given = images, source, labels, self.weights, config.label_smoothing, amp
+        losses = backward_scales(self.model, *given, factor=self.scaler.scale(share))
         return losses * share
 
     def _clip_gradients(self) -> Tensor:
@@ -225,7 +219,8 @@ class Trainer:
         place = {"step": self.progress.step, "epoch": epoch, "split": "validation"}
         self._log([place | row | {"seconds": seconds} for row in scores.to_dict("records")])
         told = ", ".join(f"{row.scale} {row.top1:.1f} %" for row in scores.itertuples())
-        self._say(f"epoch {epoch} of {self.config.epochs}: validation {told}; {seconds:.0f} s")
+        epochs = ceil(self.total_steps / self.epoch_steps)
+        self._say(f"epoch {epoch} of {epochs}: validation {told}; {seconds:.0f} s")
         return scores
 
     def _predict(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -239,7 +234,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Predict the test split with the last and the best weights, and write the results."""
-        epochs, best_epoch = self.progress.step // self.epoch_steps, self.progress.best_epoch
+        epochs, best_epoch = ceil(self.progress.step / self.epoch_steps), self.progress.best_epoch
         predictions = {"last": self._predict(self.test)}
         if best_epoch != epochs:
             restore(read_checkpoint(self.run / "best.safetensors"), self.model, ema=self.averaged)

@@ -60,11 +60,17 @@ class OfflineSource:
 DINOV2_SMALL = OfflineSource()
 
 
+def cache_folder() -> Path:
+    """``data/weights`` of the clone that this package lies in, else of the current folder."""
+    clone = Path(__file__).resolve().parents[2]
+    return Path(clone if (clone / "pyproject.toml").exists() else "", "data", "weights")
+
+
 def load_pretrained(
     backbone: nn.Module,
     name: str,
     pretrained: str,
-    cache: Path = Path("data/weights"),
+    cache: Path | None = None,
     *,
     position_resize: str = "timm",
     final_norm: bool = True,
@@ -75,7 +81,7 @@ def load_pretrained(
     Args:
         backbone: timm model called ``name``, of any image size; untouched on error.
         pretrained: where from, see the head of this module.
-        cache: folder of the converted offline weights.
+        cache: folder of the converted offline weights, `cache_folder` by default.
         position_resize: ``"timm"``, or ``"zoom"``: linear with aligned corners, equal to the
             ``scipy.ndimage.zoom(order=1)`` of the RAMS-Trans and TransFG releases.
         final_norm: False leaves the last LayerNorm at scale 1 and bias 0, as RAMS-Trans' release.
@@ -91,7 +97,7 @@ def load_pretrained(
         raise InputError(f"position_resize={position_resize!r} is unknown; use 'timm' or 'zoom'")
     if pretrained == "none":
         return f"{name}: random initialisation, no weights loaded."
-    state, origin = _find(name, str(pretrained), Path(cache), source)
+    state, origin = _find(name, str(pretrained), Path(cache or cache_folder()), source)
     try:
         state, notes = _fit(state, backbone, position_resize, final_norm)
     except Exception as error:  # timm's filters raise many kinds on foreign files
