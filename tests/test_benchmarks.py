@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import draw_photos, tiny_config
 
+from benchmarks import curves, figures
 from benchmarks.__main__ import main
-from benchmarks.figures import FIGURES
 from benchmarks.literal import LiteralRAMS
 from benchmarks.step import build, in_own_process, training_step
 from benchmarks.timing import is_met, ratios, row
@@ -59,14 +59,17 @@ def test_a_process_that_fails_tells_why():
         in_own_process("imagined")
 
 
-def test_the_table(tmp_path, capsys):
+def test_the_table(tmp_path, capsys, monkeypatch):
+    for module in (figures, curves):  # the processes themselves: above
+        monkeypatch.setattr(module, "in_own_process", lambda *_, **__: {"seconds": 1.0, "MB": 2.0})
     photos = draw_photos(tmp_path / "photos")
     run = train(tiny_config(photos, epochs=1), tmp_path / "run")
-    names = [name for name in FIGURES if name != "memory"]  # processes of their own: above
-    table = main([*TINY, "--out", str(tmp_path), "--run", str(run), "--only", *names])
+    table = main([*TINY, "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
-    assert len(table) == 12 + 3 + 2 + 3 + 6 + 2 + 2
+    assert len(table) == 12 + 3 + 4 + 2 + 3 + 6 + 2 + 2
+    assert len(pd.read_csv(tmp_path / "curves.csv")) == 14
+    assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()
     lines = capsys.readouterr().out.splitlines()
     assert table["machine"].isin(lines).all() and "1 threads, torch" in table["machine"][0]

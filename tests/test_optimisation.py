@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import draw_photos, tiny_config
 
 from ramslib.backbone import extend_class_tokens
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
+from ramslib.runs.run import read_metrics
+from ramslib.training import trainer
 from ramslib.training.optimisation import (
     backward_scales,
     create_optimizer,
@@ -89,6 +92,14 @@ def test_checkpointing_changes_no_gradient(strength, loss):
     assert count == [2, 2 + sum(map(int, loss_weights(loss, 2)))], "computed again where trained"
     for one, other in zip(*steps, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
+    shared = []
+    monkeypatch.setattr(trainer, "average_gradients", lambda *given: shared.append(given))
+    config = tiny_config(draw_photos(tmp_path / "photos"), accumulate=3, epochs=1, scales=3)
+    run = trainer.train(config, tmp_path / "run")
+    assert len(shared) == (read_metrics(run)["split"] == "train").sum() > 1
 
 
 def test_freezing_trains_the_upper_blocks_and_what_follows(model_of):
