@@ -6,12 +6,15 @@ pass keeps anyway) and forms the probabilities of one block when they are asked 
 pass, its logits and its gradients are unchanged to the bit.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+CACHED = 2**18  # probabilities formed at a time on a CPU: one MiB
 
 
 class QueryKey(NamedTuple):
@@ -115,3 +118,40 @@ def attention_probabilities(block: QueryKey, rows: slice = slice(None)) -> Tenso
         bias = block.bias if block.bias.shape[-2] == 1 else block.bias[..., rows, :]
         logits += bias
     return logits.softmax(dim=-1)
+
+
+def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
+    """Row vectors times the probabilities of a block, head by head.
+
+    Args:
+        rows: (B, A, Q, N) float32, or (B, 1, Q, N) for rows that all heads share.
+        block: the recorded query and key.
+
+    Returns:
+        (B, A, Q, N) ``rows @ probabilities``. Of these, a CPU forms only as many at a time as stay
+        in its cores' own caches, which takes half the time; other devices form those of one image.
+    """
+    if torch.compiler.is_exporting():  # an exported program takes batches of any size
+        return rows @ attention_probabilities(block)
+    batch, heads, tokens, _ = block.query.shape
+    rows = rows.expand(batch, heads, -1, tokens)
+    count = max(1, CACHED // tokens) if rows.is_cpu else tokens
+    products = rows.new_zeros(rows.shape)
+    for place, part in _parts(block):
+        for start in range(0, tokens, count):
+            chunk = slice(start, start + count)
+            products[place] += rows[place][..., chunk] @ attention_probabilities(part, chunk)
+    return products
+
+
+def _parts(block: QueryKey) -> Iterator[tuple[tuple, QueryKey]]:
+    """What is worked on at a time, with its place: one head on a CPU, elsewhere all of an image."""
+    batch, heads, tokens, _ = block.query.shape
+    bias = block.bias
+    if bias is not None:
+        bias = bias.expand(batch, heads, tokens, tokens)
+    for image in range(batch):
+        for head in range(heads) if block.query.is_cpu else [slice(None)]:
+            place = image, head
+            added = None if bias is None else bias[place]
+            yield place, QueryKey(block.query[place], block.key[place], added, block.scale)

@@ -9,6 +9,7 @@ import difflib
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ramslib.errors import InputError
@@ -19,6 +20,7 @@ def create_backbone(
     name: str,
     image_size: int | tuple[int, int],
     class_tokens: int = 1,
+    patch_stride: int | None = None,
     pretrained: str = "none",
     drop_path: float = 0.0,
     dropout: float = 0.0,
@@ -31,6 +33,7 @@ def create_backbone(
         image_size: pixels, one number or (height, width); multiples of the patch size.
         class_tokens: class tokens in the sequence, each starting from the pretrained one and its
             position. 1 leaves the model as timm builds it.
+        patch_stride: pixels from one patch to the next, see `overlap_patches`; None: they tile.
         pretrained: where weights come from, see `ramslib.weights.sources`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
         dropout: see `set_dropout`.
@@ -41,10 +44,12 @@ def create_backbone(
 
     Raises:
         InputError: unknown name, no Vision Transformer of equal blocks, an image size that the
-            patches do not tile, or weights that cannot be had.
+            patches do not tile, a stride that does not fit, or weights that cannot be had.
     """
     backbone = _build(name, _pair(image_size), drop_path)
     set_dropout(backbone, dropout)
+    if patch_stride is not None:
+        overlap_patches(backbone, patch_stride)
     origin = load_pretrained(backbone, name, pretrained, **weight_options)
     if class_tokens > 1:
         extend_class_tokens(backbone, class_tokens)
@@ -127,11 +132,7 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
         raise InputError(f"{name} has no class token to copy per scale; use class_token='shared'")
     if backbone.global_pool != "token":
         raise InputError(f"{name} does not read its class token; build it with global_pool='token'")
-    bias = any(
-        "rel_pos" in key or "relative_position" in key for key, _ in backbone.named_modules()
-    )
-    bias = bias or any("relative_position" in key for key, _ in backbone.named_parameters())
-    if bias or hasattr(backbone, "dist_token"):
+    if has_relative_positions(backbone) or hasattr(backbone, "dist_token"):
         raise InputError(
             f"{name} ties positions to exactly one class token; use class_token='shared'"
         )
@@ -166,6 +167,42 @@ def set_dropout(backbone: nn.Module, rate: float) -> None:
         for module in place.modules():
             if isinstance(module, nn.Dropout):
                 module.p = rate
+
+
+def has_relative_positions(backbone: nn.Module) -> bool:
+    """Whether attention adds a bias per pair of tokens, tied to the sequence as it was built."""
+    names = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters())]
+    return any("rel_pos" in name or "relative_position" in name for name in names)
+
+
+def overlap_patches(backbone: nn.Module, stride: int) -> None:
+    """Let the patches of a freshly built timm model overlap, as TransFG does.
+
+    The convolution that embeds patches takes a smaller step, and the grid and the positions follow:
+    ``(side - patch) // stride + 1`` patches per side. Pixels beyond the last patch are not seen.
+
+    Raises:
+        InputError: a stride that is larger than a patch, or positions that are no grid of rows.
+    """
+    embed, name = backbone.patch_embed, type(backbone).__name__
+    positions, projection = getattr(backbone, "pos_embed", None), getattr(embed, "proj", None)
+    rotary = getattr(backbone, "rope", None) is not None
+    tied = positions is None or rotary or has_relative_positions(backbone)
+    if tied or not isinstance(projection, nn.Conv2d):
+        raise InputError(f"{name} ties positions to patches that tile; leave patch_stride at none")
+    if not 1 <= stride <= min(embed.patch_size):
+        sizes = " x ".join(map(str, embed.patch_size))
+        raise InputError(
+            f"patch_stride is {stride}; choose 1 to {min(embed.patch_size)}, {name} "
+            f"has patches of {sizes} pixels"
+        )
+    sides = zip(embed.img_size, embed.patch_size, strict=True)
+    old, new = embed.grid_size, tuple((side - patch) // stride + 1 for side, patch in sides)
+    projection.stride = (stride, stride)
+    embed.grid_size, embed.num_patches = new, new[0] * new[1]
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
+    resized = resample_abs_pos_embed(positions, new, old, num_prefix_tokens=prefix)
+    backbone.pos_embed = nn.Parameter(resized.detach())
 
 
 def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:

@@ -32,6 +32,7 @@ class Config:
     workers: int = 1  # loader processes per training process
 
     # model
+    model: str = "rams"  # rams, transfg, or vit, which is stored as rams with one scale
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
     pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
     position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
@@ -45,12 +46,15 @@ class Config:
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's
     dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
+    patch_stride: int | None = None  # pixels; below the patch size patches overlap (TransFG: 12)
     checkpointing: bool = False  # compute blocks again in the backward pass: slower, less memory
 
     # objective
     # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5
     loss: str | tuple[float, ...] = "sum"
     label_smoothing: float = 0.0
+    contrastive_weight: float = 1.0  # TransFG: of its contrastive loss
+    contrastive_margin: float = 0.4  # TransFG: cosine below which two classes are far enough apart
 
     # optimisation
     epochs: int = 5
@@ -106,10 +110,18 @@ class Config:
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; strings are read as the field's type.
 
+        A model that looks once settles ``scales``. The plain Vision Transformer, ``vit``, is stored
+        as ``rams`` with one scale: one model has one key, however it was asked for.
+
         Raises:
             InputError: an unknown name (the nearest one is named) or a value of the wrong kind.
         """
         read = {name: _read(name, value) for name, value in changes.items()}
+        model = read.get("model", self.model)
+        if model in _LOOK_ONCE:
+            if read.get("scales", 1) != 1:
+                raise InputError(f"model {model!r} looks once; leave 'scales' at 1")
+            read |= {"model": _LOOK_ONCE[model], "scales": 1}
         config = replace(self, **read)
         _check(config)
         return config
@@ -121,7 +133,9 @@ class Config:
         return given[:count]
 
 
+_LOOK_ONCE = {"transfg": "transfg", "vit": "rams"}  # as asked for: as stored
 _CHOICES = {
+    "model": ("rams", "transfg", "vit"),  # the keys of model.MODELS, and a word for one of them
     "class_token": ("per_scale", "shared"),
     "loss": ("sum", "first", "last"),
     "amp": ("none", "bf16", "fp16"),
@@ -129,9 +143,9 @@ _CHOICES = {
     "normalise": ("backbone", "imagenet"),
 }
 _POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
-_POSITIVE += ("learning_rate", "head_factor")
+_POSITIVE += ("learning_rate", "head_factor", "patch_stride")
 _NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
-_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "steps")
+_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "steps", "contrastive_weight")
 _LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}
 _LARGEST |= {"seed": 2**32 - 1}
 _FRACTIONS = {
@@ -142,6 +156,7 @@ _FRACTIONS = {
     "drop_path": (0.0, 0.99),
     "dropout": (0.0, 0.99),
     "layer_decay": (0.01, 1.0),
+    "contrastive_margin": (-1.0, 1.0),
 }
 
 
@@ -226,6 +241,8 @@ def _check(config: Config) -> None:
             raise InputError(
                 f"setting 'loss' is {config.loss}; weights are 0 or more, one of them above 0"
             )
+    if config.patch_stride is not None and config.scales > 1:
+        raise InputError("a region is cut out by patches that tile; 'patch_stride' needs one scale")
 
 
 def _check_count(config: Config, name: str, count: int, what: str, each: str) -> None:

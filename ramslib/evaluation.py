@@ -13,7 +13,7 @@ from torch import Tensor
 from ramslib.data.transforms import ImageDataset, View, prepare
 from ramslib.dppm import drawn_by_row
 from ramslib.errors import InputError
-from ramslib.model import RAMSTrans
+from ramslib.looks import Recogniser
 from ramslib.processes import Processes, load_batches, sum_over_processes
 from ramslib.regions import box_area, box_iou
 
@@ -29,7 +29,7 @@ def view_names(scales: int) -> list[str]:
 
 @torch.inference_mode()
 def predict(
-    model: RAMSTrans,
+    model: Recogniser,
     table: pd.DataFrame,
     view: View,
     batch_size: int = 32,
@@ -97,7 +97,7 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
 
 
-def _rows(model: RAMSTrans, view: View, batch: dict, device: torch.device) -> Tensor:
+def _rows(model: Recogniser, view: View, batch: dict, device: torch.device) -> Tensor:
     """(B, views, columns) in the order of `_COLUMNS`; fused rows have no region."""
     images, source = prepare(batch["source"].to(device), model.image_size, *model.mean_std)
     output = model(images, source)

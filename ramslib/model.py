@@ -7,64 +7,30 @@ but its own class token; recursively for any number of scales (RAMS-Trans, secti
 No gradient flows through a crop, so the scales are independent given their views.
 `RAMSTrans.scales` hands them out one at a time: a training step can back-propagate and free one
 before the next runs, and inference can stop early. `RAMSTrans.forward` simply collects them.
+
+``MODELS`` is the registry of models. RAMS-Trans with one scale is the plain Vision Transformer.
 """
 
-from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ramslib.attention import record_attention
-from ramslib.backbone import (
-    count_class_tokens,
-    create_backbone,
-    image_size,
-    normalisation,
-    patch_grid,
-    read_feature,
-)
+from ramslib.backbone import count_class_tokens, create_backbone, read_feature
 from ramslib.config import Config
-from ramslib.dppm import PROPOSALS, Proposal, propose
+from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
-from ramslib.regions import crop_and_resize, map_boxes
+from ramslib.looks import Look, Recogniser
+from ramslib.regions import crop_and_resize, map_boxes, whole_box
 from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
+from ramslib.transfg import TransFG
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-class Look(NamedTuple):
-    """One scale's look at its view.
-
-    Attributes:
-        logits: (B, K).
-        view: (B, 3, H, W) what this scale saw.
-        boxes: (B, 4) float32, where that view lies, in pixels of the input image.
-        strength: (B, h, w) attention strength, None at the last scale.
-        proposal: what the next scale will look at, None at the last scale.
-    """
-
-    logits: Tensor
-    view: Tensor
-    boxes: Tensor
-    strength: Tensor | None
-    proposal: Proposal | None
-
-
-class RAMSOutput(NamedTuple):
-    """All scales, coarse to fine: the fields of `Look`, each a tuple with one entry per scale.
-
-    ``strengths`` and ``proposals`` have one entry less: the last scale proposes nothing.
-    """
-
-    logits: tuple[Tensor, ...]
-    boxes: tuple[Tensor, ...]
-    strengths: tuple[Tensor, ...]
-    proposals: tuple[Proposal, ...]
-
-
-class RAMSTrans(nn.Module):
+class RAMSTrans(Recogniser):
     """Recurrent attention multi-scale transformer over any timm Vision Transformer.
 
     Args:
@@ -96,17 +62,13 @@ class RAMSTrans(nn.Module):
         align_corners: bool = False,
         mean_std: tuple | None = None,
     ):
-        super().__init__()
         _check_options(backbone, scales, thresholds, strength, proposal)
         if per_scale_token and scales > 1 and count_class_tokens(backbone) != scales:
             raise InputError(
                 f"{scales} scales need as many class tokens, {type(backbone).__name__} has "
                 f"{count_class_tokens(backbone)}; extend_class_tokens it, or share one token"
             )
-        self.backbone = backbone
-        self.classifier = nn.Linear(backbone.num_features, num_classes)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
+        super().__init__(backbone, num_classes, mean_std)
         self.num_scales = scales
         self.thresholds = tuple(thresholds)
         self.strength = strength
@@ -114,44 +76,17 @@ class RAMSTrans(nn.Module):
         self.per_scale_token = per_scale_token and scales > 1
         self.released_boxes = released_boxes
         self.align_corners = align_corners
-        self.mean_std = mean_std or normalisation(backbone)
-        self.image_size = image_size(backbone)
-        self.grid = patch_grid(backbone)
-
-    def forward(self, images: Tensor, source: Tensor | None = None) -> RAMSOutput:
-        """Look at all scales.
-
-        Args:
-            images: (B, 3, H, W) normalised, of the backbone's input size.
-            source: (B, 3, Hs, Ws) the same view at a higher resolution, normalised alike; crops are
-                cut from it. None cuts each crop from the view of the scale before, as in the paper.
-
-        Returns:
-            `RAMSOutput`.
-        """
-        looks = list(self.scales(images, source))
-        return RAMSOutput(
-            logits=tuple(look.logits for look in looks),
-            boxes=tuple(look.boxes for look in looks),
-            strengths=tuple(look.strength for look in looks[:-1]),
-            proposals=tuple(look.proposal for look in looks[:-1]),
-        )
 
     def scales(
         self, images: Tensor, source: Tensor | None = None
     ) -> Generator[Look, Tensor | None, None]:
-        """Look at one scale after the other, each only when it is asked for.
+        """Look at the image, propose, cut out, and look there; see `Recogniser.scales`.
 
-        Takes what `forward` takes. Yields a `Look` per scale. Who sends it a mask (B,) bool of the
-        images just looked at, instead of calling ``next``, goes on with those images alone.
-
-        Raises:
-            InputError: images of another size than the backbone's.
+        Who sends a mask (B,) bool of the images just looked at, instead of calling ``next``, goes
+        on with those images alone.
         """
-        if images.shape[-2:] != self.image_size:
-            given, taken = (" x ".join(map(str, s)) for s in (images.shape[-2:], self.image_size))
-            raise InputError(f"images are {given} pixels; this model takes {taken}: resize them")
-        view, boxes = images, _whole(images).repeat(images.shape[0], 1)
+        self.check_size(images)
+        view, boxes = images, whole_box(images).repeat(images.shape[0], 1)
         for scale in range(self.num_scales):
             logits, strength = self.look(view, scale)
             proposal = None
@@ -200,34 +135,13 @@ class RAMSTrans(nn.Module):
         Returns:
             The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
         """
-        inside = map_boxes(patch_boxes, self.grid, _whole(view))
+        inside = map_boxes(patch_boxes, self.grid, whole_box(view))
         if self.released_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
         regions = map_boxes(inside, self.image_size, boxes)
         if source is not None:
-            view, inside = source, map_boxes(regions, self.image_size, _whole(source))
+            view, inside = source, map_boxes(regions, self.image_size, whole_box(source))
         return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that timm's optimizers leave without weight decay."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's order of the layers, for layer-wise learning rates: stem, blocks, classifier."""
-
-        def inside(pattern: str) -> str:
-            return rf"^backbone\.(?:{pattern.replace('^', '')})"
-
-        groups = self.backbone.group_matcher(coarse)
-        return {
-            name: inside(rule) if isinstance(rule, str) else [(inside(p), o) for p, o in rule]
-            for name, rule in groups.items()
-        }
-
-
-def _whole(images: Tensor) -> Tensor:
-    """The box of a whole image: (..., H, W) -> (4,) float32."""
-    return torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
 
 
 def _check_options(
@@ -248,26 +162,9 @@ def _check_options(
         )
 
 
-def build_model(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
-    """The model that a configuration describes.
-
-    Returns:
-        The model, and one sentence about where its weights come from.
-
-    Raises:
-        InputError: a configuration that no model fits.
-    """
+def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
     per_scale = config.class_token == "per_scale"
-    backbone, origin = create_backbone(
-        config.backbone,
-        config.image_size,
-        class_tokens=config.scales if per_scale else 1,
-        pretrained=config.pretrained,
-        drop_path=config.drop_path,
-        dropout=config.dropout,
-        position_resize=config.position_resize,
-        final_norm=config.final_norm,
-    )
+    backbone, origin = _build_backbone(config, class_tokens=config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.checkpointing)
     model = RAMSTrans(
         backbone,
@@ -279,6 +176,50 @@ def build_model(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
         per_scale_token=per_scale,
         released_boxes=config.released_boxes,
         align_corners=config.align_corners,
-        mean_std=IMAGENET if config.normalise == "imagenet" else None,
+        mean_std=_mean_std(config),
     )
     return model, origin
+
+
+def _build_transfg(config: Config, num_classes: int) -> tuple[TransFG, str]:
+    if config.checkpointing:  # a block computed again would get other tokens
+        raise InputError("model transfg exchanges tokens between blocks; use checkpointing=False")
+    backbone, origin = _build_backbone(config)
+    options = config.contrastive_weight, config.contrastive_margin, _mean_std(config)
+    return TransFG(backbone, num_classes, *options), origin
+
+
+def _build_backbone(config: Config, class_tokens: int = 1) -> tuple[nn.Module, str]:
+    return create_backbone(
+        config.backbone,
+        config.image_size,
+        class_tokens=class_tokens,
+        patch_stride=config.patch_stride,
+        pretrained=config.pretrained,
+        drop_path=config.drop_path,
+        dropout=config.dropout,
+        position_resize=config.position_resize,
+        final_norm=config.final_norm,
+    )
+
+
+def _mean_std(config: Config) -> tuple | None:
+    return IMAGENET if config.normalise == "imagenet" else None
+
+
+MODELS: dict[str, Callable[[Config, int], tuple[Recogniser, str]]] = {
+    "rams": _build_rams,
+    "transfg": _build_transfg,
+}
+
+
+def build_model(config: Config, num_classes: int) -> tuple[Recogniser, str]:
+    """The model that a configuration describes.
+
+    Returns:
+        The model, and one sentence about where its weights come from.
+
+    Raises:
+        InputError: a configuration that no model fits.
+    """
+    return MODELS[config.model](config, num_classes)

@@ -99,6 +99,11 @@ def bounding_boxes(mask: Tensor) -> Tensor:
     return torch.stack([top, left, bottom, right], dim=1)
 
 
+def whole_box(images: Tensor) -> Tensor:
+    """The box of a whole image: (..., H, W) -> (4,) float32."""
+    return torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
+
+
 def map_boxes(boxes: Tensor, size: tuple[int, int], frame: Tensor) -> Tensor:
     """Boxes in one coordinate system, expressed in another that a frame places it in.
 

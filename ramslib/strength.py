@@ -14,12 +14,12 @@ The registry ``STRENGTHS`` maps a name to a function ``(blocks, class_index) -> 
 - ``last_class``: the class token's row of the last block, heads averaged (no rollout).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ramslib.attention import QueryKey, attention_probabilities
+from ramslib.attention import QueryKey, attention_probabilities, multiply_rows
 from ramslib.errors import InputError
 
 
@@ -34,7 +34,8 @@ def rollout_rows(blocks: Sequence[QueryKey], weights: Tensor) -> Tensor:
         (B, N) float32; sums to the sum of the weights.
     """
     for block in reversed(blocks):
-        weights = (weights + _mean_head_rows(block, weights)) / 2
+        products = multiply_rows(weights[:, None, None], block)
+        weights = (weights + products.mean(dim=1).squeeze(1)) / 2
     return weights
 
 
@@ -61,37 +62,6 @@ def last_class(blocks: Sequence[QueryKey], class_index: int = 0) -> Tensor:
     return row.mean(dim=1).squeeze(1)
 
 
-def _mean_head_rows(block: QueryKey, weights: Tensor) -> Tensor:
-    """Row vectors times head-averaged probabilities: (B, N) -> (B, N).
-
-    Probabilities are formed for as many rows as stay in a CPU's cache, one head at a time.
-    """
-    if torch.compiler.is_exporting():  # an exported program takes batches of any size
-        return (weights[:, None, None] @ attention_probabilities(block)).mean(dim=1).squeeze(1)
-    heads, tokens = block.query.shape[1:3]
-    count = max(1, CACHED // tokens) if weights.is_cpu else tokens
-    sums = torch.zeros_like(weights)
-    for image, part in _parts(block):
-        for start in range(0, tokens, count):
-            rows = slice(start, start + count)
-            products = weights[image, rows] @ attention_probabilities(part, rows)
-            sums[image] += products.reshape(-1, tokens).sum(dim=0)
-    return sums / heads
-
-
-def _parts(block: QueryKey) -> Iterator[tuple[int, QueryKey]]:
-    """What is worked on at a time, with its image: one head on a CPU, elsewhere all of them."""
-    batch, heads, tokens, _ = block.query.shape
-    bias = block.bias
-    if bias is not None:
-        bias = bias.expand(batch, heads, tokens, tokens)
-    for image in range(batch):
-        for head in range(heads) if block.query.is_cpu else [slice(None)]:
-            part = image, head
-            added = None if bias is None else bias[part]
-            yield image, QueryKey(block.query[part], block.key[part], added, block.scale)
-
-
 STRENGTHS: dict[str, Callable[[Sequence[QueryKey], int], Tensor]] = {
     "rollout_mean": rollout_mean,
     "rollout_class": rollout_class,
@@ -99,7 +69,6 @@ STRENGTHS: dict[str, Callable[[Sequence[QueryKey], int], Tensor]] = {
 }
 
 LAST_BLOCKS = {"last_class": 1}  # how many of the last blocks a strength reads; others read all
-CACHED = 2**18  # probabilities formed at a time on a CPU: one MiB stays in the cores' own caches
 
 
 def attention_strength(

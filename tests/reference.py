@@ -142,6 +142,32 @@ def crop_and_resize(image, box, size, align_corners=False):
     return resize(image[:, top:bottom, left:right], size, align_corners)
 
 
+def chosen_patches(blocks, grid):
+    """TransFG's part selection for one image: L - 1 x (A, N, N), first block first -> (A,)."""
+    chosen = []
+    for head in range(len(blocks[0])):
+        product = np.eye(blocks[0].shape[-1])
+        for probabilities in blocks:
+            product = probabilities[head].astype(np.float64) @ product
+        row = product[0][len(product) - grid[0] * grid[1] :]
+        best = 0
+        for patch, value in enumerate(row):
+            best = patch if value > row[best] else best
+        chosen.append(best)
+    return chosen
+
+
+def contrastive(features, labels, margin):
+    """TransFG's loss over all ordered pairs of a batch: (B, D), (B,) -> float."""
+    total = 0.0
+    for one, label in zip(features, labels, strict=True):
+        for two, other in zip(features, labels, strict=True):
+            lengths = math.sqrt(sum(v * v for v in one)) * math.sqrt(sum(v * v for v in two))
+            cosine = sum(a * b for a, b in zip(one, two, strict=True)) / lengths
+            total += 1 - cosine if label == other else max(0.0, cosine - margin)
+    return total / len(features) ** 2
+
+
 def place(box, size, frame):
     """A box measured in a frame of ``size`` units, in the units that the frame is given in."""
     height, width = frame[2] - frame[0], frame[3] - frame[1]

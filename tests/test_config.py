@@ -65,6 +65,24 @@ def test_one_threshold_per_proposal(scales, threshold, expected):
     assert Config().replace(scales=scales, threshold=threshold).thresholds() == expected
 
 
+def test_models_that_look_once_settle_the_scales():
+    assert Config().replace(model="transfg").scales == 1
+    plain = Config().replace(model="vit")
+    assert plain == Config().replace(scales=1) and plain.model == "rams", "one model, one key"
+    assert Config().replace(model="vit", scales="1") == plain
+    assert plain.replace(model="rams", scales=3).scales == 3
+    transfg = Config().replace(model="transfg", patch_stride=12)
+    assert Config().replace(**json.loads(transfg.to_json())) == transfg
+    for config, changes in [
+        (Config(), {"model": "vit", "scales": 2}),
+        (Config(), {"model": "transfg", "scales": 3}),
+        (transfg, {"scales": 2}),
+    ]:
+        assert "looks once; leave 'scales' at 1" in refused(config.replace, **changes)
+    assert "'patch_stride' needs one scale" in refused(Config().replace, patch_stride=8)
+    assert "choose one of rams, transfg, vit" in refused(Config().replace, model="resnet")
+
+
 @pytest.mark.parametrize(
     "name, text, value",
     [

@@ -25,6 +25,7 @@ from ramslib.evaluation import (
     score_boxes,
     view_names,
 )
+from ramslib.looks import RAMSOutput
 from ramslib.model import build_model
 from ramslib.processes import Processes
 
@@ -160,7 +161,7 @@ class Fixed(torch.nn.Module):
         rows = slice(self.place, self.place + len(images))
         self.place += len(images)
         boxes = torch.tensor([0.0, 0, 48, 48]).repeat(len(images), 1)
-        return ramslib.model.RAMSOutput((self.logits[rows],), (boxes,), (), ())
+        return RAMSOutput((self.logits[rows],), (boxes,), (), ())
 
 
 @given(st.integers(0, 10**6), st.booleans())

@@ -1,11 +1,13 @@
-"""The same numbers as the released RAMS-Trans code, from the same weights.
+"""The same numbers as the released codes of RAMS-Trans and TransFG, from the same weights.
 
-The numbers in ``golden/`` were returned once by the authors' implementation (commit c414ea9;
+The numbers in ``golden/`` were returned once by the authors' implementations (commit c414ea9;
 float32, CPU, dropout off): no code of theirs is here. Sizes are read from the arrays, and
 ``RAMSLIB_GOLDEN`` may name a folder with other sets, each of ``<set>_weights.npz`` (the layout of
 Google's ViT checkpoints), ``<set>_outputs.npz`` and ``<set>_training.npz``, with the images
-(B, H, W, 3) in the outputs or as ``<set>_images.png``, one below the other. Where the outputs hold
-attention probabilities of the first image, they are compared too.
+(B, H, W, 3) in the outputs or as ``<set>_images.png``, one below the other. Outputs of TransFG
+(commit 9336fba), where there are some, lie in ``<set>_transfg_outputs.npz``; patches overlap by a
+quarter unless ``overlap_stride`` there says otherwise. Where the outputs hold attention
+probabilities of the first image, they are compared too.
 """
 
 import os
@@ -18,12 +20,13 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from ramslib.attention import attention_probabilities, record_attention
-from ramslib.backbone import extend_class_tokens
+from ramslib.backbone import extend_class_tokens, overlap_patches
 from ramslib.config import Config
 from ramslib.dppm import propose
 from ramslib.model import IMAGENET, RAMSTrans
 from ramslib.strength import attention_strength
 from ramslib.training.optimisation import backward_scales, create_optimizer, loss_weights
+from ramslib.transfg import TransFG, contrastive_loss
 from ramslib.weights.sources import load_pretrained
 
 OWN = Path(__file__).parent / "golden"
@@ -61,8 +64,8 @@ def images(golden):
     return (pixels / 255 - mean) / std
 
 
-def build(name, golden, config=RELEASED):
-    """The model that a configuration makes of a set's weights; sizes come from their shapes."""
+def build_backbone(name, golden, config=RELEASED):
+    """A set's weights as a configuration loads them; sizes come from their shapes."""
     path = FOLDER / f"{name}_weights.npz"
     shapes = {key: array.shape for key, array in np.load(path).items()}
     block = "Transformer/encoderblock_0/"
@@ -77,6 +80,8 @@ def build(name, golden, config=RELEASED):
         mlp_ratio=hidden / width,
         num_classes=0,
     )
+    if config.patch_stride:
+        overlap_patches(backbone, config.patch_stride)
     load_pretrained(
         backbone,
         name,
@@ -84,6 +89,12 @@ def build(name, golden, config=RELEASED):
         position_resize=config.position_resize,
         final_norm=config.final_norm,
     )
+    return backbone
+
+
+def build(name, golden, config=RELEASED):
+    """The model that a configuration makes of a set's weights."""
+    backbone = build_backbone(name, golden, config)
     extend_class_tokens(backbone, config.scales)
     head = torch.from_numpy(golden["head_weight"])
     model = RAMSTrans(
@@ -233,3 +244,25 @@ def test_every_deviation_of_the_release_is_one_option(option, name, golden, imag
     with torch.no_grad():
         output = build(name, golden, RELEASED.replace(**option))(images)
     assert difference(output.logits[1], golden["logits_scale2"]) > 2e-4
+
+
+@pytest.mark.parametrize("kind", ["non_overlap", "overlap"])
+def test_transfg(kind, name, golden, images):
+    path = FOLDER / f"{name}_transfg_outputs.npz"
+    if not path.exists():
+        pytest.skip("this set has no outputs of TransFG")
+    expected = np.load(path)
+    patch = len(np.load(FOLDER / f"{name}_weights.npz")["embedding/kernel"])
+    stride = patch if kind == "non_overlap" else int(expected.get("overlap_stride", patch * 3 // 4))
+    config = RELEASED.replace(model="transfg", final_norm=True, patch_stride=stride)
+    model = TransFG(build_backbone(name, golden, config), len(golden["head_weight"])).eval()
+    model.classifier.weight.data.copy_(torch.from_numpy(golden["head_weight"]))
+    labels = torch.from_numpy(expected["labels"])
+    with torch.no_grad():
+        parts, (look,) = model.look(images), model.scales(images)
+    np.testing.assert_array_equal(parts.patches, expected[f"{kind}_part_index"])
+    assert difference(look.logits, expected[f"{kind}_logits"]) <= 1e-4
+    assert difference(look.feature, expected[f"{kind}_class_token"]) <= 1e-4
+    contrastive = contrastive_loss(look.feature, labels)
+    assert difference(contrastive, expected[f"{kind}_contrastive_loss"]) <= 1e-5
+    assert difference(model.loss(look, labels), expected[f"{kind}_total_loss"]) <= 1e-4

@@ -279,6 +279,14 @@ def test_finished_runs_are_found_and_opened(run, tmp_path):
         open_run(tmp_path / "runs" / "nothing")
 
 
+def test_a_run_of_transfg_is_listed_and_refused(tmp_path):
+    run = make_run(tmp_path / "birds", tmp_path / "runs" / "fg", model="transfg")
+    assert find_runs(tmp_path / "runs") == [run]
+    assert describe_run(run, tmp_path / "runs").startswith("fg (1 scale, transfg, ")
+    with pytest.raises(InputError, match="of transfg, which proposes no region to explore"):
+        open_run(run)
+
+
 @pytest.fixture
 def surveyed(lens, tmp_path):
     """A lens and its stored survey."""

@@ -13,7 +13,8 @@ from ramslib.backbone import extend_class_tokens, read_feature
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
-from ramslib.model import RAMSOutput, RAMSTrans, build_model
+from ramslib.looks import RAMSOutput
+from ramslib.model import RAMSTrans, build_model
 from ramslib.strength import STRENGTHS
 
 CLASSES = 5

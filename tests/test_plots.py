@@ -97,7 +97,7 @@ def test_style_does_not_leak_and_a_switched_on_display_stays_on(metrics):
 def test_vector_files_hold_real_text_and_replace_nothing_halfway(tmp_path, metrics):
     ax = plots.plot_losses(metrics)
     path = plots.save(ax, tmp_path / "figures" / "loss.svg")
-    assert "cross entropy (nats)</text>" in path.read_text()
+    assert "loss (nats)</text>" in path.read_text()
     assert plots.save(ax.figure, tmp_path / "figures" / "loss.pdf").read_bytes()[:5] == b"%PDF-"
     assert sorted(p.name for p in path.parent.iterdir()) == ["loss.pdf", "loss.svg"]
 
@@ -261,6 +261,22 @@ def test_ablation_draws_mean_and_interval():
     assert any(set(line.get_ydata()) == {0} for line in difference.lines), "the baseline"
     single = plots.plot_ablation(summary.assign(runs=1, half_width=np.nan), "scales")
     assert "no interval" in single.get_title(loc="left")
+
+
+def test_differences_draw_their_own_interval_and_name_seeds_where_several():
+    columns = ["method", "scale", "seed", "difference", "low", "high"]
+    rows = [
+        ("TransFG", "scale 1", 0, 2.0, -1.0, 4.5),
+        ("RAMS-Trans", "scale 2", 1, -3.0, -5.0, 0.0),
+    ]
+    ax = plots.plot_differences(pd.DataFrame(rows, columns=columns), "equal time")
+    ends = [sorted(x for x, _ in segment) for c in ax.collections for segment in c.get_segments()]
+    assert sorted(ends) == [[-5, 0], [-1, 4.5]]
+    names = [text.get_text() for text in ax.get_yticklabels()]
+    assert names == ["TransFG: scale 1, seed 0", "RAMS-Trans: scale 2, seed 1"]
+    assert ax.get_title(loc="left") == "equal time"
+    single = plots.plot_differences(pd.DataFrame(rows[:1], columns=columns))
+    assert [text.get_text() for text in single.get_yticklabels()] == ["TransFG: scale 1"]
 
 
 def test_threshold_curves_and_stored_accuracies():

@@ -21,8 +21,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The road that data take. Nothing here needs, directly or through others, what stands after it.
 ORDER = """
-errors files recipes config processes data weights attention strength regions dppm backbone model
-evaluation adaptive localisation runs training plots experiments explorer __main__
+errors files recipes config processes data weights attention strength regions dppm backbone looks
+transfg model evaluation adaptive localisation runs training plots experiments explorer __main__
 """.split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
@@ -145,7 +145,8 @@ def test_the_library_stays_thin():
 
 def test_the_numbered_notebooks_are_there():
     names = "01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold"
-    assert {*names.split(), "05_attention_explorer"} <= {path.stem for path in NOTEBOOKS}
+    names += " 05_attention_explorer 06_comparison"
+    assert set(names.split()) <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

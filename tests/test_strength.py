@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ramslib.strength
+import ramslib.attention
 from ramslib.attention import QueryKey, record_attention
 from ramslib.errors import InputError
 from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength, rollout_rows
@@ -168,7 +168,7 @@ def test_any_number_of_rows_at_a_time(cached, bias_shape, monkeypatch):
     expected = [
         reference.strength(image, "rollout_mean", (2, 4)) for image in probabilities(blocks)
     ]
-    monkeypatch.setattr(ramslib.strength, "CACHED", cached)
+    monkeypatch.setattr(ramslib.attention, "CACHED", cached)
     found = attention_strength(blocks, "rollout_mean", (2, 4))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

@@ -80,18 +80,24 @@ def describe_run(run: Path, folder: Path | str) -> str:
     config, _, _ = read_run(run)
     results = pd.read_csv(run / "results.csv").query("split == 'test' and weights == 'last'")
     scales = f"{config.scales} scale{'s' if config.scales > 1 else ''}"
+    reads = config.strength if config.model == "rams" else config.model
     best = f"{results['top1'].max():.1f} % at {results.loc[results['top1'].idxmax(), 'scale']}"
     name = run.relative_to(folder) if run.is_relative_to(folder) else run
-    return f"{name} ({scales}, {config.strength}, {best}, seed {config.seed})"
+    return f"{name} ({scales}, {reads}, {best}, seed {config.seed})"
 
 
 def open_run(run: Path | str, which: str = "best") -> Lens:
     """Look through the model of a finished run.
 
     Raises:
-        InputError: no such run, or its checkpoint cannot be read.
+        InputError: no such run, its checkpoint cannot be read, or it proposes no regions.
     """
     config, description, table = read_run(run)
+    if config.model != "rams":
+        raise InputError(
+            f"{run} is of {config.model}, which proposes no region to explore; choose a run of "
+            "RAMS-Trans or of a plain ViT"
+        )
     view = View(config.source_size or config.image_size, config.crop_fraction)
     origin = f"{run}, {which} weights"
     model = load(run, which).to(_device())

@@ -59,7 +59,7 @@ def plot_losses(metrics: pd.DataFrame, ax: Axes | None = None, smooth: int = 10)
         ax.plot(steps["step"], steps[name], color=view_colour(scale), alpha=0.2, linewidth=0.8)
         mean = steps[name].rolling(smooth, min_periods=1).mean()
         ax.plot(steps["step"], mean, color=view_colour(scale), label=scale)
-    ax.set(xlabel="step", ylabel="cross entropy (nats)", title="training loss")
+    ax.set(xlabel="step", ylabel="loss (nats)", title="training loss")
     ax.set_ylim(bottom=0)
     ax.legend()
     return ax
@@ -123,6 +123,31 @@ def plot_ablation(
     ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(label, label), title=title)
     ax.grid(False, axis="x")
     ax.legend(title=LABELS.get(hue, hue), loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+@styled
+def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
+    """Differences to a baseline with their 95 % intervals, a row per method, view and seed.
+
+    Args:
+        differences: from `comparison.differences`, of one budget and one choice of weights.
+        title: above it.
+        ax: where to draw.
+    """
+    ax = new_axes(ax, 1 + 0.3 * len(differences), 5)
+    several = differences["seed"].nunique() > 1
+    names = []
+    for place, row in enumerate(differences.itertuples()):
+        look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": view_colour(row.scale)}
+        ends = [[max(0, row.difference - row.low)], [max(0, row.high - row.difference)]]
+        ax.errorbar(row.difference, place, xerr=ends, **look)
+        names.append(f"{row.method}: {row.scale}" + (f", seed {row.seed}" if several else ""))
+    ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="difference to the baseline (points, 95 % over images)", title=title)
+    ax.grid(False, axis="y")
     return ax
 
 

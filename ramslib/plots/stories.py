@@ -20,7 +20,7 @@ from torch import Tensor
 from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
 from ramslib.evaluation import BOX, fuse, view_names
-from ramslib.model import Look
+from ramslib.looks import Look
 from ramslib.plots.pictures import (
     HEAT,
     TRUTH,

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ramslib.data.transforms import View, prepare
 from ramslib.errors import InputError
 from ramslib.files import write_atomically
-from ramslib.model import RAMSTrans
+from ramslib.looks import Recogniser
 from ramslib.runs.run import load, read_run
 
 
 class Pixels(nn.Module):
     """A model that takes a view as it comes from the file: the part that is exported."""
 
-    def __init__(self, model: RAMSTrans):
+    def __init__(self, model: Recogniser):
         super().__init__()
         self.model = model
 
@@ -40,7 +40,7 @@ class Pixels(nn.Module):
         return named | {f"boxes_{scale + 1}": boxes for scale, boxes in enumerate(output.boxes)}
 
 
-def export_model(model: RAMSTrans, source_size: tuple[int, int]) -> torch.export.ExportedProgram:
+def export_model(model: Recogniser, source_size: tuple[int, int]) -> torch.export.ExportedProgram:
     """Trace a model for batches of any size.
 
     Args:

@@ -9,6 +9,8 @@ from ramslib.evaluation import score
 from ramslib.files import write_atomically, write_table
 from ramslib.runs.run import read_run
 
+METHODS = {"rams": "RAMS-Trans", "transfg": "TransFG"}
+
 
 def write_results(run: Path, predictions: dict[str, pd.DataFrame], facts: dict) -> None:
     """Write the files that end a run; ``results.csv`` comes last and says that it is finished.
@@ -36,7 +38,7 @@ def model_card(run: Path, results: pd.DataFrame) -> str:
     images = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "validation", "test"))
     classes, facts = description["classes"], results.iloc[0]
     versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
-    return f"""# {run.name}: RAMS-Trans on {config.data}
+    return f"""# {run.name}: {METHODS[config.model]} on {config.data}
 
 {_architecture(config)}
 It tells {len(classes)} classes apart, from "{classes[0]}" to "{classes[-1]}".
@@ -75,6 +77,12 @@ def _architecture(config: Config) -> str:
         (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     )
     size = f"`{config.backbone}` at {height} x {width} pixels"
+    if config.model == "transfg":
+        stride = f"every {config.patch_stride} pixels" if config.patch_stride else "side by side"
+        return (
+            f"A Vision Transformer, {size}, whose last block sees the patches that its heads chose "
+            f"(TransFG); patches stand {stride}."
+        )
     if config.scales == 1:
         return f"A plain Vision Transformer, {size}."
     where = "a source of higher resolution" if config.source_size else "the view before"

@@ -31,7 +31,8 @@ from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX
 from ramslib.files import write_atomically, write_table
-from ramslib.model import RAMSTrans, build_model
+from ramslib.looks import Recogniser
+from ramslib.model import build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 
 # settings that say where things are or how fast they go, not what comes out
@@ -247,7 +248,7 @@ def _whole_rows(path: Path) -> list[dict]:
     return rows
 
 
-def load(run: Path | str, which: str = "best") -> RAMSTrans:
+def load(run: Path | str, which: str = "best") -> Recogniser:
     """The trained model of a run, in evaluation mode.
 
     Args:

@@ -8,14 +8,13 @@ at the memory of one scale, because no gradient flows through a crop.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.model import RAMSTrans
+from ramslib.looks import Recogniser
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +34,7 @@ def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
 
 
 def backward_scales(
-    model: RAMSTrans,
+    model: Recogniser,
     images: Tensor,
     source: Tensor | None,
     labels: Tensor,
@@ -50,7 +49,7 @@ def backward_scales(
 
     Args:
         model: in training mode.
-        images: (B, 3, H, W), see `RAMSTrans.forward`.
+        images: (B, 3, H, W), see `Recogniser.forward`.
         source: (B, 3, Hs, Ws) or None.
         labels: (B,).
         weights: of each scale's loss; a scale of weight 0 is looked at without gradient.
@@ -66,15 +65,15 @@ def backward_scales(
     for weight in weights:
         with torch.set_grad_enabled(weight > 0):
             with torch.autocast(images.device.type, amp, enabled=amp is not None):
-                logits = next(looks).logits
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+                look = next(looks)
+            loss = model.loss(look, labels, label_smoothing)
             if weight > 0:
                 (loss * weight * factor).backward()
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
-def freeze(model: RAMSTrans, blocks: int) -> None:
+def freeze(model: Recogniser, blocks: int) -> None:
     """Stop training the first blocks, and with them all that comes before: patches and tokens.
 
     Class tokens are frozen too, so those of all scales stay equal to the pretrained one.
@@ -96,7 +95,7 @@ def freeze(model: RAMSTrans, blocks: int) -> None:
             after.requires_grad_(True)
 
 
-def create_optimizer(model: RAMSTrans, config: Config) -> torch.optim.Optimizer:
+def create_optimizer(model: Recogniser, config: Config) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its rules for weight decay and layer-wise decay.
 
     The classifier starts from nothing, so it learns ``head_factor`` times faster.
@@ -115,7 +114,7 @@ def create_optimizer(model: RAMSTrans, config: Config) -> torch.optim.Optimizer:
         raise InputError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
 
 
-def parameter_groups(model: RAMSTrans, config: Config) -> list[dict]:
+def parameter_groups(model: Recogniser, config: Config) -> list[dict]:
     """timm's parameter groups by layer and weight decay, those of the classifier apart."""
     decay, skipped = config.weight_decay, model.no_weight_decay()
     groups = param_groups_layer_decay(model, decay, skipped, layer_decay=config.layer_decay)

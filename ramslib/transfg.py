@@ -1,0 +1,158 @@
+"""TransFG: a Vision Transformer whose last block sees only the patches that its heads chose.
+
+He et al., "TransFG: A Transformer Architecture for Fine-grained Recognition", AAAI 2022; a baseline
+for RAMS-Trans in the same training and evaluation. The attention of all blocks but the last is
+multiplied, head by head; each head names the patch that its class token attends to most. The class
+token and these patches go through the last block, and a contrastive loss keeps class tokens of
+different classes apart. Patches may overlap (`backbone.overlap_patches`).
+
+Only the class token's row of the product is read, so a row vector per head runs from the last
+matrix to the first and no matrix product is formed, as in `ramslib.strength`.
+
+Added to the paper, which knows one class token only: register tokens go through the last block too.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ramslib.attention import QueryKey, attention_probabilities, multiply_rows, record_attention
+from ramslib.backbone import count_class_tokens, has_relative_positions, read_feature
+from ramslib.errors import InputError
+from ramslib.looks import Look, Recogniser
+from ramslib.regions import whole_box
+
+
+class Parts(NamedTuple):
+    """What TransFG makes of a view.
+
+    Attributes:
+        logits: (B, K).
+        feature: (B, D) the class token after the final norm: what is classified.
+        patches: (B, A) long, the patch that each head chose, counted row by row; heads may agree.
+    """
+
+    logits: Tensor
+    feature: Tensor
+    patches: Tensor
+
+
+class TransFG(Recogniser):
+    """Part selection over any timm Vision Transformer with a class token and absolute positions.
+
+    Args:
+        backbone: from `create_backbone`, with one class token; ``patch_stride`` makes its patches
+            overlap. Input size and patch grid are read from it.
+        num_classes: K.
+        contrastive_weight: of the contrastive loss beside the cross entropy.
+        contrastive_margin: see `contrastive_loss`.
+        mean_std: see `Recogniser`.
+
+    Raises:
+        InputError: a backbone whose last block cannot do with a subset of the tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        contrastive_weight: float = 1.0,
+        contrastive_margin: float = 0.4,
+        mean_std: tuple | None = None,
+    ):
+        _check_backbone(backbone)
+        super().__init__(backbone, num_classes, mean_std)
+        self.contrastive_weight = contrastive_weight
+        self.contrastive_margin = contrastive_margin
+
+    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
+        """The one look at the whole image, see `Recogniser.scales`; ``source`` is not needed."""
+        self.check_size(images)
+        logits, feature, _ = self.look(images)
+        boxes = whole_box(images).repeat(images.shape[0], 1)
+        yield Look(logits, images, boxes, None, None, feature)
+
+    def look(self, view: Tensor) -> Parts:
+        """Encode a view, (B, 3, H, W) normalised, choose patches before the last block, classify.
+
+        The tokens are exchanged by a hook, so the forward pass stays timm's own.
+        """
+        chosen = []
+
+        def keep_parts(block: nn.Module, inputs: tuple) -> tuple:
+            chosen.append(select_patches(blocks, self.grid))
+            return take_patches(inputs[0], chosen[0], self.grid), *inputs[1:]
+
+        hook = self.backbone.blocks[-1].register_forward_pre_hook(keep_parts)
+        with hook, record_attention(self.backbone) as blocks:
+            tokens = self.backbone.forward_features(view)
+        feature = read_feature(self.backbone, tokens, 0)
+        return Parts(self.classifier(feature), feature, chosen[0])
+
+    def loss(self, look: Look, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross entropy plus the contrastive loss of the batch that was looked at.
+
+        That batch is a micro-batch of one process: with ``accumulate`` or several processes, pairs
+        are formed within each and the losses are averaged.
+        """
+        contrastive = contrastive_loss(look.feature, labels, self.contrastive_margin)
+        return super().loss(look, labels, label_smoothing) + self.contrastive_weight * contrastive
+
+
+def _check_backbone(backbone: nn.Module) -> None:
+    name, advice = type(backbone).__name__, "choose a plain ViT with a class token for TransFG"
+    if count_class_tokens(backbone) != 1:
+        tokens = count_class_tokens(backbone) or "no"
+        raise InputError(f"{name} has {tokens} class token(s), not one; {advice}")
+    if backbone.global_pool != "token":
+        raise InputError(f"{name} does not read its class token; build it with global_pool='token'")
+    if has_relative_positions(backbone) or getattr(backbone, "rope", None) is not None:
+        raise InputError(f"attention of {name} needs every patch in its place; {advice}")
+    if len(backbone.blocks) < 2:
+        raise InputError(f"{name} has one block, and none before it to choose patches; {advice}")
+
+
+@torch.no_grad()
+def select_patches(blocks: Sequence[QueryKey], grid: tuple[int, int]) -> Tensor:
+    """The patch that each head's class token attends to most through all blocks.
+
+    Args:
+        blocks: recorded attention of the blocks before the last, first block first.
+        grid: (h, w) patches: the last h * w tokens.
+
+    Returns:
+        (B, A) long, in [0, h * w): argmax of the class token's row of ``A_(L-1) ... A_1``, raw
+        probabilities per head without identity; the first one on a tie.
+    """
+    with torch.autocast(blocks[0].query.device.type, enabled=False):
+        rows = attention_probabilities(blocks[-1], slice(0, 1))
+        for block in reversed(blocks[:-1]):
+            rows = multiply_rows(rows, block)
+    return rows[:, :, 0, -grid[0] * grid[1] :].argmax(dim=-1)
+
+
+def take_patches(tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Prefix tokens and the chosen patch tokens: (B, N, D), (B, A) -> (B, prefix + A, D)."""
+    count = grid[0] * grid[1]
+    index = patches[..., None].expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :-count], tokens[:, -count:].gather(1, index)], dim=1)
+
+
+def contrastive_loss(features: Tensor, labels: Tensor, margin: float = 0.4) -> Tensor:
+    """Cosines of equal labels drawn to 1, of different labels pushed below a margin.
+
+    Args:
+        features: (B, D).
+        labels: (B,).
+        margin: cosine above which a pair of different labels costs something.
+
+    Returns:
+        Scalar: the sum over all ordered pairs, each image with itself included, divided by B^2.
+    """
+    features = F.normalize(features.float(), dim=1)
+    cosine = features @ features.T
+    same = labels[:, None] == labels
+    return torch.where(same, 1 - cosine, (cosine - margin).clamp(min=0)).mean()
