@@ -8,9 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_evaluation import VIEW, opinionated, table  # noqa: F401 (a fixture)
 
-from ramslib.adaptive import adaptive_curve, choose_threshold, look_until_sure, predict_adaptively
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
+from ramslib.runs.adaptive import (
+    adaptive_curve,
+    choose_threshold,
+    look_until_sure,
+    predict_adaptively,
+)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
