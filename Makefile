@@ -3,7 +3,7 @@
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
 ## make bench    what two scales cost on this machine, measured side by side: half an hour
-## make docs/story.png   the README's picture, from what make run made
+## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
 ##
@@ -40,7 +40,7 @@ lab: $(VENV)/.installed
 	$(RUN) jupyterlab --LabApp.default_url=/lab/tree/notebooks $$root $(ARGS)
 
 app: $(VENV)/.installed
-	$(RUN) ramslib.explorer.app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
+	$(RUN) ramslib app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks $(ARGS)
@@ -49,6 +49,9 @@ docs/story.png: $(OUT)/figures/05_story.png
 	mkdir -p docs
 	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
 
+docs/explorer.png: $(OUT)/results.csv $(VENV)/.installed-test
+	$(VENV)/bin/python tests/take_picture.py "$@" "$(DATA)" "$(ROOT)" "$(OUT)"
+
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix-only --quiet .
 	$(RUN) ruff format .
@@ -56,7 +59,7 @@ format: $(VENV)/.installed-test
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find ramslib tests -name __pycache__ -prune -exec rm -rf {} +; rm -rf notebooks/.ipynb_checkpoints
+	find ramslib tests benchmarks -name __pycache__ -prune -exec rm -rf {} +; rm -rf notebooks/.ipynb_checkpoints
 
 # A stamp older than pyproject.toml makes pip look again; a working environment is kept.
 $(VENV)/.installed: pyproject.toml

@@ -94,7 +94,16 @@ def _parser() -> argparse.ArgumentParser:
 
     export = add("export", _export, "write a run's model as one file that needs no ramslib")
     export.add_argument("--run", required=True, type=Path, help="folder of the run")
-    export.add_argument("--out", required=True, type=Path, help="new file, .pt2 or .onnx")
+    export.add_argument("--out", required=True, type=Path, help="new file, .pt2")
+
+    sweep = add("sweep", _sweep, "train a grid; start it again in other shells to share the work")
+    sweep.add_argument("--out", required=True, type=Path, help="folder of all runs")
+    sweep.add_argument("--processes", type=int, default=1, help="training processes per run")
+    sweep.add_argument("--storage", metavar="ADDRESS", help="database that machines share")
+    _add_settings(sweep, "settings of Config; one that is given several times is an axis")
+
+    report = add("report", _report, "render a finished run as one page, report.html in its folder")
+    report.add_argument("run", type=Path, help="folder of the run")
 
     road = add("road", _road, "execute the numbered notebooks")
     road.add_argument("--data", default="diagnostic", help="a reader's name")
@@ -102,27 +111,45 @@ def _parser() -> argparse.ArgumentParser:
     road.add_argument("--out", type=Path, default=Path("runs/road"), help="folder of all results")
     road.add_argument("--preset", default="small", help=PRESET_HELP)
     road.add_argument("settings", nargs="*", metavar="name=value", help="notebook parameters")
+
+    app = add("app", _app, "serve the explorer as a page without code")
+    app.add_argument("--data", default="diagnostic", help="a reader's name")
+    app.add_argument("--root", type=Path, help="folder of the data set")
+    app.add_argument("--out", type=Path, default=Path("runs"), help="runs are found below it")
+    app.add_argument("--run", type=Path, help="folder of the run to look through first")
+    app.add_argument("voila", nargs="*", help="after --: Voila's own options")
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, text: str = "settings of Config") -> None:
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", default="small", help=PRESET_HELP)
     base.add_argument("--config", type=Path, help="JSON file with settings, such as a run's")
-    parser.add_argument("settings", nargs="*", metavar="name=value", help="settings of Config")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help=text)
 
 
 def _assignments(texts: Sequence[str]) -> dict[str, str]:
-    """``name=value`` texts as a dictionary."""
+    """``name=value`` texts as a dictionary; the last value of a name counts."""
+    return {name: values[-1] for name, values in _axes(texts).items()}
+
+
+def _axes(texts: Sequence[str]) -> dict[str, list[str]]:
+    """``name=value`` texts as the values of each name, in order."""
+    values: dict[str, list[str]] = {}
     for text in texts:
         if "=" not in text.lstrip("="):
             raise InputError(f"{text!r} is not of the form name=value")
-    return dict(text.split("=", 1) for text in texts)
+        name, value = text.split("=", 1)
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def _base(options: argparse.Namespace) -> Config:
+    return Config.from_file(options.config) if options.config else Config.preset(options.preset)
 
 
 def _config(options: argparse.Namespace) -> Config:
-    config = Config.from_file(options.config) if options.config else Config.preset(options.preset)
-    return config.replace(**_assignments(options.settings))
+    return _base(options).replace(**_assignments(options.settings))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -167,12 +194,43 @@ def _export(options: argparse.Namespace) -> None:
     print(export_run(options.run, options.out))
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    _config(options)  # before the slow imports: typos are answered at once
+    from ramslib.experiments.ablation import grid, train_cells
+    from ramslib.files import write_table
+    from ramslib.training.launch import usable_processes
+
+    processes, why = usable_processes(options.processes)
+    print(why)
+    axes = _axes(options.settings)
+    cells = grid(_base(options), **axes)
+    results = train_cells(cells, options.out, processes, storage=options.storage)
+    write_table(results, options.out / "results.csv")
+    asked = [name for name, values in axes.items() if len(values) > 1]
+    print(results[[*asked, "scale", "images", "top1", "standard_error", "run"]].to_string())
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ramslib.experiments.report import write_report
+
+    print(write_report(options.run))
+
+
 def _road(options: argparse.Namespace) -> None:
     from ramslib.experiments.road import run_road
 
-    root = options.root or Path("data") / options.data
     parameters = _assignments(options.settings)
-    run_road(options.data, root, options.out, options.preset, parameters)
+    run_road(options.data, _root(options), options.out, options.preset, parameters)
+
+
+def _app(options: argparse.Namespace) -> None:
+    from ramslib.explorer.app import serve
+
+    sys.exit(serve(options.data, _root(options), options.out, options.run, options.voila))
+
+
+def _root(options: argparse.Namespace) -> Path:
+    return options.root or Path("data") / options.data
 
 
 if __name__ == "__main__":

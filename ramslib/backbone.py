@@ -69,6 +69,7 @@ def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Modul
             f"{name} is not a Vision Transformer with one grid of patches; choose another"
         )
     _check_size(name, image_size, embed.patch_size)
+    _check_token_position(sketch)
     if count_class_tokens(sketch):
         options["global_pool"] = "token"
     return _create(name, options | {"img_size": image_size})
@@ -136,14 +137,11 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
         raise InputError(
             f"{name} ties positions to exactly one class token; use class_token='shared'"
         )
-    position, patches = getattr(backbone, "pos_embed", None), backbone.patch_embed.num_patches
-    patches_only = getattr(backbone, "no_embed_class", False) or position is None
-    if not patches_only and position.shape[1] == patches:
-        raise InputError(f"{name} adds its class token after the positions; choose another")
-    added = count - 1
+    _check_token_position(backbone)
+    added, position = count - 1, getattr(backbone, "pos_embed", None)
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
-        if not patches_only:
+        if not _only_patches_have_positions(backbone):
             first = position[:, :1].repeat(1, added, 1)
             backbone.pos_embed = nn.Parameter(torch.cat([first, position], dim=1))
     for module in backbone.modules():
@@ -203,6 +201,21 @@ def overlap_patches(backbone: nn.Module, stride: int) -> None:
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     resized = resample_abs_pos_embed(positions, new, old, num_prefix_tokens=prefix)
     backbone.pos_embed = nn.Parameter(resized.detach())
+
+
+def _only_patches_have_positions(backbone: nn.Module) -> bool:
+    return (
+        getattr(backbone, "no_embed_class", False) or getattr(backbone, "pos_embed", None) is None
+    )
+
+
+def _check_token_position(backbone: nn.Module) -> None:
+    """Refuse a class token that joins the patches after their blocks, such as CaiT's."""
+    if not count_class_tokens(backbone) or _only_patches_have_positions(backbone):
+        return
+    if backbone.pos_embed.shape[1] == backbone.patch_embed.num_patches:
+        name = type(backbone).__name__
+        raise InputError(f"{name} adds its class token after the positions; choose another")
 
 
 def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:

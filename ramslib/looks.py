@@ -59,6 +59,7 @@ class Recogniser(nn.Module):
     """
 
     num_scales = 1
+    per_scale_token = False  # scale s reads class token s; otherwise all read the first
     proposal: str | None = None  # "random" is drawn anew in each forward pass
 
     def __init__(self, backbone: nn.Module, num_classes: int, mean_std: tuple | None = None):

@@ -25,6 +25,7 @@ _RELEASED = {
     "crop_fraction": 448 / 600,
     "strength": "rollout_mean",
     "threshold": 1.2,
+    "class_token": "per_scale",
     "loss": "first",
     "position_resize": "zoom",
     "final_norm": False,

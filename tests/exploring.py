@@ -4,7 +4,7 @@ import torch
 from tiny import draw_photos, tiny_config
 
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import View
+from ramslib.data.transforms import View, isolated_random
 from ramslib.evaluation import predict, score
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import Progress, save_checkpoint
@@ -28,7 +28,8 @@ def make_run(root, run, **changes):
     table = load_table(config.data, config.root, config.validation_fraction)
     run.mkdir(parents=True)
     open_run(run, config, table, "random weights")
-    model = shake(build_model(config, 3)[0])
+    with isolated_random(0):  # the same weights whatever ran before
+        model = shake(build_model(config, 3)[0])
     for which in ("best", "last"):
         save_checkpoint(run / f"{which}.safetensors", Progress(), model)
     test = table[table["split"] == "test"].reset_index(drop=True)

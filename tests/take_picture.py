@@ -1,41 +1,39 @@
-"""The README's picture of the explorer: ``python tests/take_picture.py FILE DATA ROOT OUT``."""
+"""The README's picture of the explorer: ``python tests/take_picture.py FILE DATA ROOT OUT``.
 
+Meant for the diagnostic set, whose pictures are the project's own; ``make docs/explorer.png``.
+"""
+
+import io
 import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 from test_browser import CHROMIUM, PATIENCE, free_port, serve
 
 
 def take_picture(path, data, root, out):
-    """Serve the app and save what a window shows once nothing is being computed any more."""
+    """Serve the app and save, in 256 colours, what a window shows once nothing is computed."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "ramslib.explorer.app",
-        "--data",
-        data,
-        "--root",
-        root,
-        "--out",
-        out,
-    ]
-    command += ["--", "--no-browser", f"--port={port}"]
+    command = [sys.executable, "-m", "ramslib", "app", "--data", data, "--root", root]
+    command += ["--out", out, "--", "--no-browser", f"--port={port}"]
     address = f"http://127.0.0.1:{port}/"
-    with tempfile.TemporaryDirectory() as folder, serve(command, address + "x", Path(folder)):
-        with sync_playwright() as tools:
-            chromium = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-            page.set_default_timeout(PATIENCE)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1240, "height": 1060})
+        page.set_default_timeout(PATIENCE)
+        with serve(command, f"{address}voila/static/", Path(folder)):
             page.goto(address)
             page.wait_for_selector(".rams-chart img[src]")
-            page.wait_for_timeout(3000)
-            page.wait_for_function("() => !document.querySelector('.rams-stale')")
+            rest = "() => !document.querySelector('.rams').innerText.includes('computing')"
+            page.wait_for_function(rest)
             page.wait_for_timeout(1000)
-            page.screenshot(path=path)
-            chromium.close()
+            shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+        chromium.close()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    colours = shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    colours.save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

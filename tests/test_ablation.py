@@ -84,7 +84,8 @@ def test_cells_train_once_and_are_collected_with_their_settings(tmp_path, monkey
     first = train_cells([*cells, cells[0]], tmp_path / "cells", say=said.append)
     second = train_cells(cells, tmp_path / "cells", say=said.append)
     assert trained == [1, 2]
-    assert "training" in said[0] and "finished before" in said[2] and "cell 2 of 2" in said[3]
+    assert "0 of 2 cells" in said[0] and "training (1 of 2" in said[2] and len(said) == 4
+    assert "2 of 2 cells" in said[3]
     pd.testing.assert_frame_equal(first, second)
     assert first["scales"].tolist() == [1, 2, 2, 2, 2]
     assert first["scale"].tolist()[:3] == ["scale 1", "scale 1", "scale 2"]

@@ -139,7 +139,7 @@ def test_methods_are_trained_and_compared(tmp_path, monkeypatch):
     plan = plan_methods(base, ["TransFG", "RAMS-Trans"], [0])
     results = compare(plan, tmp_path / "cells")
     pd.testing.assert_frame_equal(results, compare(plan, tmp_path / "cells"))
-    assert len(list((tmp_path / "cells").iterdir())) == 3
+    assert len(list((tmp_path / "cells").glob("*/results.csv"))) == 3
     assert len(results) == 2 * (1 + 1 + 4)  # weights, views
     found = differences(results, tmp_path / "cells")
     assert len(found) == 2 * (1 + 4) and set(found["method"]) == {"TransFG", "RAMS-Trans"}

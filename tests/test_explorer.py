@@ -4,8 +4,10 @@ import gc
 import html
 import io
 import re
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,13 +17,16 @@ from exploring import make_run
 from nbformat import read
 from PIL import Image
 
+from ramslib.__main__ import main
 from ramslib.explorer import Explorer
 from ramslib.explorer.app import write_page
-from ramslib.explorer.browsing import ALL, PAGE
-from ramslib.explorer.looking import choose, follow, measure, probabilities
+from ramslib.explorer.browsing import ALL
+from ramslib.explorer.gallery import PAGE
+from ramslib.explorer.looking import choose, follow, measure
 from ramslib.explorer.panels import Chart, Later, Panel, bars
 from ramslib.explorer.survey import images_of, sort_images
 from ramslib.plots import plot_threshold
+from ramslib.plots.stories import probabilities_of
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
     box = f"y {numbers['top']:.0f}–{numbers['bottom']:.0f}, x {numbers['left']:.0f}–"
     assert box in text_of(row.crop.note)
     after = [panel.image.value for panel in (row.view, row.mask, row.crop)]
-    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert [old != new for old, new in zip(before, after, strict=True)] == [True] * 3
     explorer.later.settle()
     assert torch.equal(explorer.seen[1].view, region.crop) and not row.crop.is_stale
 
@@ -108,9 +113,8 @@ def test_class_probabilities_are_the_models_at_rest(explorer):
     explorer.later.settle()
     choice = explorer.controls.choice()
     seen = follow(explorer.lens, explorer.photo, explorer.seen[:1], choice)
-    for name, values in probabilities(seen).items():
-        if name != "mean logits":
-            assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
+    for values in probabilities_of(seen).values():
+        assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
 
 
 def test_a_next_scale_that_is_not_ready_says_so(explorer):
@@ -160,9 +164,8 @@ def test_filter_search_and_keyboard_choose_photos(explorer):
     browser.split.value = ALL
     assert len(browser.list.options) == len(explorer.lens.table)
     browser.class_name.value = "bird 1"
-    browser.search.value = "TEST/"
     browser.search.value = "2.png"
-    assert [label for label, _ in browser.list.options] == ["2.png", "2.png"]
+    assert [label for label, _ in browser.list.options] == ["bird 1/2.png"] * 2
     browser.list.index = 1
     assert explorer.photo.path == browser.shown["path"].iloc[1]
     assert explorer.photo.label == 1
@@ -202,6 +205,11 @@ def test_own_photos_by_upload_and_folder(explorer, places, tmp_path):
     assert "80 × 70 px" in text_of(explorer.rows[0].view.note)
     explorer.browser.folder.value = str(tmp_path / "nothing")
     assert "no image there" in text_of(explorer.message)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no photo")
+    explorer.browser.folder.value = str(tmp_path / "empty")
+    assert "empty: no image there" in text_of(explorer.message)
+    assert explorer.photo.path == str(tmp_path / "deep" / "photo.webp")
     explorer.browser.source.value = "data set"
     assert explorer.photo.path.startswith(str(places)) and explorer.message.value == ""
 
@@ -210,6 +218,8 @@ def test_own_photos_by_upload_and_folder(explorer, places, tmp_path):
     ("name", "data", "words"),
     [
         ("text.jpg", b"this is no photo", "not an image"),
+        ("notes.txt", b"this is no photo", "not an image"),
+        ("empty.png", b"", "not an image"),
         ("dot.png", encoded((1, 1)), "less than one patch"),
         ("cut.jpg", encoded((300, 300), "jpeg")[:600], "truncated"),
         ("huge.png", encoded((14000, 13500), mode="1"), "too large"),
@@ -256,65 +266,79 @@ def test_without_data_and_runs_there_is_a_page_with_a_message(tmp_path):
     assert "no such folder" in text_of(page.message) or page.lens is not None
 
 
+def marker(chart):
+    """Where a chart's marker stands: share of the picture's width."""
+    return float(re.search(r"left: ([\d.]+)%", chart.marker.value)[1]) / 100
+
+
 def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
+    curve, blocks = explorer.tabs.curve, explorer.tabs.blocks
     explorer.controls.thresholds[0].value = 1.0
     explorer.later.settle()
-    before = pixels(explorer.curve)
+    before, picture = marker(curve), curve.image.value
+    assert curve.key[1] and "computing" not in text_of(curve.note), "probabilities are there"
     explorer.controls.thresholds[0].value = 3.0
-    moved = pixels(explorer.curve)
-    assert before.shape == moved.shape and (before != moved).any()
+    assert marker(curve) > before
     explorer.later.settle()
-    assert (pixels(explorer.curve) == moved).all(), "the curve itself stays"
+    assert curve.image.value == picture, "the curve itself is not drawn anew"
     explorer.tabs.selected_index = 1
     explorer.later.settle()
-    assert explorer.blocks.image.value and not explorer.blocks.is_stale
+    assert blocks.image.value and not blocks.is_stale
     explorer.controls.strength.value = "rollout_mean"
-    assert explorer.blocks.is_stale
+    assert blocks.is_stale
     explorer.later.settle()
-    assert not explorer.blocks.is_stale
+    assert not blocks.is_stale
 
 
 def test_marker_stands_at_its_threshold():
     curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
-    chart = Chart(lambda ax: plot_threshold(curve, ax=ax))
+    chart = Chart()
+    chart.draw(1, lambda ax: plot_threshold(curve, ax=ax))()
+    line = Chart()
     for value in (0, 1.5, 4):
-        changed = np.asarray(chart.marked(value)) != np.asarray(chart.picture)
+        chart.mark(value)
+        line.draw(value, lambda ax, x=value: plot_threshold(curve, mark=x, ax=ax))()
+        changed = pixels(chart) != pixels(line)
         columns = np.nonzero(changed.any(axis=(0, 2)))[0]
-        x = chart.axes.transData.transform((value, 0))[0]
-        assert abs(columns.mean() - x) < 2 and len(columns) <= 4
+        assert abs(columns.mean() / changed.shape[1] - marker(chart)) < 0.003
 
 
 @pytest.fixture
 def surveyed(explorer):
     """The explorer after looking at the whole validation set."""
     explorer.tabs.selected_index = 2
-    if explorer.set.survey is None:
-        assert "not looked at yet" in text_of(explorer.set.state)
-        explorer.set.start.click()
-        explorer.set.later.settle()
-    assert explorer.set.survey is not None and explorer.message.value == ""
+    if explorer.tabs.survey is None:
+        assert "not looked at yet" in text_of(explorer.tabs.state)
+        explorer.tabs.start.click()
+        explorer.tabs.later.settle()
+    assert explorer.tabs.survey is not None and explorer.message.value == ""
     return explorer
 
 
 def test_the_threshold_of_the_whole_set_answers_at_once(surveyed):
     surveyed.controls.thresholds[0].value = 1.5
-    text = text_of(surveyed.set.panel.note)
-    images = len(surveyed.set.survey.strengths.table)
+    surveyed.later.settle()
+    text = text_of(surveyed.tabs.effect.note)
+    images = len(surveyed.tabs.survey.strengths.table)
     assert f"threshold 1.50, {images} images" in text and "stored at threshold 1.50" in text
-    stored = surveyed.set.survey.accuracy.query("threshold == 1.5 and scale == 'scale 2'")
+    stored = surveyed.tabs.survey.accuracy.query("threshold == 1.5 and scale == 'scale 2'")
     assert f"scale 2 {stored['top1'].item():.1f} %" in text
     surveyed.controls.strength.value = "single_head"
-    assert "choose one of those" in text_of(surveyed.set.panel.note)
+    assert "choose one of those" in text_of(surveyed.tabs.effect.note)
     surveyed.controls.strength.value = "rollout_mean"
-    assert "accuracy" not in text_of(surveyed.set.panel.note), "stored for the run's own strength"
+    assert "computing" in text_of(surveyed.tabs.effect.note)
+    surveyed.later.settle()
+    assert "mean IoU" not in text_of(surveyed.tabs.effect.note), "these photos have no boxes"
+    assert "% of the image" in text_of(surveyed.tabs.effect.note)
+    assert "accuracy" not in text_of(surveyed.tabs.effect.note), "stored for the run's own strength"
 
 
 def test_gallery_opens_photos(surveyed):
     surveyed.tabs.selected_index = 3
-    gallery = surveyed.set.gallery
-    for order in surveyed.set.order.options:
-        surveyed.set.order.value = order
-        rows = sort_images(surveyed.set.survey, order)
+    gallery = surveyed.tabs.gallery.photos
+    for order in surveyed.tabs.gallery.menu.options:
+        surveyed.tabs.gallery.menu.value = order
+        rows = sort_images(surveyed.tabs.survey, order)
         assert gallery.paths == rows["path"].tolist()
         assert len(gallery.grid.children) == min(PAGE, len(rows))
         for cell, path in list(zip(gallery.grid.children, gallery.paths, strict=False))[:2]:
@@ -323,7 +347,7 @@ def test_gallery_opens_photos(surveyed):
 
 
 def test_gallery_turns_pages(surveyed, places):
-    gallery = surveyed.set.gallery
+    gallery = surveyed.tabs.gallery.photos
     paths = surveyed.lens.table["path"].tolist()
     gallery.show(paths, ["" for _ in paths])
     gallery.ahead.click()
@@ -335,25 +359,25 @@ def test_gallery_turns_pages(surveyed, places):
 
 def test_confusion_cells_open_their_photos(surveyed):
     surveyed.tabs.selected_index = 4
-    surveyed.set.scale.value = "scale 2"
-    buttons = [w for w in surveyed.set.matrix.children if hasattr(w, "description")]
+    surveyed.tabs.confusion.menu.value = "scale 2"
+    buttons = [w for w in surveyed.tabs.confusion.matrix.children if hasattr(w, "description")]
     buttons = [w for w in buttons if getattr(w, "tooltip", None)]
     filled = [button for button in buttons if button.description]
-    assert sum(int(b.description) for b in filled) == len(surveyed.set.survey.strengths.table)
+    assert sum(int(b.description) for b in filled) == len(surveyed.tabs.survey.strengths.table)
     for button in filled[:2]:
         button.click()
-        assert len(surveyed.set.cell.paths) == int(button.description)
-    surveyed.set.cell.grid.children[0].children[0].click()
-    assert surveyed.photo.path == surveyed.set.cell.paths[0]
+        assert len(surveyed.tabs.confusion.photos.paths) == int(button.description)
+    surveyed.tabs.confusion.photos.grid.children[0].children[0].click()
+    assert surveyed.photo.path == surveyed.tabs.confusion.photos.paths[0]
     shown = {
-        tuple(images_of(surveyed.set.survey, t, g, "scale 2")) for t in range(3) for g in range(3)
+        tuple(images_of(surveyed.tabs.survey, t, g, "scale 2")) for t in range(3) for g in range(3)
     }
-    assert tuple(surveyed.set.cell.paths) in shown
+    assert tuple(surveyed.tabs.confusion.photos.paths) in shown
 
 
 def test_a_survey_is_there_at_once_when_the_page_opens_again(surveyed, places):
     again = Explorer("folder", places / "photos", places / "runs")
-    assert again.set.survey is not None
+    assert again.tabs.survey is not None
 
 
 def test_moves_leave_nothing_behind(explorer):
@@ -438,9 +462,79 @@ def test_bars_escape_class_names():
     assert "&lt;b&gt;" in bars(table) and "0.250" in bars(table)
 
 
-def test_app_page_is_the_explorer_alone(tmp_path):
-    page = read(write_page(tmp_path, "cub", 'it\'s "here"', "runs"), 4)
+@pytest.mark.parametrize("run", [(), ("runs/one",)])
+def test_app_page_is_the_explorer_alone(tmp_path, run):
+    page = read(write_page(tmp_path, "cub", 'it\'s "here"', "runs", *run), 4)
     assert len(page.cells) == 1
     places = []
     exec(page.cells[0].source.split("\n", 1)[1], {"Explorer": lambda *p: places.extend(p)})
-    assert places[0] == "cub" and places[1].endswith('it\'s "here"') and places[2].endswith("runs")
+    assert places == ["cub", *(str(Path(p).absolute()) for p in ('it\'s "here"', "runs", *run))]
+
+
+def test_app_is_a_command_that_refuses_what_is_no_run(tmp_path, capsys):
+    assert main(["app", "--run", str(tmp_path), "--", "--no-browser"]) == 2
+    assert "not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_run_can_be_named_and_is_then_chosen_in_the_menu(places):
+    page = Explorer("folder", places / "photos", places / "runs", str(places / "runs" / "one"))
+    assert page.lens.name == "one" and page.models.value == str(places / "runs" / "one")
+    assert page.message.value == ""
+
+
+@pytest.fixture
+def runs(places, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    shutil.copytree(places / "runs" / "two", tmp_path / "runs" / "damaged")
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("config.json", "{", "not the folder of a run"),
+        ("table.csv", "path", "not the folder of a run"),
+        ("results.csv", "", "results.csv is damaged"),
+        ("results.csv", "split,weights\ntest,last\n", "results.csv is damaged"),
+    ],
+)
+def test_a_damaged_run_is_not_offered_and_the_others_are(places, runs, name, text, words):
+    shutil.copytree(places / "runs" / "one", runs / "sound")
+    (runs / "damaged" / name).write_text(text)
+    page = Explorer("folder", places / "photos", runs, str(runs / "sound"))
+    assert [label.split()[0] for label, _ in page.models.options[:-1]] == ["sound"]
+    assert words in text_of(page.notice) and "damaged" in text_of(page.notice)
+    assert page.message.value == "" and page.photo is not None
+
+
+def test_damaged_weights_are_a_message_and_another_model_works(places, runs):
+    (runs / "damaged" / "best.safetensors").write_bytes(b"no weights")
+    page = Explorer("folder", places / "photos", runs)
+    assert "best.safetensors" in text_of(page.message) and page.lens is None
+    page.controls.thresholds[0].value = 2.0
+    page.other.value = str(places / "runs" / "two")
+    assert page.message.value == "" and page.photo is not None
+
+
+def test_a_run_of_another_method_is_refused_in_words(places, tmp_path):
+    run = make_run(places / "photos", tmp_path / "runs" / "fg", model="transfg")
+    page = Explorer("folder", places / "photos", tmp_path / "runs", str(run))
+    assert len(page.models.options) == 1, "no run is offered, a backbone is"
+    assert "RAMS-Trans and plain ViT, not transfg" in text_of(page.message)
+
+
+def test_a_damaged_survey_is_made_again(surveyed, places):
+    stored = next((places / "runs" / "explorer").glob("survey-*"))
+    whole = (stored / "strengths.safetensors").read_bytes()
+    for name, data in (("strengths.safetensors", whole[:100]), ("predictions.csv", b"")):
+        kept = (stored / name).read_bytes()
+        (stored / name).write_bytes(data)
+        page = Explorer("folder", places / "photos", places / "runs")
+        assert page.message.value == "" and page.tabs.survey is None
+        (stored / name).write_bytes(kept)
+
+
+def test_names_that_photos_share_are_told_apart(explorer):
+    explorer.browser.split.value = ALL
+    labels = [label for label, _ in explorer.browser.list.options]
+    assert "bird 1/2.png" in labels and "2.png" not in labels

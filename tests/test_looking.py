@@ -1,6 +1,7 @@
 """The explorer's numbers equal the library's, and no control costs a forward pass of scale 1."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -35,16 +36,14 @@ from ramslib.explorer.looking import (
     first_look,
     follow,
     measure,
-    probabilities,
     probability_curve,
-    single_thread,
     strength_names,
     strength_of,
     threshold_curve,
 )
 from ramslib.explorer.survey import (
     confusion,
-    effect,
+    effect_curve,
     examples,
     images_of,
     images_to_survey,
@@ -54,6 +53,7 @@ from ramslib.explorer.survey import (
     survey_images,
 )
 from ramslib.model import RAMSTrans, build_model
+from ramslib.plots.stories import probabilities_of
 from ramslib.strength import STRENGTHS, attention_strength
 
 
@@ -124,9 +124,8 @@ def test_more_scales_than_trained_read_the_last_token(lens, photo):
     choice = dataclasses.replace(default_choice(lens), scales=4)
     seen = follow(lens, photo, [first_look(lens, photo)], choice)
     assert [look.token for look in seen] == [0, 1, 1, 1]
-    assert list(probabilities(seen))[-2:] == ["mean softmax", "mean logits"]
     mean = torch.stack([look.logits[0].softmax(0) for look in seen]).mean(0)
-    assert torch.allclose(probabilities(seen)["mean softmax"], mean)
+    assert torch.allclose(probabilities_of(seen)["mean softmax"], mean)
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
@@ -228,7 +227,7 @@ def test_curves_of_a_photo_are_its_numbers_at_every_threshold(lens, photo):
     for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
         choice = Choice((threshold,))
         numbers = measure(lens, photo, choose(lens, photo, seen, choice))
-        assert (row.area, row.iou) == (numbers["area"], numbers["iou"])
+        assert (row.area, row.iou) == pytest.approx((numbers["area"], numbers["iou"]))
         second = follow(lens, photo, [seen], choice)[1]
         assert chance == pytest.approx(float(second.logits[0].softmax(0)[photo.label]), abs=1e-6)
 
@@ -251,14 +250,6 @@ def test_photos_that_cannot_be_looked_at(lens, tmp_path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_one_thread_inside_and_as_before_outside():
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), single_thread():
-        assert torch.get_num_threads() == 1
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
-
-
 @pytest.fixture
 def run(tmp_path):
     """The folder of a finished run with random weights."""
@@ -279,12 +270,12 @@ def test_finished_runs_are_found_and_opened(run, tmp_path):
         open_run(tmp_path / "runs" / "nothing")
 
 
-def test_a_run_of_transfg_is_listed_and_refused(tmp_path):
+def test_a_run_of_transfg_is_refused(tmp_path):
     run = make_run(tmp_path / "birds", tmp_path / "runs" / "fg", model="transfg")
     assert find_runs(tmp_path / "runs") == [run]
-    assert describe_run(run, tmp_path / "runs").startswith("fg (1 scale, transfg, ")
-    with pytest.raises(InputError, match="of transfg, which proposes no region to explore"):
-        open_run(run)
+    for look in (open_run, partial(describe_run, folder=tmp_path)):
+        with pytest.raises(InputError, match="shows RAMS-Trans and plain ViT, not transfg"):
+            look(run)
 
 
 @pytest.fixture
@@ -320,7 +311,7 @@ def test_without_validation_images_the_test_images_are_surveyed(lens):
 @pytest.mark.parametrize("threshold", [0.6, 1.0, 1.5])
 def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
     lens, survey = surveyed
-    found = effect(survey, "last_class", threshold, "attention")
+    found = effect_curve(survey, "last_class", "attention", [threshold]).iloc[0]
     rows = []
     for row in survey.strengths.table.to_dict("records"):
         photo = open_photo(
@@ -331,7 +322,7 @@ def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
     rows = pd.DataFrame(rows)
     assert found["area"] == pytest.approx(rows["area"].mean(), abs=1e-5)
     assert found["iou"] == pytest.approx(rows["iou"].mean(), abs=1e-5)
-    assert found["hit"] == pytest.approx((rows["iou"].dropna() > 0.5).mean())
+    assert found["iou_above_half"] == pytest.approx((rows["iou"].dropna() > 0.5).mean())
 
 
 def test_stored_accuracy_is_that_of_the_nearest_threshold(surveyed):
@@ -371,7 +362,7 @@ def test_a_backbone_alone_is_judged_by_boxes_only(surveyed):
 def test_confusion_cells_hold_their_photos(surveyed, limit):
     _, survey = surveyed
     for scale in ("scale 1", "mean softmax"):
-        counts = confusion(survey, scale, limit)
+        counts = confusion(survey, 3, scale, limit)
         assert len(counts) == min(limit, 3) and list(counts.index) == list(counts.columns)
         for true in counts.index:
             for given in counts.columns:

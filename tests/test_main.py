@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,8 @@ WRONG = {
     "released_boxes": ["maybe"],
     "align_corners": ["2"],
     "drop_path": ["1", "-0.1", "x"],
+    "dropout": ["1", "-0.1", "x"],
+    "steps": ["-1", "1.5", "x"],
     "loss": ["mean", ""],
     "contrastive_weight": ["-1", "nan", "x"],
     "contrastive_margin": ["-1.1", "1.5", "x"],
@@ -159,6 +162,24 @@ COMMANDS = [
     "predict a.png",
     "predict --run missing a.png",
     "predict --run x",
+    "export",
+    "export --run missing --out x.pt2",
+    "export --run . --out x.onnx",
+    "sweep",
+    "sweep --out",
+    "sweep --out x data=folder root=missing",
+    "sweep --out x seed",
+    "sweep --out x seed=0 seed=x",
+    "sweep --out x seed=x seed=0",
+    "sweep --out x seed=0 sed=1",
+    "sweep --out x --processes two",
+    "sweep --out x --preset papers",
+    "sweep --out x --config missing.json",
+    "sweep --out x --storage",
+    "report",
+    "report missing",
+    "report .",
+    "report --run x",
     "road --bogus",
     "road preset",
     "--bogus",
@@ -232,10 +253,12 @@ def test_weights_and_checkpoints_that_are_none(world, refused, tmp_path):
         (folder / f"{name}.npz").write_bytes(content)
     torch.save({"model": planted}, folder / "planted.pth")
     np.savez(folder / "objects.npz", cls=np.array([planted], dtype=object))
+    with zipfile.ZipFile(folder / "outside.npz", "w") as archive:
+        archive.write(folder / "objects.npz", "../../executed")
     save_file({"blocks.0.attn.qkv.weight": torch.zeros(3)}, folder / "foreign.safetensors")
     base = settings_of(world)
     files = sorted(folder.iterdir())
-    assert len(files) == 18
+    assert len(files) == 19
     for path in files:
         line = refused("train", "--run", world / "new", *base, f"pretrained={path}")
         assert path.name in line
@@ -264,6 +287,27 @@ def test_folders_that_hold_something_else(world, refused):
     assert "data differ" in refused("train", "--run", world / "cut", *base, f"root={other}")
     shutil.rmtree(other)
     assert "not the folder of a run" in refused("predict", "--run", world / "photos", "x.png")
+
+
+DAMAGED = {
+    "config.json": ["", "{", "[]", "3", "{}", '{"config": {}}', '{"config": 3}', "[" * 99999],
+    "table.csv": ["", "path\n", "path,label,class_name,split\na,b,c,d\n", "\0", '"'],
+}
+DAMAGED_RESULTS = {
+    "results.csv": ["", "scale\n", "scale,weights\n1,2\n", '"'],
+    "predictions_last.csv": ["", "path\n", "path,scale,rank\na,b,c\n", '"', "\0"],
+}
+
+
+def test_runs_with_damaged_files(world, refused, tmp_path):
+    for name, texts in (DAMAGED | DAMAGED_RESULTS).items():
+        for number, text in enumerate(texts):
+            run = shutil.copytree(world / "run", tmp_path / f"{name} {number}")
+            (run / name).write_text(text)
+            assert f"{name} {number}: " in refused("report", run)
+            if name in DAMAGED:
+                assert f"{name} {number}: " in refused("predict", "--run", run, world / "photos")
+            assert not (run / "report.html").exists()
 
 
 def test_predictions_replace_nothing(world, refused, tmp_path, capsys):

@@ -103,7 +103,7 @@ def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
 
 
 def test_freezing_trains_the_upper_blocks_and_what_follows(model_of):
-    model = model_of("dinov2")
+    model = model_of("dinov2", 1)
     freeze(model, 2)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(
@@ -118,6 +118,19 @@ def test_freezing_trains_the_upper_blocks_and_what_follows(model_of):
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(InputError, match="frozen_blocks is 4, but the backbone has 3 blocks"):
         freeze(model, 4)
+
+
+def test_class_tokens_of_frozen_blocks_learn_to_differ(model_of, images):
+    """Equal tokens give equal features at every scale: one token, twice as a key."""
+    model, batch, labels = model_of("dinov2", 2), images(2), torch.tensor([0, 1])
+    freeze(model, 2)
+    first, second = (model.look(batch, scale)[0] for scale in (0, 1))
+    torch.testing.assert_close(first, second)
+    optimizer = create_optimizer(model, Config(learning_rate=0.01))
+    backward_scales(model, batch, None, labels, [1.0, 1.0])
+    optimizer.step()
+    first, second = (model.look(batch, scale)[0] for scale in (0, 1))
+    assert not torch.allclose(first, second, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_registers", "dinov3", "eva02"])

@@ -1,17 +1,23 @@
 """Training: it learns, it survives kills to the bit, and processes do not change what it does."""
 
+import json
 import math
 import os
 import random
+import re
 import signal
+import statistics
 import subprocess
+import termios
 import time
+from contextlib import suppress
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import (
+    ROOT,
     draw_photos,
     finish_training,
     held_elsewhere,
@@ -21,15 +27,18 @@ from tiny import (
     tiny_config,
 )
 
+import ramslib.training.learner
 import ramslib.training.trainer
 from ramslib.errors import InputError
 from ramslib.runs.run import load
+from ramslib.training.launch import changed_settings, command, how_far
 from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
 ONE |= {"dropout": 0.1}
 TWO = {"workers": 1, "optimizer": "momentum", "accumulate": 2, "batch_size": 8, "epochs": 6}
+TWO |= {"augment": "rand-m9-mstd0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,32 @@ def test_a_finished_run_stays_and_another_configuration_is_refused(photos, tmp_p
         train(config.replace(learning_rate=0.5), run)
 
 
+def test_it_says_how_far_it_is(photos, tmp_path):
+    assert how_far(tmp_path) == "starting"
+    run = train(tiny_config(photos, epochs=2), tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    speed = statistics.median(json.loads(line)["images_per_second"] for line in lines[:3])
+    left = f"about {(8 - 3) * 6 / speed:.0f} s left"
+    assert how_far(run) == f"step 3 of 8, {speed:.3g} images/s, {left}"
+
+
+def test_the_bar_shows_images_per_second_and_time_left_on_a_terminal(photos, tmp_path):
+    """In files there is none."""
+    words = ["train", "--run", tmp_path / "run", *changed_settings(tiny_config(photos, epochs=1))]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    child = subprocess.Popen(command(words), stdout=theirs, stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    text = b""
+    with suppress(OSError):  # the other side has closed
+        while part := os.read(ours, 4096):
+            text += part
+    os.close(ours)
+    assert child.wait(timeout=60) == 0
+    assert re.search(rb"100%.*24/24 \[\d\d:\d\d<\d\d:\d\d, .+ images/s, loss=\d", text)
+
+
 def test_early_stopping_keeps_the_best(photos, tmp_path):
     run = train(tiny_config(photos, epochs=40, patience=2), tmp_path / "run")
     rows = [row for row in read_log(run) if row.get("scale") == "mean logits"]
@@ -102,7 +137,7 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
-    prepare = ramslib.training.trainer.prepare
+    prepare = ramslib.training.learner.prepare
     seen = []
 
     def plant(pixels, *options):
@@ -110,7 +145,7 @@ def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, 
         seen.append(len(pixels))
         return images * (float("nan") if len(seen) == 6 else 1), source
 
-    monkeypatch.setattr(ramslib.training.trainer, "prepare", plant)
+    monkeypatch.setattr(ramslib.training.learner, "prepare", plant)
     with pytest.raises(InputError) as error:
         train(tiny_config(photos), tmp_path / "run")
     message = str(error.value)

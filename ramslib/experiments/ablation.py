@@ -8,6 +8,7 @@ or, sharper, differences to a baseline seed by seed (`paired_differences`).
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ramslib.data.datasets import fingerprint, load_table
 from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
+from ramslib.experiments.sweep import open_study, work
 from ramslib.runs.run import WITHOUT_EFFECT, is_finished, read_run, run_key
 from ramslib.strength import STRENGTHS
 from ramslib.training.launch import train_in_processes
@@ -85,27 +87,41 @@ def train_cells(
     cells: Iterable[Config],
     folder: Path | str,
     processes: int = 1,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = print,
     base: Config | None = None,
+    storage: str | None = None,
 ) -> pd.DataFrame:
-    """Train every cell that is not finished, one after the other, and collect all results.
+    """Train every cell that is not finished and collect all results.
+
+    Call it with the same cells and folder from as many shells or machines as there are: each cell
+    is trained once (see `sweep`).
 
     Args:
         cells: configurations; one that comes again is the same cell.
         folder: where the runs lie.
         processes: training processes per cell.
-        say: told which cell trains.
+        say: told what happens.
         base: what conditions are described against, see `collect`.
+        storage: address of the queue's database; by default a file in the folder.
 
     Returns:
         See `collect`.
+
+    Raises:
+        InputError: a cell failed twice; all others are finished.
     """
-    cells = list(dict.fromkeys(cells))
-    runs = [cell_folder(cell, folder) for cell in cells]
-    for number, (cell, run) in enumerate(zip(cells, runs, strict=True), start=1):
-        state = "finished before" if is_finished(run) else "training"
-        say(f"cell {number} of {len(cells)}: {run} {state}")
-        train_in_processes(cell, run, processes, show=lambda metrics: None)
+    runs = {cell_folder(cell, folder): cell for cell in cells}
+    finished = sum(map(is_finished, runs))
+    say(f"{finished} of {len(runs)} cells in {folder} are finished")
+    if finished < len(runs):
+        train = partial(train_in_processes, processes=processes, show=lambda metrics: None)
+        failed = work(open_study(Path(folder), storage), runs, train, say=say)
+        if failed:
+            run, reason = next(iter(failed.items()))
+            raise InputError(
+                f"{len(failed)} of {len(runs)} cells failed, {run.name}: {reason}; the others are "
+                "finished, and the same command tries again"
+            )
     return collect(runs, base=base)
 
 

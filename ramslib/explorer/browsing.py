@@ -1,6 +1,5 @@
-"""Ways to a photo: the data set with filter and search, a folder, an upload, a gallery."""
+"""Ways to a photo: the data set with filter and search, a folder, an upload."""
 
-import base64
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,16 +7,13 @@ from pathlib import Path
 import ipywidgets as widgets
 import pandas as pd
 
-from ramslib.data.transforms import open_image
-from ramslib.errors import InputError
 from ramslib.evaluation import BOX
-from ramslib.explorer.panels import jpeg, offer, small
+from ramslib.explorer.panels import offer, small
 from ramslib.plots.pictures import readable
 from ramslib.runs.prediction import find_images
 
 ALL = "all"
 SHOWN = 300  # names in the list; more are found by filter and search
-PAGE = 18  # thumbnails at once
 SOURCES = ("data set", "folder", "upload")
 
 
@@ -92,6 +88,8 @@ class Browser(widgets.VBox):
         """Offer rows, and pick the first."""
         self.shown = rows.head(SHOWN)
         names = [Path(path).name for path in self.shown["path"]]
+        if len(set(names)) < len(names):
+            names = ["/".join(Path(path).parts[-2:]) for path in self.shown["path"]]
         more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
         self.count.value = small(f"{len(rows):,} photos{more}")
         self.quiet = True
@@ -119,68 +117,3 @@ def _foreign(paths: Sequence[Path]) -> pd.DataFrame:
     """Rows of photos that no data set knows."""
     table = pd.DataFrame({"path": [str(path) for path in paths]})
     return table.assign(label=-1, class_name="", split="", **dict.fromkeys(BOX, float("nan")))
-
-
-class Thumbnails(widgets.VBox):
-    """Pages of photos as buttons, which a keyboard reaches too; ``pick(path)`` when pressed."""
-
-    count = 0  # of instances, so that each has its own styles
-
-    def __init__(self, pick: Callable[[str], None], guard: Callable):
-        Thumbnails.count += 1
-        self.mark, self.pick = f"rams-{Thumbnails.count}", pick
-        self.paths, self.captions, self.meaning, self.page = [], [], "", 0
-        self.cells = [self._cell(number, guard) for number in range(PAGE)]
-        self.pictures, self.place = widgets.HTML(), widgets.HTML()
-        layout = widgets.Layout(flex_flow="row wrap", grid_gap="8px", margin="6px 0")
-        self.grid = widgets.Box(layout=layout)
-        self.back, self.ahead = (widgets.Button(description=d) for d in ("previous", "next"))
-        self.back.on_click(guard(lambda _: self._turn(-1)))
-        self.ahead.on_click(guard(lambda _: self._turn(1)))
-        super().__init__([self.pictures, self.grid, self.place])
-
-    def show(self, paths: Sequence[str], captions: Sequence[str], meaning: str = "") -> None:
-        """Show these photos from the first page on; ``meaning`` explains the captions."""
-        self.paths, self.captions, self.page = list(paths), list(captions), 0
-        self.meaning = meaning
-        self._turn(0)
-
-    def explain(self, text: str) -> None:
-        """Show no photo but a line of text."""
-        self.grid.children, self.place.value = [], small(text)
-        self.children = [self.grid, self.place]
-
-    def _turn(self, step: int) -> None:
-        """Show another page."""
-        pages = max(1, -(-len(self.paths) // PAGE))
-        self.page = min(max(self.page + step, 0), pages - 1)
-        part = slice(self.page * PAGE, (self.page + 1) * PAGE)
-        shown = self.paths[part]
-        styles = [self._style(number, path) for number, path in enumerate(shown)]
-        self.pictures.value = f"<style>{''.join(styles)}</style>"
-        for cell, path, text in zip(self.cells, shown, self.captions[part], strict=False):
-            cell.children[0].tooltip = f"open {Path(path).name}"
-            cell.children[1].value = small(text)
-        self.grid.children = self.cells[: len(shown)]
-        place = f"{len(self.paths)} photos, page {self.page + 1} of {pages}{self.meaning}"
-        self.place.value = small(place if shown else "no photo")
-        self.back.disabled, self.ahead.disabled = self.page == 0, self.page == pages - 1
-        buttons = [widgets.HBox([self.back, self.ahead])] if pages > 1 else []
-        self.children = [self.pictures, self.grid, *buttons, self.place]
-
-    def _style(self, number: int, path: str) -> str:
-        """The rule that puts a photo behind its button; none for one that cannot be read."""
-        try:
-            picture = open_image(path, 200)
-        except InputError:
-            return f".{self.mark}-{number}{{background-image:none}}"
-        picture.thumbnail((240, 180))
-        data = base64.b64encode(jpeg(picture, 75)).decode()
-        return f".{self.mark}-{number}{{background-image:url(data:image/jpeg;base64,{data})}}"
-
-    def _cell(self, number: int, guard: Callable) -> widgets.Widget:
-        button = widgets.Button(layout=widgets.Layout(width="132px", height="99px", margin="0"))
-        button.add_class("rams-thumb")
-        button.add_class(f"{self.mark}-{number}")
-        button.on_click(guard(lambda _: self.pick(self.paths[self.page * PAGE + number])))
-        return widgets.VBox([button, widgets.HTML()], layout=widgets.Layout(width="132px"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import ipywidgets as widgets
+import numpy as np
 
 from ramslib.dppm import PROPOSALS
 from ramslib.explorer.lenses import Lens
@@ -10,7 +11,8 @@ from ramslib.explorer.looking import SINGLE, Choice, default_choice, strength_na
 from ramslib.explorer.panels import offer
 
 SCALES = 4  # at most, in the explorer
-TOP = 4.0  # the largest threshold
+TOP, STEP = 4.0, 0.05  # the largest threshold, and from one to the next
+THRESHOLDS = np.linspace(0, TOP, round(TOP / STEP) + 1).round(3).tolist()
 NAMES = {
     "rollout_mean": "rollout, mean of all rows",
     "rollout_class": "rollout, class token",
@@ -31,18 +33,16 @@ class Controls(widgets.VBox):
     def __init__(self, moved: Callable):
         self.moved, self.quiet = moved, False
         names = [f"threshold of scale {n}" for n in range(1, SCALES)]
-        self.thresholds = [_slider(name, TOP, 0.05, "620px") for name in names]
+        wide = {"max": TOP, "step": STEP, "width": "620px"}
+        self.thresholds = [_make(widgets.FloatSlider, name, **wide) for name in names]
         for slider in self.thresholds:
             slider.tooltip = "the paper's eta: patches above this multiple of the mean are kept"
-        self.opacity = _slider("heat opacity", 1, 0.05)
-        self.opacity.value = 0.6
-        self.strength, self.proposal, self.source = (
-            _menu("strength"),
-            _menu("region"),
-            _menu("crop"),
-        )
-        self.block, self.head, self.scales = _count("block"), _count("head"), _count("scales")
-        self.scales.min, self.scales.max = 1, SCALES
+        self.opacity = _make(widgets.FloatSlider, "heat opacity", max=1, step=0.05, value=0.6)
+        menus = (_make(widgets.Dropdown, name) for name in ("strength", "region", "crop"))
+        self.strength, self.proposal, self.source = menus
+        counts = (_make(widgets.IntSlider, n, "190px", min=1) for n in ("block", "head", "scales"))
+        self.block, self.head, self.scales = counts
+        self.scales.max = SCALES
         self.reset = widgets.Button(description="as trained", tooltip="all controls as trained")
         self.reset.on_click(lambda _: self.fit(self.lens))
         everything = [*self.thresholds, self.opacity, self.strength, self.proposal, self.source]
@@ -63,17 +63,13 @@ class Controls(widgets.VBox):
         offer(self.source, crops if choice.from_source else crops[1:])
         first = lens.model.backbone.blocks[0].attn
         self.block.max, self.head.max = choice.block, first.num_heads
-        self.set(choice)
-        self.quiet = False
-        self._changed()
-
-    def set(self, choice: Choice) -> None:
-        """Move the controls to a choice."""
         for number, slider in enumerate(self.thresholds):
             slider.value = choice.thresholds[min(number, len(choice.thresholds) - 1)]
         self.strength.value, self.proposal.value = choice.strength, choice.proposal
         self.block.value, self.head.value = choice.block, choice.head
         self.scales.value, self.source.value = max(2, choice.scales), choice.from_source
+        self.quiet = False
+        self._changed()
 
     def choice(self) -> Choice:
         """What the controls say."""
@@ -98,18 +94,8 @@ class Controls(widgets.VBox):
         self.moved()
 
 
-def _slider(description: str, top: float, step: float, width="270px") -> widgets.FloatSlider:
-    style = {"description_width": "initial"}
+def _make(kind: type, description: str, width: str = "270px", **options) -> widgets.Widget:
+    """A control whose description is never cut off."""
     layout = widgets.Layout(width=width, max_width="100%")
-    options = {"min": 0, "max": top, "step": step, "readout_format": ".2f"}
-    return widgets.FloatSlider(description=description, **options, style=style, layout=layout)
-
-
-def _count(description: str) -> widgets.IntSlider:
-    style, layout = {"description_width": "initial"}, widgets.Layout(width="190px")
-    return widgets.IntSlider(description=description, min=1, max=12, style=style, layout=layout)
-
-
-def _menu(description: str) -> widgets.Dropdown:
-    style, layout = {"description_width": "initial"}, widgets.Layout(width="270px")
-    return widgets.Dropdown(description=description, style=style, layout=layout)
+    style = {"description_width": "initial"}
+    return kind(description=description, style=style, layout=layout, **options)

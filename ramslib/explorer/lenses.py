@@ -76,28 +76,38 @@ def find_runs(folder: Path | str) -> list[Path]:
 
 
 def describe_run(run: Path, folder: Path | str) -> str:
-    """One line that tells a finished run from others: where it lies and what it is."""
-    config, _, _ = read_run(run)
-    results = pd.read_csv(run / "results.csv").query("split == 'test' and weights == 'last'")
+    """One line that tells a finished run from others: where it lies and what it is.
+
+    Raises:
+        InputError: a file of the run is damaged, or the explorer does not know its model.
+    """
+    config, _, _ = _read_run(run)
+    try:
+        results = pd.read_csv(run / "results.csv").query("split == 'test' and weights == 'last'")
+        best = results.loc[results["top1"].idxmax()]
+        score = f"{best['top1']:.1f} % at {best['scale']}"
+    except (OSError, ValueError, LookupError, TypeError, NameError) as error:
+        raise InputError(f"{run}: results.csv is damaged ({error}); train it again") from None
     scales = f"{config.scales} scale{'s' if config.scales > 1 else ''}"
-    reads = config.strength if config.model == "rams" else config.model
-    best = f"{results['top1'].max():.1f} % at {results.loc[results['top1'].idxmax(), 'scale']}"
     name = run.relative_to(folder) if run.is_relative_to(folder) else run
-    return f"{name} ({scales}, {reads}, {best}, seed {config.seed})"
+    return f"{name} ({scales}, {config.strength}, {score}, seed {config.seed})"
+
+
+def _read_run(run: Path | str) -> tuple[Config, dict, pd.DataFrame]:
+    """`read_run` of a run whose model chooses regions by its attention."""
+    config, description, table = read_run(run)
+    if config.model != "rams":
+        raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {config.model}")
+    return config, description, table
 
 
 def open_run(run: Path | str, which: str = "best") -> Lens:
     """Look through the model of a finished run.
 
     Raises:
-        InputError: no such run, its checkpoint cannot be read, or it proposes no regions.
+        InputError: no such run, its checkpoint cannot be read, or its model is another method's.
     """
-    config, description, table = read_run(run)
-    if config.model != "rams":
-        raise InputError(
-            f"{run} is of {config.model}, which proposes no region to explore; choose a run of "
-            "RAMS-Trans or of a plain ViT"
-        )
+    config, description, table = _read_run(run)
     view = View(config.source_size or config.image_size, config.crop_fraction)
     origin = f"{run}, {which} weights"
     model = load(run, which).to(_device())

@@ -3,11 +3,10 @@
 `record` runs one scale and keeps query and key of every block; from that, `choose` derives
 strength, mask, component, box and crop for any `Choice` of controls without another forward pass.
 Only what a next scale makes of its crop needs one: `follow` runs the scales whose crop has changed.
-All functions are free of widgets.
+The steps themselves are the library's (`model`, `strength`, `dppm`, `localisation`); no widgets.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ramslib.attention import QueryKey, record_attention
-from ramslib.backbone import count_class_tokens, read_feature
+from ramslib.backbone import count_class_tokens
 from ramslib.data.transforms import isolated_random
 from ramslib.dppm import Proposal, propose
-from ramslib.evaluation import fuse, view_names
+from ramslib.evaluation import BOX
 from ramslib.explorer.lenses import Lens, Photo
+from ramslib.localisation import Strengths, regions, score_regions
 from ramslib.regions import box_area, box_iou, label_components
 from ramslib.strength import STRENGTHS, attention_strength
 
@@ -48,6 +48,11 @@ class Choice:
     proposal: str = "attention"
     scales: int = 2
     from_source: bool = True
+
+    def read(self) -> tuple:
+        """What names the attention that is read: settings without effect are left out."""
+        single = {"single_block": (self.block,), "single_head": (self.block, self.head)}
+        return self.strength, *single.get(self.strength, ())
 
 
 @dataclass(eq=False)
@@ -92,7 +97,7 @@ def strength_names(lens: Lens) -> list[str]:
 
 @torch.inference_mode()
 def record(lens: Lens, view: Tensor, boxes: Tensor, scale: int) -> Seen:
-    """Run one scale and keep its attention; further scales than trained read the last token.
+    """Run one scale and keep its attention; further scales than trained look as the last one.
 
     Args:
         lens: the model.
@@ -101,11 +106,10 @@ def record(lens: Lens, view: Tensor, boxes: Tensor, scale: int) -> Seen:
         scale: 0 for scale 1.
     """
     model = lens.model
-    token = min(scale, model.num_scales - 1) if model.per_scale_token else 0
+    scale = min(scale, model.num_scales - 1)
     with record_attention(model.backbone) as blocks:
-        tokens = model.backbone.forward_features(view)
-    logits = model.classifier(read_feature(model.backbone, tokens, token))
-    return Seen(view, boxes, logits, blocks, token)
+        logits, _ = model.look(view, scale)
+    return Seen(view, boxes, logits, blocks, scale if model.per_scale_token else 0)
 
 
 def first_look(lens: Lens, photo: Photo) -> Seen:
@@ -116,8 +120,7 @@ def first_look(lens: Lens, photo: Photo) -> Seen:
 
 def strength_of(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
     """Attention strength (1, h, w) as the controls choose it; each is computed once per look."""
-    key = choice.strength, choice.block, choice.head
-    key = key if choice.strength in SINGLE else choice.strength
+    key = choice.read()
     if key not in seen.strengths:
         blocks, name = seen.blocks, choice.strength
         if name in SINGLE:
@@ -172,14 +175,6 @@ def follow(lens: Lens, photo: Photo, seen: Sequence[Seen], choice: Choice) -> li
     return looks
 
 
-def probabilities(seen: Sequence[Seen]) -> dict[str, Tensor]:
-    """(K,) class probabilities by view name."""
-    fused = fuse(tuple(look.logits for look in seen))
-    return {
-        name: values[0].cpu() for name, values in zip(view_names(len(seen)), fused, strict=True)
-    }
-
-
 def photo_boxes(lens: Lens, photo: Photo, boxes: Tensor) -> Tensor:
     """Boxes (B, 4) in input pixels, as boxes in pixels of the upright photo."""
     return lens.view.to_image_boxes(boxes.cpu(), photo.size, lens.model.image_size)
@@ -195,13 +190,15 @@ def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
     """
     boxes = photo_boxes(lens, photo, region.boxes)
     mask, component = region.proposal.mask, region.proposal.component
-    numbers = dict(zip(("top", "left", "bottom", "right"), boxes[0].tolist(), strict=True))
-    numbers["area"] = float(box_area(boxes)[0] / photo.size.prod())
     iou = float(box_iou(boxes, photo.truth)[0])
-    numbers["iou"] = torch.nan if photo.truth.isnan().any() else iou
-    numbers["patches"] = int(mask.sum())
-    numbers["components"] = len(label_components(mask)[mask].unique())
-    return numbers | {"kept": int(component.sum())}
+    return {
+        **dict(zip(BOX, boxes[0].tolist(), strict=True)),
+        "area": float(box_area(boxes)[0] / photo.size.prod()),
+        "iou": torch.nan if photo.truth.isnan().any() else iou,
+        "patches": int(mask.sum()),
+        "components": len(label_components(mask)[mask].unique()),
+        "kept": int(component.sum()),
+    }
 
 
 def threshold_curve(
@@ -209,15 +206,19 @@ def threshold_curve(
 ) -> pd.DataFrame:
     """What any threshold of scale 1 does to this photo, from what was recorded.
 
+    The photo is a set of equal images, each with its own threshold, for `localisation` to score.
+
     Returns:
         One row per threshold: ``threshold, area`` (share of the photo), and ``iou`` if annotated.
     """
-    rows = []
-    for threshold in thresholds:
-        region = choose(lens, photo, seen, replace(choice, thresholds=(threshold,)))
-        numbers = measure(lens, photo, region)
-        rows.append({"threshold": threshold, "area": numbers["area"], "iou": numbers["iou"]})
-    return pd.DataFrame(rows).dropna(axis=1)
+    count, strength = len(thresholds), strength_of(lens, seen, choice).cpu()
+    table = pd.DataFrame(photo.truth.tolist() * count, columns=BOX).assign(path=photo.path)
+    sizes, maps = photo.size.repeat(count, 1), {"": strength.repeat(count, 1, 1)}
+    copies = Strengths(maps, table, lens.view, sizes, lens.model.image_size)
+    with isolated_random(0):
+        boxes = regions(copies, "", torch.tensor(thresholds), choice.proposal)
+    scores = score_regions(boxes, copies)[["area", "iou"]].dropna(axis=1)
+    return pd.DataFrame({"threshold": thresholds}).join(scores)
 
 
 def probability_curve(
@@ -245,14 +246,3 @@ def build_up(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
     depths = range(1, len(seen.blocks) + 1)
     maps = [attention_strength(seen.blocks[:n], name, lens.model.grid, seen.token) for n in depths]
     return torch.cat(maps)
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Small tensors are faster in one thread, above all while the model runs in others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

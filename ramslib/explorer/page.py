@@ -1,8 +1,9 @@
 """The explorer: see what a model looks at, move the threshold, understand why.
 
-Widgets only: every number and picture comes from `looking`, `survey` and `pictures`. A control that
-moves redraws at once what follows from recorded attention; what needs the model (next scales,
-curves) follows when the controls rest. Bad input is a message on the page, never a traceback.
+One way through: lens and photo (`lenses`) -> looks (`looking`) -> choice (`controls`) -> regions ->
+pictures (`rows`) and explanations (`explaining`). Widgets only: every number is the library's. A
+control that moves redraws at once what follows from recorded attention; what needs the model
+follows when the controls rest. Bad input is a message on the page, never a traceback.
 """
 
 import html
@@ -11,21 +12,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from ramslib.data.annotations import TABLE_COLUMNS
 from ramslib.data.datasets import load_table
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX
 from ramslib.explorer.browsing import Browser
-from ramslib.explorer.controls import TOP, Controls
+from ramslib.explorer.controls import Controls
+from ramslib.explorer.explaining import Explaining
 from ramslib.explorer.lenses import (
     Lens,
     Photo,
@@ -35,30 +36,13 @@ from ramslib.explorer.lenses import (
     open_photo,
     open_run,
 )
-from ramslib.explorer.looking import (
-    Choice,
-    Seen,
-    build_up,
-    choose,
-    first_look,
-    follow,
-    measure,
-    photo_boxes,
-    probabilities,
-    probability_curve,
-    single_thread,
-    threshold_curve,
-)
-from ramslib.explorer.panels import STYLE, Chart, Later, Panel, bars, offer, small
-from ramslib.explorer.rows import Row, build_up_picture, threshold_chart
-from ramslib.explorer.setpanels import SetPanels
-from ramslib.plots.stories import top_classes
+from ramslib.explorer.looking import Choice, Seen, choose, first_look, follow, measure, photo_boxes
+from ramslib.explorer.panels import STYLE, Later, bars, offer, small
+from ramslib.explorer.rows import Row
+from ramslib.plots.stories import probabilities_of, top_classes
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
-CURVE = tuple(np.linspace(0, TOP, 41).round(3).tolist())
-EXPLAINING = (0, 1)  # the tabs that explain this photo
 CLASSES = 5  # shown with their probabilities
-BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"
 log = logging.getLogger(__name__)
 
 
@@ -69,20 +53,17 @@ class Explorer:
         data: which reader, see `load_table`.
         root: folder of the data set; photos of other folders and uploads work without one.
         out: folder below which finished runs are found and surveys are stored.
-        lens: what to look through first; the newest run of several scales by default, or else a
-            pre-trained backbone.
+        lens: what to look through first: a `Lens`, a run's folder or timm's name of a backbone; the
+            newest run of several scales by default, or else a pre-trained backbone.
     """
 
     def __init__(self, data="diagnostic", root="data/diagnostic", out="runs", lens=None):
         self.out, self.lock, self.seconds = Path(out), threading.RLock(), deque(maxlen=1000)
-        self.lens, self.photo, self.seen = None, None, []
-        self.chart, self.chart_of = None, None
-        self.shown = [None, None]  # what each of the first two tabs explains, once it is whole
+        self.lens, self.photo, self.seen, self.table = None, None, [], _no_images()
         self.later, self.threads = Later(self.lock, self.complain), torch.get_num_threads()
         self._build()
-        self.table = _no_images()
         self.guard(self._read_table)(data, root)
-        self.guard(self._offer_models)()
+        self.guard(self._offer_models)(lens)
         self.guard(self._load)(lens or self.models.value)
         for chooser in (self.models, self.other):
             chooser.observe(self.guard(lambda change: self._load(change["new"])), "value")
@@ -96,24 +77,26 @@ class Explorer:
         self.models = widgets.Dropdown(description="model", **wide)
         hint = "or a run's folder, or timm's name of a Vision Transformer; then Enter"
         self.other = widgets.Text(placeholder=hint, continuous_update=False, **wide)
-        self.message, self.scores = widgets.HTML(), widgets.HTML()
+        self.message, self.notice, self.scores = (widgets.HTML() for _ in range(3))
         self.controls = Controls(self.guard(self._moved))
         self.rows = [Row(number, slider) for number, slider in enumerate(self.controls.thresholds)]
         self.browser = Browser(_no_images(), self._pick, self.guard)
-        parts = self.guard, self.lock, self.complain, self.out / "explorer", CURVE, self._moved
-        self.set = SetPanels(self.guard(self.browser.pick_path), *parts)
-        self.curve, self.blocks = Panel("the threshold of scale 1"), Panel("the strength by block")
-        self.curve.add_class("rams-chart")
-        self.tabs = widgets.Tab([self.curve, self.blocks, *self.set.tabs])
-        for number, title in enumerate(("threshold", "blocks", *self.set.titles)):
-            self.tabs.set_title(number, title)
-        self.tabs.observe(self.guard(lambda _: self._moved()), "selected_index")
+        later = Later(self.lock, self.complain, delay=0)
+        parts = self.guard, later, self.out / "explorer", self._moved
+        self.tabs = Explaining(self.guard(self.browser.pick_path), *parts)
         self.stage = widgets.VBox(self.rows)
         main = [self.controls, self.stage, self.scores, self.tabs]
         main = widgets.VBox(main, layout=widgets.Layout(flex="1 1 0", min_width="0"))
         body = widgets.HBox([self.browser, main], layout=widgets.Layout(grid_gap="20px"))
         head = widgets.HBox([self.models, self.other])
-        self.page = widgets.VBox([widgets.HTML(STYLE), head, self.message, body])
+        parts = [
+            widgets.HTML(f"<style>{STYLE.read_text()}</style>"),
+            head,
+            self.message,
+            body,
+            self.notice,
+        ]
+        self.page = widgets.VBox(parts)
         self.page.add_class("rams")
 
     def guard(self, handler: Callable) -> Callable:
@@ -145,13 +128,20 @@ class Explorer:
     def _read_table(self, data: str, root: Path | str) -> None:
         self.table = load_table(data, root)
 
-    def _offer_models(self) -> None:
-        """List the finished runs, newest first, and what is always there."""
-        runs = find_runs(self.out)
-        options = [(describe_run(run, self.out), str(run)) for run in runs]
+    def _offer_models(self, first: Lens | str | None) -> None:
+        """List the finished runs, newest first, and what is always there; choose the first."""
+        options, refused = [], []
+        for run in find_runs(self.out):
+            try:
+                options.append((describe_run(run, self.out), str(run)))
+            except InputError as error:
+                refused.append(f"not offered: {html.escape(str(error))}")
         options += [(f"{name}, pre-trained, no classes", name) for name in BACKBONES]
+        self.notice.value = small("<br>".join(refused))
         offer(self.models, options)
-        self.models.value = next(value for text, value in options if "(1 scale," not in text)
+        known = [value for _, value in options if value == str(first)]
+        several = [value for text, value in options if "(1 scale," not in text]
+        self.models.value = (known or several)[0]
 
     def _load(self, model: Lens | str) -> None:
         """Look through a run, by its folder, or a backbone, by its timm name."""
@@ -165,7 +155,7 @@ class Explorer:
         photo, self.photo, self.lens = self.photo, None, model
         self.models.tooltip = model.origin
         self.controls.fit(model)
-        self.set.use(model)
+        self.tabs.use(model)
         self.say("")
         table = model.table if len(model.table) else self.table
         if photo is None or table is not self.browser.table:
@@ -189,15 +179,14 @@ class Explorer:
         """Redraw what the controls say, and start what needs the model."""
         if self.photo is None:
             return
-        choice, tab = self.controls.choice(), self.tabs.selected_index or 0
+        choice = self.controls.choice()
         self.stage.children = self.rows[: max(1, choice.scales - 1)]
-        with single_thread():
+        with _single_thread():
             is_fresh = self._draw(choice)
-            if tab > 1:
-                self.set.show(tab - 2, choice)
-        waits = tab in EXPLAINING and self.shown[tab] != self._explains(choice)
-        if waits or not is_fresh:
-            self.later(partial(self._catch_up, self.lens, self.photo, self.seen, choice))
+            explain = self.tabs.update(self.photo, self.seen[0], choice)
+        if explain or not is_fresh:
+            looks = self.lens, self.photo, self.seen, choice
+            self.later(partial(self._catch_up, looks, explain))
 
     def _draw(self, choice: Choice) -> bool:
         """Draw all that is known by now; returns whether the last scale is among it."""
@@ -209,85 +198,49 @@ class Explorer:
                 continue
             region = choose(self.lens, self.photo, seen[-1], choice, row.number)
             numbers = measure(self.lens, self.photo, region)
-            if choice.scales > 1:
-                boxes[f"scale {row.number + 2}"] = [numbers[side] for side in BOX]
             opacity = self.controls.opacity.value
             row.draw(self.lens, self.photo, seen[-1], region, numbers, choice, opacity)
             if choice.scales > 1:
+                boxes[f"scale {row.number + 2}"] = [numbers[side] for side in BOX]
                 following = self.seen[len(seen) : len(seen) + 1]
                 is_fresh = bool(following) and torch.equal(following[0].view, region.crop)
                 seen = seen + following if is_fresh else seen
         self.rows[0].draw_photo(self.photo, boxes)
         self._draw_scores(seen, is_fresh)
-        self._draw_marker(choice)
         return is_fresh
 
     def _draw_scores(self, seen: list[Seen], is_fresh: bool) -> None:
         """Class probabilities of the looks that are known."""
-        if not self.lens.classes:
-            text = "attention only: this backbone has no trained classifier"
-        else:
-            views = probabilities(seen)
-            views.pop("mean logits", None)
-            text = bars(top_classes(views, self.lens.classes, self.photo.label, CLASSES))
+        text = "attention only: this backbone has no trained classifier"
+        if self.lens.classes:
+            shown = self.lens.classes, self.photo.label, CLASSES
+            text = bars(top_classes(probabilities_of(seen), *shown))
         text += "" if is_fresh else small("computing the next scale …")
         self.scores.value = f'<div class="rams-title">class probabilities</div>{text}'
 
-    def _draw_marker(self, choice: Choice) -> None:
-        """Move the marker of this photo's threshold curve; dim what explains something else."""
-        tab, threshold = self.tabs.selected_index, choice.thresholds[0]
-        explains = self._explains(choice)
-        if tab == 1:
-            self.blocks.stale(self.shown[1] != explains)
-        elif tab == 0 and self.chart_of == explains:
-            self.curve.show((self.chart, threshold), lambda: (self.chart.marked(threshold), ""))
-        elif tab == 0:
-            self.curve.stale(True)
-
-    def _explains(self, choice: Choice) -> tuple:
-        """What the explaining tabs depend on."""
-        read = choice.strength, choice.block, choice.head
-        return self.seen[0], *read, choice.proposal, choice.from_source
-
     def _catch_up(
-        self, lens: Lens, photo: Photo, seen: list[Seen], choice: Choice
+        self, looks: tuple[Lens, Photo, list[Seen], Choice], explain: Callable | None
     ) -> Iterator[Callable]:
         """Beside the page: run the scales that have changed, then explain."""
         torch.set_num_threads(self.threads)
-        looks = follow(lens, photo, seen, choice)
-        yield partial(self._arrived, looks)
-        tab, explains = self.tabs.selected_index, self._explains(choice)
-        if tab not in EXPLAINING or explains == self.shown[tab]:
-            return
-        if tab == 1:
-            maps = build_up(lens, looks[0], choice)
-            picture = build_up_picture(photo, maps)
-            yield partial(self._show_blocks, explains, picture)
-        else:
-            curve = threshold_curve(lens, photo, looks[0], choice, CURVE)
-            is_whole = not lens.classes
-            yield partial(self._show_curve, explains, threshold_chart(curve), is_whole)
-            if not is_whole:
-                values = []
-                for value in probability_curve(lens, photo, looks[0], choice, CURVE):
-                    values.append(value)
-                    yield lambda: None  # newer work may take over here
-                curve["probability"] = values
-                yield partial(self._show_curve, explains, threshold_chart(curve), True)
+        seen = follow(*looks)
+        yield partial(self._arrived, seen)
+        yield from explain() if explain else ()
 
-    def _arrived(self, looks: list[Seen]) -> None:
-        self.seen = looks
+    def _arrived(self, seen: list[Seen]) -> None:
+        self.seen = seen
         self._draw(self.controls.choice())
 
-    def _show_blocks(self, explains: tuple, picture: Image.Image) -> None:
-        self.shown[1] = explains
-        self.blocks.show(explains, lambda: (picture, BLOCKS))
 
-    def _show_curve(self, explains: tuple, chart: Chart, is_whole: bool) -> None:
-        """Show a threshold curve; one that is not whole yet is asked for again."""
-        self.shown[0] = explains if is_whole else None
-        self.chart, self.chart_of = chart, explains
-        self._draw_marker(self.controls.choice())
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """Small tensors are faster in one thread, above all while the model runs in others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _no_images() -> pd.DataFrame:

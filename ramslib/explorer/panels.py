@@ -9,47 +9,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ramslib.plots.pictures import styled, view_colour
 
-PANEL = 448  # pixels of the longer side of a picture on the page; shown at half of it or less
-STYLE = """<style>
-.rams {font-family: var(--jp-ui-font-family, system-ui, sans-serif); line-height: 1.35}
-.rams .widget-html-content {line-height: 1.35}
-.rams-title {font-weight: 600; font-size: 13px; color: var(--jp-ui-font-color1, #222)}
-.rams-note {font-size: 12px; color: var(--jp-ui-font-color2, #555);
-  font-variant-numeric: tabular-nums}
-.rams-say {font-size: 13px; padding: 5px 10px; border-radius: 4px; background: #eef3f8; color: #123}
-.rams-say.bad {background: #fdeeda; color: #5c3300; border-left: 4px solid #d55e00}
-.rams-panel .rams-note {min-height: 33px}
-.rams-chart {max-width: 760px}
-.rams-panel img {width: 100%; border-radius: 3px; display: block}
-.rams-stale img {opacity: 0.4; transition: opacity 0.15s 0.2s}
-.rams-thumb {background-size: cover; background-position: center; border-radius: 3px}
-.rams-thumb:focus, .rams-thumb:hover {outline: 3px solid #0072b2; outline-offset: 1px}
-.rams-cards {display: flex; flex-wrap: wrap; gap: 6px 26px; font-size: 12px; margin: 4px 0;
-  font-variant-numeric: tabular-nums}
-.rams-cards b {font-weight: 500}
-.rams-mark {display: inline-block; width: 8px; height: 8px; border: 2px solid;
-  outline: 1px solid #444; margin: 0 5px -1px 2px}
-.rams-scale {display: inline-block; width: 90px; height: 9px; border-radius: 2px; margin: 0 4px}
-.rams-class {font-size: 11px; line-height: 1.1; overflow: hidden; text-overflow: ellipsis;
-  overflow-wrap: anywhere; max-height: 37px}
-.rams-bar {display: inline-block; height: 10px; border-radius: 2px; margin-right: 6px}
-</style>"""
+PANEL = 420  # pixels of the longer side of a picture on the page; shown at two thirds of it or less
+STYLE = Path(__file__).with_name("style.css")
 
 
-def jpeg(picture: Image.Image, quality: int = 88) -> bytes:
-    """A picture as the bytes of a JPEG without colour subsampling: fast, and sharp lines."""
+def encode(picture: Image.Image, form: str = "jpeg", quality: int = 88) -> bytes:
+    """A picture as bytes; JPEGs without colour subsampling: fast, and sharp lines."""
     data = io.BytesIO()
-    picture.save(data, "jpeg", quality=quality, subsampling=0)
+    picture.save(data, form, quality=quality, subsampling=0)
     return data.getvalue()
 
 
@@ -63,38 +42,87 @@ def fit(picture: Image.Image, side: int = PANEL) -> Image.Image:
 class Panel(widgets.VBox):
     """A picture with a title above and a note below; drawn only when what it shows has changed."""
 
+    form = "jpeg"
+
     def __init__(self, title: str = ""):
-        self.title, self.note = widgets.HTML(), widgets.HTML()
-        self.image = widgets.Image(format="jpeg", layout=widgets.Layout(display="none"))
+        self.title = widgets.HTML(f'<div class="rams-title">{html.escape(title)}</div>')
+        self.note = widgets.HTML()
+        self.image = widgets.Image(format=self.form, layout=widgets.Layout(display="none"))
         self.key, self.text, self.is_stale = None, "", False
         super().__init__([self.title, self.image, self.note])
         self.add_class("rams-panel")
-        self.name(title)
-
-    def name(self, title: str) -> None:
-        """Change the title."""
-        self.title.value = f'<div class="rams-title">{html.escape(title)}</div>'
 
     def show(self, key: object, draw: Callable[[], tuple[Image.Image, str]]) -> None:
         """Show picture and note that ``draw()`` gives, unless ``key`` is that of what is shown."""
         if self.key != key:
             self.key = key
-            picture, self.text = draw()
-            self.image.value = jpeg(picture)
+            picture, text = draw()
+            self.image.value = encode(picture, self.form)
             self.image.layout.display = None
-            self._write(self.text)
-        if self.is_stale:
-            self.stale(False)
+            self.say(text)
+        self.stale(False)
 
-    def stale(self, is_stale: bool) -> None:
-        """Dim the picture, and say so, while a newer one is computed."""
+    def say(self, text: str) -> None:
+        """Change the note."""
+        self.text = text
+        self.note.value = small(text)
+
+    def stale(self, is_stale: bool, why: str = "computing …") -> None:
+        """Dim the picture, and say why, while it is not of what the controls say."""
         if is_stale != self.is_stale:
             self.is_stale = is_stale
             (self.add_class if is_stale else self.remove_class)("rams-stale")
-            self._write("computing …" if is_stale else self.text)
+        self.note.value = small(why if is_stale else self.text)
 
-    def _write(self, text: str) -> None:
-        self.note.value = small(text)
+
+class Chart(Panel):
+    """A drawn chart on which a marker moves along the horizontal axis, without drawing it anew."""
+
+    form = "png"
+
+    def __init__(self, title: str = ""):
+        super().__init__(title)
+        self.axes, self.x, self.marker = None, 0.0, widgets.HTML()
+        plot = widgets.Box([self.image, self.marker])
+        plot.add_class("rams-plot")
+        self.children = [self.title, plot, self.note]
+        self.add_class("rams-chart")
+
+    def draw(self, key: object, draw: Callable[[Axes], object], text="") -> Callable[[], None]:
+        """Let ``draw(ax)`` draw a chart; returns what shows it, to be called under the lock."""
+        axes, picture = draw_figure(lambda axes: draw(axes[0]), 7, 3.2)
+
+        def change_page() -> None:
+            self.axes = axes[0, 0]
+            self.show(key, lambda: (picture, text))
+            self.mark(self.x)
+
+        return change_page
+
+    def mark(self, x: float) -> None:
+        """Put a vertical line at ``x``."""
+        self.x = x
+        if self.axes is not None:
+            low, high = self.axes.get_xlim()
+            left, bottom, width, height = self.axes.get_position().bounds
+            left += width * min(max((x - low) / (high - low), 0), 1)
+            place = {"left": left, "top": 1 - bottom - height, "height": height}
+            style = "; ".join(f"{name}: {100 * value:.2f}%" for name, value in place.items())
+            self.marker.value = f'<div class="rams-marker" style="{style}"></div>'
+
+
+@styled
+def draw_figure(draw: Callable, width: float, height: float, rows: int = 1, columns: int = 1):
+    """Let ``draw(axes)`` draw on (rows, columns) Axes; gives them and the drawn picture.
+
+    No pyplot: it may be called beside the page, and nothing stays open.
+    """
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    draw(axes.flat)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return axes, Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def offer(menu: widgets.Widget, options) -> None:
@@ -130,38 +158,6 @@ def bars(table: pd.DataFrame) -> str:
 
 def _bar(colour: str, width: int) -> str:
     return f'<span class="rams-bar" style="width:{max(1, width)}px; background:{colour}"></span>'
-
-
-@styled
-def draw_figure(draw: Callable, width: float, height: float, rows: int = 1, columns: int = 1):
-    """Let ``draw(axes)`` draw on (rows, columns) Axes; gives them and the drawn picture.
-
-    No pyplot: it may be called beside the page, and nothing stays open.
-    """
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    draw(axes.flat)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return axes, Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-class Chart:
-    """A drawn chart on which a marker moves along the horizontal axis, without drawing it anew."""
-
-    def __init__(self, draw: Callable, width: float = 5.6, height: float = 3.2):
-        axes, self.picture = draw_figure(lambda axes: draw(axes[0]), width, height)
-        self.axes = axes[0, 0]
-
-    def marked(self, x: float) -> Image.Image:
-        """The picture with a vertical line at ``x``."""
-        corners = self.axes.transAxes.transform([(0, 0), (1, 1)])
-        (left, bottom), (right, top) = corners
-        column = min(max(self.axes.transData.transform((x, 0))[0], left), right)
-        picture = self.picture.copy()
-        line = (column, picture.height - top, column, picture.height - bottom)
-        ImageDraw.Draw(picture).line(line, fill="#222222", width=3)
-        return picture
 
 
 class Later:

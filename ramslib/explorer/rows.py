@@ -1,10 +1,7 @@
-"""The explorer's rows of pictures, what one proposal is made of, and those that explain it."""
-
-from functools import partial
+"""The explorer's rows of pictures: what one proposal is made of, and the words below it."""
 
 import ipywidgets as widgets
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -14,8 +11,7 @@ from torch import Tensor
 from ramslib.evaluation import BOX
 from ramslib.explorer.lenses import Lens, Photo
 from ramslib.explorer.looking import Choice, Region, Seen
-from ramslib.explorer.panels import Chart, Panel, draw_figure, fit
-from ramslib.plots import plot_threshold
+from ramslib.explorer.panels import Panel, fit
 from ramslib.plots.pictures import (
     HEAT,
     TRUTH,
@@ -26,7 +22,6 @@ from ramslib.plots.pictures import (
     to_picture,
     view_colour,
 )
-from ramslib.plots.stories import show_build_up
 from ramslib.regions import map_boxes
 
 _STOPS = ", ".join(to_hex(colour) for colour in colormaps[HEAT](np.linspace(0, 1, 9)))
@@ -37,12 +32,9 @@ class Row(widgets.VBox):
 
     def __init__(self, number: int, slider: widgets.Widget):
         self.number, self.colour = number, view_colour(f"scale {number + 2}")
-        names = (
-            "photo",
-            f"attention strength, scale {number + 1}",
-            f"patch mask, scale {number + 1}",
-        )
-        self.panels = [Panel(name) for name in (*names, f"scale {number + 2} sees")]
+        view = f"scale {number + 1} saw" if number else "photo"
+        names = (f"{what}, scale {number + 1}" for what in ("attention strength", "patch mask"))
+        self.panels = [Panel(name) for name in (view, *names, f"scale {number + 2} sees")]
         self.view, self.heat, self.mask, self.crop = self.panels
         self.base: tuple[Seen | None, Image.Image | None] = None, None
         self.photo: tuple[Photo | None, Image.Image | None] = None, None
@@ -62,8 +54,7 @@ class Row(widgets.VBox):
     ) -> None:
         """Draw what has changed since the last time."""
         base, strength, proposal = self._base(lens, photo, seen), *region[:2]
-        read = seen, choice.strength, choice.block, choice.head
-        threshold = choice.thresholds[self.number]
+        read, threshold = (seen, *choice.read()), choice.thresholds[self.number]
         self.heat.show(
             (*read, opacity),
             lambda: (paint_strength(base, strength[0], opacity), say_strength(strength[0])),
@@ -75,14 +66,13 @@ class Row(widgets.VBox):
                 say_mask(numbers, strength[0].numel(), threshold),
             ),
         )
-        crop = tuple(region.boxes[0].tolist()), choice.from_source
+        crop = seen, tuple(region.boxes[0].tolist()), choice.from_source
         self.crop.show(
-            (seen, crop),
+            crop,
             lambda: (fit(to_picture(region.crop[0], lens.model.mean_std)), say_region(numbers)),
         )
         if self.number:
-            self.view.name(f"scale {self.number + 1} saw")
-            self.view.show((seen, crop), lambda: (self._boxed(base, region), ""))
+            self.view.show(crop, lambda: (self._boxed(base, region), ""))
 
     def draw_photo(self, photo: Photo, boxes: dict[str, list[float]]) -> None:
         """Draw the whole photo with the boxes of all scales, in pixels of the upright photo."""
@@ -150,7 +140,7 @@ def say_strength(strength: Tensor) -> str:
 def say_mask(numbers: dict, patches: int, threshold: float) -> str:
     """What the threshold left, and what was kept of it."""
     count, kept = numbers["components"], numbers["kept"]
-    text = f"{numbers['patches']} of {patches} patches above {threshold:.2f}"
+    text = f"{numbers['patches']} of {patches} patches above {threshold:.2f} × mean"
     return f"{text}<br>{count} component{'s' * (count != 1)}, {kept} patches kept"
 
 
@@ -160,15 +150,3 @@ def say_region(numbers: dict) -> str:
     iou = "" if np.isnan(numbers["iou"]) else f", IoU {numbers['iou']:.2f}"
     share = f"{100 * numbers['area']:.0f} % of the photo"
     return f"y {top}–{bottom}, x {left}–{right} px<br>{share}{iou}"
-
-
-def threshold_chart(curve: pd.DataFrame) -> Chart:
-    """The threshold curve of one photo, ready for a marker."""
-    return Chart(lambda ax: plot_threshold(curve, ax=ax), 7, 3)
-
-
-def build_up_picture(photo: Photo, strengths: Tensor) -> Image.Image:
-    """The strength after each block, six in a row."""
-    rows = -(-len(strengths) // 6)
-    draw = partial(show_build_up, strengths, photo.pixels)
-    return draw_figure(lambda axes: draw(axes=axes), 9, 1.75 * rows, rows, 6)[1]

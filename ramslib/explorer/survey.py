@@ -1,19 +1,22 @@
 """A whole set of images through one lens, stored, so that the explorer answers at once.
 
 `survey_images` runs the model: predictions of every image, attention strengths of scale 1, and the
-accuracy of scale 2 on a grid of thresholds. `effect` then says what any threshold does to the set,
-and `sort_images` which photos are worth a look, without the model.
+accuracy of scale 2 on a grid of thresholds. `effect_curve` then says what any threshold does to the
+set, and `sort_images` which photos are worth a look, without the model.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ramslib.data.transforms import isolated_random
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score_boxes
 from ramslib.explorer.lenses import Lens
@@ -23,16 +26,16 @@ from ramslib.localisation import (
     Strengths,
     accuracy_by_threshold,
     record_strengths,
-    regions,
-    score_regions,
+    sweep_thresholds,
 )
-from ramslib.regions import box_area
+from ramslib.plots.figures import confusion_counts
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # thresholds whose accuracy is stored
 LIMIT = 200  # images; more are sampled, for the waiting
 
 
-class Survey(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Survey:
     """What was found out about a set of images.
 
     Attributes:
@@ -63,13 +66,14 @@ def stored_survey(lens: Lens, folder: Path | str) -> Survey | None:
     """What an earlier `survey_images` stored below ``folder``, or None."""
     table, total = images_to_survey(lens)
     home = _home(lens, table, folder)
-    if not (home / "strengths.safetensors").exists():
+    try:
+        maps = load_file(home / "strengths.safetensors")
+        sizes = maps.pop("sizes")
+        tables = [pd.read_csv(home / f"{name}.csv") for name in ("predictions", "accuracy")]
+    except (OSError, ValueError, KeyError, SafetensorError):  # none, or damaged: made again
         return None
-    maps = load_file(home / "strengths.safetensors")
-    sizes = maps.pop("sizes")
     strengths = Strengths(maps, table, lens.view, sizes, lens.model.image_size)
-    predictions = pd.read_csv(home / "predictions.csv")
-    return Survey(predictions, strengths, pd.read_csv(home / "accuracy.csv"), total)
+    return Survey(tables[0], strengths, tables[1], total)
 
 
 def survey_images(lens: Lens, folder: Path | str, say: Callable[[str], None] = print) -> Survey:
@@ -115,27 +119,19 @@ def _run(lens: Lens, table: pd.DataFrame, home: Path, say: Callable[[str], None]
     write_atomically(home / "strengths.safetensors", lambda part: save_file(tensors, part))
 
 
-def effect(survey: Survey, strength: str, threshold: float, proposal: str) -> dict[str, float]:
-    """What a threshold of scale 1 does to the set, from the stored strengths.
-
-    Returns:
-        Means over the images: ``area`` (share of the image) and, with annotated boxes, ``iou`` and
-        ``hit`` (share with IoU above 0.5).
-    """
-    boxes = regions(survey.strengths, strength, threshold, proposal)
-    means = {"area": float((box_area(boxes) / survey.strengths.sizes.prod(dim=1)).mean())}
-    if survey.strengths.table["top"].notna().any():
-        iou = score_regions(boxes, survey.strengths)["iou"].dropna()
-        means |= {"iou": iou.mean(), "hit": (iou > 0.5).mean()}
-    return means
-
-
 def effect_curve(
     survey: Survey, strength: str, proposal: str, thresholds: Sequence[float]
 ) -> pd.DataFrame:
-    """`effect` at every threshold: one row each."""
-    effects = [{"threshold": t} | effect(survey, strength, t, proposal) for t in thresholds]
-    return pd.DataFrame(effects)
+    """What thresholds of scale 1 do to the set, from the stored strengths.
+
+    Returns:
+        One row per threshold, means over the images: ``threshold, area`` (share of the image) and,
+        with annotated boxes, ``iou`` and ``iou_above_half`` (share of images).
+    """
+    one = survey.strengths._replace(maps={strength: survey.strengths.maps[strength]})
+    with isolated_random(0):
+        sweep = sweep_thresholds(one, thresholds, [proposal])
+    return sweep[["threshold", "area", "iou", "iou_above_half"]].dropna(axis=1)
 
 
 def accuracy_near(survey: Survey, threshold: float) -> dict[str, float]:
@@ -177,31 +173,28 @@ def sort_images(survey: Survey, order: str) -> pd.DataFrame:
         scores = score_boxes(survey.predictions, survey.strengths.table)
         values = scores[scores["scale"] == "scale 2"].set_index("path")["iou"].dropna()
     else:
-        rows = survey.predictions.pivot(index="path", columns="scale")
-        if order == "most uncertain":
-            fused = "mean softmax" if "mean softmax" in rows["rank"] else "scale 1"
-            values = rows["confidence"][fused]
-        else:
-            right = rows["rank"] == 0
-            before, after = right["scale 1"], right["scale 2"]
-            chosen = after & ~before if order.startswith("repaired") else before & ~after
-            gain = rows["true_probability"]["scale 2"] - rows["true_probability"]["scale 1"]
-            values = gain[chosen]
+        values = _change(survey.predictions, order)
     ascending = not order.startswith(("repaired", "best"))
     values = values.sort_values(ascending=ascending, kind="stable")
     return pd.DataFrame({"path": values.index, "value": values.to_numpy()})
 
 
+def _change(predictions: pd.DataFrame, order: str) -> pd.Series:
+    """The value of an order that predictions tell, by path."""
+    rows = predictions.pivot(index="path", columns="scale")
+    if order == "most uncertain":
+        return rows["confidence"]["mean softmax" if "mean softmax" in rows["rank"] else "scale 1"]
+    right, chance = rows["rank"] == 0, rows["true_probability"]
+    first, then = ("scale 2", "scale 1") if order.startswith("repaired") else ("scale 1", "scale 2")
+    return (chance["scale 2"] - chance["scale 1"])[right[first] & ~right[then]]
+
+
 def examples(lens: Lens, survey: Survey, count: int) -> pd.DataFrame:
     """Photos worth a look, from each order in turn: columns ``why, path, value``."""
-    orders = orders_of(lens, survey)
-    ranked = [sort_images(survey, name).assign(why=name, turn=n) for n, name in enumerate(orders)]
-    ranked = [rows.assign(rank=range(len(rows))) for rows in ranked]
-    if not ranked:
-        return (
-            survey.strengths.table[["path"]].head(count).assign(why="in order", value=float("nan"))
-        )
-    merged = pd.concat(ranked).sort_values(["rank", "turn"]).drop_duplicates("path")
+    ranked = [sort_images(survey, name).assign(why=name) for name in orders_of(lens, survey)]
+    if not ranked:  # neither classes nor boxes
+        ranked = [survey.strengths.table[["path"]].assign(why="in order", value=float("nan"))]
+    merged = pd.concat(ranked).sort_index(kind="stable").drop_duplicates("path")
     return merged.head(count)[["why", "path", "value"]].reset_index(drop=True)
 
 
@@ -211,16 +204,12 @@ def images_of(survey: Survey, label: int, prediction: int, scale: str) -> list[s
     return rows.loc[rows["scale"] == scale, "path"].tolist()
 
 
-def confusion(survey: Survey, scale: str, limit: int = 12) -> pd.DataFrame:
+def confusion(survey: Survey, classes: int, scale: str, limit: int = 12) -> pd.DataFrame:
     """Images by true (rows) and predicted label at a view name.
 
     Of more than ``limit`` classes, those with the most mistakes.
     """
-    rows = survey.predictions[survey.predictions["scale"] == scale]
-    wrong = rows[rows["rank"] > 0]
-    mistakes = wrong["label"].value_counts().add(wrong["prediction"].value_counts(), fill_value=0)
-    labels = sorted(set(rows["label"]) | set(rows["prediction"]))
-    if len(labels) > limit:
-        labels = sorted(mistakes.sort_values(ascending=False, kind="stable").index[:limit])
-    counts = pd.crosstab(rows["label"], rows["prediction"])
-    return counts.reindex(index=labels, columns=labels, fill_value=0)
+    counts = pd.DataFrame(confusion_counts(survey.predictions, classes, scale))
+    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+    labels = sorted(mistakes.sort_values(ascending=False, kind="stable").index[:limit])
+    return counts.loc[labels, labels]

@@ -16,7 +16,7 @@ from ramslib.plots.figures import (
     plot_reliability,
     plot_threshold,
 )
-from ramslib.plots.pictures import as_image, panels, save
+from ramslib.plots.pictures import as_bytes, as_image, panels, readable, save
 from ramslib.plots.stories import (
     show_build_up,
     show_mask,
@@ -29,6 +29,7 @@ from ramslib.plots.stories import (
 )
 
 __all__ = [
+    "as_bytes",
     "as_image",
     "panels",
     "plot_ablation",
@@ -41,6 +42,7 @@ __all__ = [
     "plot_losses",
     "plot_reliability",
     "plot_threshold",
+    "readable",
     "save",
     "show_build_up",
     "show_mask",

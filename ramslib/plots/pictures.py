@@ -45,6 +45,7 @@ STYLE = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called $5
 }
 _STYLING = threading.RLock()  # matplotlib's style is one for all threads
 
@@ -88,13 +89,18 @@ def new_axes(ax: Axes | None, height: float = 2.8, width: float = 4.2) -> Axes:
 
 
 @styled
-def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
-    """The figure of some Axes as a picture for a notebook's live display; the figure is closed."""
+def as_bytes(axes: Axes | Sequence[Axes], form: str = "png") -> bytes:
+    """The figure of some Axes as a file's content: png, jpeg or svg; the figure is closed."""
     figure = np.ravel(axes)[0].figure
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=form)
     plt.close(figure)
-    return IPython.display.Image(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
+    """The figure of some Axes as a picture for a notebook's live display; the figure is closed."""
+    return IPython.display.Image(as_bytes(axes))
 
 
 @styled

@@ -1,8 +1,7 @@
 """A trained run as one program for other places: all scales, from pixels to logits and boxes.
 
-The file needs neither ramslib nor timm. ``.pt2`` is torch.export's, to be read by torch alone;
-``.onnx`` is for every runtime that knows ONNX (needs the package onnxscript to be written). The
-batch size is free; search for the largest component and cutting out the region are inside.
+The file needs neither ramslib nor timm: it is torch.export's, to be read by torch alone. The batch
+size is free; search for the largest component and cutting out the region are inside.
 """
 
 from functools import partial
@@ -58,23 +57,16 @@ def export_run(run: Path | str, path: Path | str, which: str = "best") -> Path:
 
     Args:
         run: the run's folder.
-        path: the new file, ``.pt2`` or ``.onnx``.
+        path: the new file, ``.pt2``.
         which: ``best`` or ``last`` weights.
 
     Raises:
         InputError: no such run, a file that exists, or another ending.
     """
     path = Path(path)
-    if path.suffix not in (".pt2", ".onnx") or path.exists():
-        raise InputError(f"{path}: give a new file that ends in .pt2 or .onnx")
+    if path.suffix != ".pt2" or path.exists():
+        raise InputError(f"{path}: give a new file that ends in .pt2")
     config, _, _ = read_run(run)
     program = export_model(load(run, which), View(config.source_size or config.image_size).size)
-    write = partial(torch.export.save, program)
-    if path.suffix == ".onnx":
-        names = [f"{what}_{n + 1}" for what in ("logits", "boxes") for n in range(config.scales)]
-        try:
-            write = torch.onnx.export(program, output_names=names, verbose=False).save
-        except ImportError as error:
-            raise InputError(f"{path}: {error}; install what ONNX needs, or use .pt2") from None
-    write_atomically(path, write)
+    write_atomically(path, partial(torch.export.save, program))
     return path

@@ -22,7 +22,8 @@ import torch
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.files import write_atomically
-from ramslib.runs.run import check_run, is_finished, read_metrics
+from ramslib.runs.run import check_run, is_finished, read_metrics, read_run
+from ramslib.training.sampling import steps_per_epoch
 
 
 def usable_processes(wanted: int) -> tuple[int, str]:
@@ -205,6 +206,20 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def how_far(run: Path | str) -> str:
+    """Steps made, images per second and time left of a run, in one line."""
+    metrics = read_metrics(run)
+    if metrics.empty:
+        return "starting"
+    config, _, table = read_run(run)
+    total = steps_per_epoch(config, int((table["split"] == "train").sum())) * config.epochs
+    steps = metrics[metrics["split"] == "train"]
+    step, speed = int(steps["step"].iloc[-1]), steps["images_per_second"].tail(50).median()
+    left = (total - step) * config.batch_size / speed
+    time_left = f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"
+    return f"step {step} of {total}, {speed:.3g} images/s, {time_left}"
 
 
 def train_in_processes(

@@ -74,9 +74,10 @@ def backward_scales(
 
 
 def freeze(model: Recogniser, blocks: int) -> None:
-    """Stop training the first blocks, and with them all that comes before: patches and tokens.
+    """Stop training the first blocks, and all that comes before but one class token per scale.
 
-    Class tokens are frozen too, so those of all scales stay equal to the pretrained one.
+    Those start as copies of one token and, in a sequence, stay copies until a gradient tells them
+    apart: it runs back through the frozen blocks. A shared token is frozen, and it ends there.
 
     Raises:
         InputError: more blocks than the backbone has.
@@ -89,6 +90,8 @@ def freeze(model: Recogniser, blocks: int) -> None:
     model.requires_grad_(False)
     model.backbone.blocks[blocks:].requires_grad_(True)
     model.classifier.requires_grad_(True)
+    if model.per_scale_token:
+        model.backbone.cls_token.requires_grad_(True)
     for name in ("norm", "fc_norm", "attn_pool"):
         after = getattr(model.backbone, name, None)
         if after is not None:
