@@ -2,6 +2,7 @@
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
+## make bench    what two scales cost on this machine, measured side by side: half an hour
 ## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
@@ -20,7 +21,7 @@ PRESET ?= small
 ARGS ?=
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help run test lab app format clean
+.PHONY: help run test lab app bench format clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -41,6 +42,9 @@ lab: $(VENV)/.installed
 app: $(VENV)/.installed
 	$(RUN) ramslib app --data "$(DATA)" --root "$(ROOT)" --out runs $(ARGS)
 
+bench: $(VENV)/.installed
+	$(RUN) benchmarks $(ARGS)
+
 docs/story.png: $(OUT)/figures/05_story.png
 	mkdir -p docs
 	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
@@ -55,7 +59,7 @@ format: $(VENV)/.installed-test
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find ramslib tests -name __pycache__ -prune -exec rm -rf {} +; rm -rf notebooks/.ipynb_checkpoints
+	find ramslib tests benchmarks -name __pycache__ -prune -exec rm -rf {} +; rm -rf notebooks/.ipynb_checkpoints
 
 # A stamp older than pyproject.toml makes pip look again; a working environment is kept.
 $(VENV)/.installed: pyproject.toml

@@ -6,12 +6,15 @@ pass keeps anyway) and forms the probabilities of one block when they are asked 
 pass, its logits and its gradients are unchanged to the bit.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+CACHED = 2**18  # probabilities formed at a time on a CPU: one MiB
 
 
 class QueryKey(NamedTuple):
@@ -34,8 +37,9 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
     """Record query and key of every block while a backbone runs.
 
     Use as ``with record_attention(backbone) as blocks: backbone.forward_features(images)``;
-    afterwards ``blocks`` is a list of L `QueryKey`, first block first. It catches torch's
-    ``scaled_dot_product_attention`` in the current thread, so query and key already include
+    afterwards ``blocks`` holds L `QueryKey`, first block first, or only the ``last`` ones: outside
+    of training, query and key of the others are then freed as soon as they are used. It catches
+    torch's ``scaled_dot_product_attention`` in the current thread, so query and key already include
     normalisation, rotary embedding and head grouping, with no code per model family. Attention
     whose query and key differ in length (attention pooling) is not a block and is passed over.
 
@@ -44,9 +48,10 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
             off, a block with two attentions, or a model replica in another thread).
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, last: int | None = None):
         super().__init__()
-        self.depth = len(backbone.blocks)
+        self.depth, self.seen = len(backbone.blocks), 0
+        self.last = last or self.depth
         self.blocks: list[QueryKey] = []
 
     def __enter__(self) -> list[QueryKey]:
@@ -84,13 +89,15 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, float("-inf"))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.seen += 1
         self.blocks.append(QueryKey(query, key, bias, scale))
+        del self.blocks[: -self.last]
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        if error[0] is None and len(self.blocks) != self.depth:
+        if error[0] is None and self.seen != self.depth:
             raise RuntimeError(
-                f"recorded {len(self.blocks)} attention calls for {self.depth} blocks; "
+                f"recorded {self.seen} attention calls for {self.depth} blocks; "
                 "is fused attention off, or does a block hold more than one attention?"
             )
 
@@ -114,22 +121,37 @@ def attention_probabilities(block: QueryKey, rows: slice = slice(None)) -> Tenso
 
 
 def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
-    """Row vectors times the probabilities of a block, head by head, one image at a time.
+    """Row vectors times the probabilities of a block, head by head.
 
     Args:
         rows: (B, A, Q, N) float32, or (B, 1, Q, N) for rows that all heads share.
         block: the recorded query and key.
 
     Returns:
-        (B, A, Q, N) ``rows @ probabilities``; memory is that of one image's probabilities.
+        (B, A, Q, N) ``rows @ probabilities``. Of these, a CPU forms only as many at a time as stay
+        in its cores' own caches, which takes half the time; other devices form those of one image.
     """
     if torch.compiler.is_exporting():  # an exported program takes batches of any size
         return rows @ attention_probabilities(block)
-    products = []
-    for image, row in enumerate(rows):
-        bias = block.bias
-        if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
-            bias = bias[image : image + 1]
-        one = block._replace(query=block.query[image, None], key=block.key[image, None], bias=bias)
-        products.append(row @ attention_probabilities(one)[0])
-    return torch.stack(products)
+    batch, heads, tokens, _ = block.query.shape
+    rows = rows.expand(batch, heads, -1, tokens)
+    count = max(1, CACHED // tokens) if rows.is_cpu else tokens
+    products = rows.new_zeros(rows.shape)
+    for place, part in _parts(block):
+        for start in range(0, tokens, count):
+            chunk = slice(start, start + count)
+            products[place] += rows[place][..., chunk] @ attention_probabilities(part, chunk)
+    return products
+
+
+def _parts(block: QueryKey) -> Iterator[tuple[tuple, QueryKey]]:
+    """What is worked on at a time, with its place: one head on a CPU, elsewhere all of an image."""
+    batch, heads, tokens, _ = block.query.shape
+    bias = block.bias
+    if bias is not None:
+        bias = bias.expand(batch, heads, tokens, tokens)
+    for image in range(batch):
+        for head in range(heads) if block.query.is_cpu else [slice(None)]:
+            place = image, head
+            added = None if bias is None else bias[place]
+            yield place, QueryKey(block.query[place], block.key[place], added, block.scale)

@@ -47,6 +47,7 @@ class Config:
     drop_path: float = 0.0  # stochastic depth, timm's
     dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
     patch_stride: int | None = None  # pixels; below the patch size patches overlap (TransFG: 12)
+    checkpointing: bool = False  # compute blocks again in the backward pass: slower, less memory
 
     # objective
     # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5

@@ -65,11 +65,20 @@ def predict(
         with drawn_by_row(batch["index"]):
             results[batch["index"]] = _rows(model, view, batch, processes.device)
     results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
-    unknown = np.isnan(results[:, :, _COLUMNS.index("confidence")]).any(axis=1)
+    check_known(results[:, :, _COLUMNS.index("confidence")].sum(axis=1), table)
+    return _tidy(results, table, names)
+
+
+def check_known(confidence: np.ndarray, table: pd.DataFrame) -> None:
+    """Check that the model gave a number for every image of a table.
+
+    Raises:
+        InputError: NaN for one of them.
+    """
+    unknown = np.isnan(confidence)
     if unknown.any():
         path = table["path"].iloc[int(unknown.argmax())]
         raise InputError(f"{path}: the model's logits are not finite; its weights are damaged")
-    return _tidy(results, table, names)
 
 
 def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -96,18 +105,30 @@ def _rows(model: Recogniser, view: View, batch: dict, device: torch.device) -> T
     regions = [
         view.to_image_boxes(boxes.cpu(), batch["size"], model.image_size) for boxes in output.boxes
     ]
-    classes = torch.arange(logits[0].shape[1], device=labels.device)
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
     rows = []
     for number, probabilities in enumerate(fuse(logits)):
-        confidence, prediction = probabilities.max(dim=1, keepdim=True)
-        true = probabilities.gather(1, labels)
-        ahead = (probabilities > true) | ((probabilities == true) & (classes < labels))
-        rank = ahead.sum(dim=1, keepdim=True)
-        values = torch.cat([prediction, confidence, true, rank], dim=1).double().cpu()
         region = regions[number].double() if number < len(regions) else no_region
-        rows.append(torch.cat([values, region], dim=1))
+        rows.append(torch.cat([judge(probabilities, labels), region], dim=1))
     return torch.stack(rows, dim=1)
+
+
+def judge(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """What class probabilities say, and how right they are.
+
+    Args:
+        probabilities: (B, K).
+        labels: (B, 1).
+
+    Returns:
+        (B, 4) float64 on the CPU: prediction, confidence, probability and rank of the true class.
+    """
+    classes = torch.arange(probabilities.shape[1], device=labels.device)
+    confidence, prediction = probabilities.max(dim=1, keepdim=True)
+    true = probabilities.gather(1, labels)
+    ahead = (probabilities > true) | ((probabilities == true) & (classes < labels))
+    rank = ahead.sum(dim=1, keepdim=True)
+    return torch.cat([prediction, confidence, true, rank], dim=1).double().cpu()
 
 
 def _tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ before the next runs, and inference can stop early. `RAMSTrans.forward` simply c
 ``MODELS`` is the registry of models. RAMS-Trans with one scale is the plain Vision Transformer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -24,7 +24,7 @@ from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
 from ramslib.looks import Look, Recogniser
 from ramslib.regions import crop_and_resize, map_boxes, whole_box
-from ramslib.strength import STRENGTHS, attention_strength
+from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
 from ramslib.transfg import TransFG
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -77,8 +77,14 @@ class RAMSTrans(Recogniser):
         self.released_boxes = released_boxes
         self.align_corners = align_corners
 
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
-        """Look at the image, propose, cut out, and look there; see `Recogniser.scales`."""
+    def scales(
+        self, images: Tensor, source: Tensor | None = None
+    ) -> Generator[Look, Tensor | None, None]:
+        """Look at the image, propose, cut out, and look there; see `Recogniser.scales`.
+
+        Who sends a mask (B,) bool of the images just looked at, instead of calling ``next``, goes
+        on with those images alone.
+        """
         self.check_size(images)
         view, boxes = images, whole_box(images).repeat(images.shape[0], 1)
         for scale in range(self.num_scales):
@@ -86,9 +92,13 @@ class RAMSTrans(Recogniser):
             proposal = None
             if strength is not None:
                 proposal = propose(strength, self.thresholds[scale], self.proposal)
-            yield Look(logits, view, boxes, strength, proposal)
+            kept = yield Look(logits, view, boxes, strength, proposal)
             if proposal is not None:
-                view, boxes = self.amplify(view, source, boxes, proposal.patch_boxes)
+                patch_boxes = proposal.patch_boxes
+                if kept is not None:
+                    view, boxes, patch_boxes = view[kept], boxes[kept], patch_boxes[kept]
+                    source = None if source is None else source[kept]
+                view, boxes = self.amplify(view, source, boxes, patch_boxes)
 
     def look(self, view: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Encode and classify one view.
@@ -105,7 +115,7 @@ class RAMSTrans(Recogniser):
         if scale == self.num_scales - 1:
             tokens = self.backbone.forward_features(view)
             return self.classifier(read_feature(self.backbone, tokens, token)), None
-        with record_attention(self.backbone) as blocks:
+        with record_attention(self.backbone, LAST_BLOCKS.get(self.strength)) as blocks:
             tokens = self.backbone.forward_features(view)
         logits = self.classifier(read_feature(self.backbone, tokens, token))
         return logits, attention_strength(blocks, self.strength, self.grid, token)
@@ -155,6 +165,7 @@ def _check_options(
 def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
     per_scale = config.class_token == "per_scale"
     backbone, origin = _build_backbone(config, class_tokens=config.scales if per_scale else 1)
+    backbone.set_grad_checkpointing(config.checkpointing)
     model = RAMSTrans(
         backbone,
         num_classes,
@@ -171,6 +182,8 @@ def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
 
 
 def _build_transfg(config: Config, num_classes: int) -> tuple[TransFG, str]:
+    if config.checkpointing:  # a block computed again would get other tokens
+        raise InputError("model transfg exchanges tokens between blocks; use checkpointing=False")
     backbone, origin = _build_backbone(config)
     options = config.contrastive_weight, config.contrastive_margin, _mean_std(config)
     return TransFG(backbone, num_classes, *options), origin

@@ -164,6 +164,21 @@ def test_fused_attention_off_is_an_error(backbone_of, images):
         record(backbone, images())
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 9])
+def test_only_the_last_blocks_are_kept_where_no_more_are_asked_for(last, backbone_of, images):
+    backbone = backbone_of("dinov3")
+    expected, _ = record(backbone, images())
+    with record_attention(backbone, last) as blocks:
+        backbone.forward_features(images())
+    assert len(blocks) == min(last, 3)
+    for one, other in zip(blocks, expected[-last:], strict=True):
+        assert torch.equal(one.query, other.query) and torch.equal(one.key, other.key)
+    backbone.blocks[1].attn.fused_attn = False
+    with pytest.raises(RuntimeError, match="recorded 2 attention calls for 3 blocks"):
+        with record_attention(backbone, last):
+            backbone.forward_features(images())
+
+
 def test_a_block_seen_twice_is_an_error(backbone_of, images):
     backbone = backbone_of("vit")
     with pytest.raises(RuntimeError, match="recorded 6 attention calls for 3 blocks"):

@@ -281,6 +281,20 @@ def test_a_scale_runs_only_when_it_is_asked_for(model_of, images):
 
 
 @pytest.mark.parametrize("sourced", [False, True])
+def test_a_sent_mask_goes_on_with_these_images_alone(sourced, model_of, images):
+    model, source = model_of(scales=3), images(4, (72, 96), seed=2) if sourced else None
+    expected = list(model.scales(images(4), source))
+    looks = model.scales(images(4), source)
+    next(looks)
+    first, second = torch.tensor([True, False, True, True]), torch.tensor([False, True, True])
+    for kept, rows, whole in ((first, [0, 2, 3], expected[1]), (second, [2, 3], expected[2])):
+        look = looks.send(kept)
+        assert torch.equal(look.boxes, whole.boxes[rows])
+        torch.testing.assert_close(look.view, whole.view[rows])
+        torch.testing.assert_close(look.logits, whole.logits[rows])
+
+
+@pytest.mark.parametrize("sourced", [False, True])
 def test_scale_by_scale_gradients_equal_the_joint_ones(sourced, model_of, images):
     labels = torch.tensor([1, 4, 0])
     source = images(3, (72, 96), seed=2) if sourced else None

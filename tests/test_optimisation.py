@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import draw_photos, tiny_config
 
 from ramslib.backbone import extend_class_tokens
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.model import RAMSTrans
+from ramslib.model import RAMSTrans, build_model
+from ramslib.runs.run import read_metrics
+from ramslib.training import trainer
 from ramslib.training.optimisation import (
     backward_scales,
     create_optimizer,
@@ -67,6 +70,36 @@ def test_only_one_scale_is_in_memory_at_a_time(model_of, images):
     model.look = lambda view, scale: seen.append(model.classifier.bias.grad) or look(view, scale)
     backward_scales(model, images(2), None, torch.tensor([0, 1]), [1.0, 1.0])
     assert seen[0] is None and seen[1] is not None
+
+
+@pytest.mark.parametrize("strength", ["last_class", "rollout_mean"])
+@pytest.mark.parametrize("loss", ["sum", "last"])
+def test_checkpointing_changes_no_gradient(strength, loss):
+    settings = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "drop_path": 0.1}
+    settings |= {"source_size": None, "strength": strength}
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    steps, count = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, _ = build_model(Config(**settings, checkpointing=checkpointing), 5)
+        torch.nn.init.normal_(model.classifier.weight)
+        calls = []
+        model.backbone.blocks[0].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        labels, weights = torch.tensor([0, 1, 2, 4]), loss_weights(loss, 2)
+        losses = backward_scales(model.train(), images, None, labels, weights)
+        steps.append([losses, *(parameter.grad for parameter in model.parameters())])
+        count.append(len(calls))
+    assert count == [2, 2 + sum(map(int, loss_weights(loss, 2)))], "computed again where trained"
+    for one, other in zip(*steps, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
+    shared = []
+    monkeypatch.setattr(trainer, "average_gradients", lambda *given: shared.append(given))
+    config = tiny_config(draw_photos(tmp_path / "photos"), accumulate=3, epochs=1, scales=3)
+    run = trainer.train(config, tmp_path / "run")
+    assert len(shared) == (read_metrics(run)["split"] == "train").sum() > 1
 
 
 def test_freezing_trains_the_upper_blocks_and_what_follows(model_of):

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ramslib.attention
 from ramslib.attention import QueryKey, record_attention
 from ramslib.errors import InputError
-from ramslib.strength import STRENGTHS, attention_strength, rollout_rows
+from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength, rollout_rows
 
 
 def random_blocks(seed, batch=2, heads=3, tokens=9, depth=4, size=2.0, bias=None):
@@ -158,6 +159,29 @@ def test_a_real_backbone(name, family, backbone_of, images):
     ):
         expected = reference.strength(per_block, name, (3, 4))
         np.testing.assert_allclose(strength[image], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [1, 20, 70, 10**9])
+@pytest.mark.parametrize("bias_shape", [None, (1, 3, 9, 9), (2, 3, 9, 9), (9, 9), (2, 1, 1, 9)])
+def test_any_number_of_rows_at_a_time(cached, bias_shape, monkeypatch):
+    blocks = random_blocks(8, bias=None if bias_shape is None else torch.randn(bias_shape))
+    expected = [
+        reference.strength(image, "rollout_mean", (2, 4)) for image in probabilities(blocks)
+    ]
+    monkeypatch.setattr(ramslib.attention, "CACHED", cached)
+    found = attention_strength(blocks, "rollout_mean", (2, 4))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_strength_reads_no_more_blocks_than_it_says(name):
+    blocks = random_blocks(9, depth=5)
+    fewer = blocks[-LAST_BLOCKS.get(name, 5) :]
+    expected = attention_strength(blocks, name, (2, 4))
+    assert torch.equal(attention_strength(fewer, name, (2, 4)), expected)
+    assert name in LAST_BLOCKS or not torch.allclose(
+        attention_strength(blocks[1:], name, (2, 4)), expected
+    )
 
 
 def test_records_are_left_alone():

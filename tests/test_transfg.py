@@ -306,3 +306,8 @@ def test_two_processes_train_it_with_micro_batches_and_mixed_precision(photos, t
     assert len(losses) == 2 and np.isfinite(losses).all()
     results = pd.read_csv(tmp_path / "run" / "results.csv")
     assert set(results["images"]) == {15} and set(results["scale"]) == {"scale 1"}
+
+
+def test_blocks_whose_tokens_are_exchanged_are_not_computed_again():
+    config = tiny_config(".", model="transfg", scales=1, checkpointing=True)
+    assert "use checkpointing=False" in refused(build_model, config, 5)

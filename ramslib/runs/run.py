@@ -36,7 +36,7 @@ from ramslib.model import build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 
 # settings that say where things are or how fast they go, not what comes out
-WITHOUT_EFFECT = ("root", "workers")
+WITHOUT_EFFECT = ("root", "workers", "checkpointing")
 
 
 def run_key(config: Config, data_fingerprint: str) -> str:

@@ -1,0 +1,209 @@
+"""The rows of the table. Each function yields rows of `timing.row`, measured side by side."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor, nn
+
+from benchmarks.step import build, in_own_process, plain, training_step
+from benchmarks.timing import ratios, row
+from ramslib.attention import record_attention
+from ramslib.data.transforms import ImageDataset, View, prepare
+from ramslib.dppm import propose
+from ramslib.evaluation import predict, score
+from ramslib.model import RAMSTrans
+from ramslib.processes import load_batches
+from ramslib.regions import largest_component
+from ramslib.runs.adaptive import choose_threshold, look_until_sure, predict_adaptively
+from ramslib.runs.run import load, read_run
+from ramslib.strength import STRENGTHS, attention_strength
+
+
+def inference(options: SimpleNamespace) -> Iterator[dict]:
+    """Two scales against two plain forward passes."""
+    for backbone, wanted in zip(options.backbones, ("<= 1.08", "<= 1.05"), strict=True):
+        model, other = build(backbone, options.size, 2).eval(), plain(backbone, options.size).eval()
+        for batch in options.batches:
+            images = torch.randn(batch, 3, options.size, options.size)
+            for strength in STRENGTHS:
+                model.strength = strength
+                both = partial(model, images), partial(twice, other, images)
+                with torch.inference_mode():
+                    times = ratios(*both, options.repeats)
+                what = f"two scales, {strength} / two forwards; {backbone}, batch {batch}"
+                yield row(what, wanted, *times)
+
+
+def training(options: SimpleNamespace) -> Iterator[dict]:
+    """One step of two scales against two plain forward and backward passes and one update."""
+    images = torch.randn(2, 3, options.size, options.size)
+    backbone = options.backbones[0]
+    for strength in STRENGTHS:
+        model, other = build(backbone, options.size, 2, strength), plain(backbone, options.size)
+        steps = [
+            training_step(model, "workbench", images, 2),
+            training_step(other, "plain", images, 2),
+        ]
+        what = f"training step, {strength} / two plain passes; {backbone}, batch 2"
+        yield row(what, "<= 1.06", *ratios(*steps, options.repeats))
+
+
+def memory(options: SimpleNamespace) -> Iterator[dict]:
+    """Peak memory of a training step against the literal implementation, and its time."""
+    sizes = {"backbone": options.backbones[0], "size": options.size, "threads": options.threads}
+    ours, literal = (in_own_process(way, **sizes) for way in ("workbench", "literal"))
+    yield row("peak memory of a step (MB) / literal", "<= 0.36", [ours["MB"]], [literal["MB"]])
+    yield row("time of a step / literal", "", [ours["seconds"]], [literal["seconds"]])
+    less = in_own_process("workbench", checkpointing=1, **sizes)
+    yield row("peak memory (MB), checkpointing / without", "", [less["MB"]], [ours["MB"]])
+    yield row("time, checkpointing / without", "", [less["seconds"]], [ours["seconds"]])
+
+
+def proposal(options: SimpleNamespace) -> Iterator[dict]:
+    """Mask, component, box and crop of given strengths against one forward pass."""
+    backbone = options.backbones[1]
+    model, other = build(backbone, options.size, 2).eval(), plain(backbone, options.size).eval()
+    for batch in options.batches:
+        images = torch.randn(batch, 3, options.size, options.size)
+        boxes = torch.tensor([[0.0, 0.0, options.size, options.size]]).repeat(batch, 1)
+        strength = smooth_noise(batch, *model.grid)
+
+        both = partial(dppm, model, images, boxes, strength), partial(other, images)
+        with torch.inference_mode():
+            times = ratios(*both, 4 * options.repeats)
+        yield row(f"DPPM / one forward; {backbone}, batch {batch}", "< 0.005", *times)
+
+
+def components(options: SimpleNamespace) -> Iterator[dict]:
+    """Components of a batch in one call against scipy, image by image."""
+    for side in (14, 28, 56):
+        mask = smooth_noise(8, side, side) > 0
+        both = partial(largest_component, mask), partial(label_with_scipy, mask)
+        times = ratios(*both, 10 * options.repeats)
+        yield row(f"largest component / scipy's labels; {side} x {side}, batch 8", "", *times)
+
+
+def growth(options: SimpleNamespace) -> Iterator[dict]:
+    """Strength alone against one forward pass, at two sizes."""
+    for size in (options.size, 2 * options.size):
+        other = plain(options.backbones[0], size).eval()
+        images, (height, width) = torch.randn(1, 3, size, size), other.patch_embed.grid_size
+        with torch.inference_mode(), record_attention(other) as blocks:
+            other.forward_features(images)
+        for name in STRENGTHS:
+            both = (
+                partial(attention_strength, blocks, name, (height, width)),
+                partial(other, images),
+            )
+            with torch.inference_mode():
+                times = ratios(*both, options.repeats)
+            yield row(f"strength {name} / one forward; {height} x {width} patches", "", *times)
+
+
+def adaptive(options: SimpleNamespace) -> Iterator[dict]:
+    """Images per second of adaptive inference on a trained run, its threshold from validation."""
+    if options.run is None:
+        return
+    config, _, table = read_run(options.run)
+    view = View(config.source_size or config.image_size, config.crop_fraction)
+    model = load(options.run)
+    parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
+    threshold = choose_threshold(predict(model, parts["validation"], view), 0.5)
+    full = score(predict(model, parts["test"], view)).set_index("scale")["top1"]
+    found = predict_adaptively(model, parts["test"], view, threshold)
+    batches = [
+        prepare(batch["source"], model.image_size, *model.mean_std)
+        for batch in load_batches(ImageDataset(parts["test"], view), 0, batch_size=16)
+    ]
+    both = (
+        partial(over, batches, model),
+        partial(over, batches, partial(look_until_sure, model, threshold=threshold)),
+    )
+    with torch.inference_mode():
+        all_scales, stopping = ratios(*both, options.repeats)
+    stopped, top1 = (found["looks"] == 1).mean(), score(found)["top1"].item()
+    note = f"threshold {threshold:.3f}, {100 * stopped:.0f} % stopped, {len(found)} images"
+    yield row(f"images/s, adaptive / all scales; {note}", ">= 1.6", all_scales, stopping)
+    points = full["mean softmax"] - top1
+    yield row(f"points lost of {full['mean softmax']:.1f}", "<= 0.5", [points], [1.0])
+
+
+def loader(options: SimpleNamespace) -> Iterator[dict]:
+    """Photos of 500 x 375 as JPEG, one loader process: seconds per image against a forward pass."""
+    folder = Path(options.out) / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = smooth_noise(32 * 3, 375, 500).unflatten(0, (32, 3)).clamp(-3, 3).add(3).mul(42)
+    for number, pixels in enumerate(noise.byte().permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+    paths = [str(folder / f"{number % 32}.jpg") for number in range(11788)]
+    table, count = pd.DataFrame({"path": paths, "label": 0}), 64 * options.repeats
+    batches = load_batches(ImageDataset(table, View(options.size)), 1, batch_size=16)
+    next(batches)  # the worker has started
+    started = time.perf_counter()
+    for _ in range(count // 16):
+        next(batches)
+    seconds = (time.perf_counter() - started) / count
+    worker = multiprocessing.active_children()[-1].pid
+    told = Path(f"/proc/{worker}/smaps_rollup").read_text()  # what it does not share with us
+    private = int(told.split("Private_Dirty:")[1].split()[0]) * 1024 / 1e6
+    batches.close()
+    other = plain(options.backbones[1], options.size).eval()
+    images = torch.randn(1, 3, options.size, options.size)
+    with torch.inference_mode():
+        forward, _ = ratios(partial(other, images), int, options.repeats)
+    what = f"loading ({1 / seconds:.0f} images/s) / forward; {options.backbones[1]}"
+    yield row(what, "", [seconds] * len(forward), forward)
+    yield row("a loader's own memory on 11,788 images (MB) / 300 MB", "<= 1", [private], [300.0])
+
+
+def smooth_noise(batch: int, height: int, width: int) -> Tensor:
+    """(B, h, w) of normal noise, each value a mean of three by three: connected, as attention."""
+    noise = torch.randn(batch, 1, height, width, generator=torch.Generator().manual_seed(0))
+    return F.avg_pool2d(3 * noise, 3, 1, 1)[:, 0]
+
+
+def twice(model: nn.Module, images: Tensor) -> None:
+    """Two forward passes."""
+    model(images)
+    model(images)
+
+
+def dppm(model: RAMSTrans, images: Tensor, boxes: Tensor, strength: Tensor) -> None:
+    """All that lies between the strength of one scale and the view of the next."""
+    model.amplify(images, None, boxes, propose(strength, 1.0).patch_boxes)
+
+
+def label_with_scipy(mask: Tensor) -> list:
+    """The components of each image, from the CPU's copy of the masks."""
+    return [ndimage.label(one, np.ones((3, 3))) for one in mask.cpu().numpy()]
+
+
+def over(batches: list, function: Callable) -> None:
+    """Call a function with each batch."""
+    for batch in batches:
+        function(*batch)
+
+
+FIGURES = {
+    function.__name__: function
+    for function in (
+        inference,
+        training,
+        memory,
+        proposal,
+        components,
+        growth,
+        adaptive,
+        loader,
+    )
+}
