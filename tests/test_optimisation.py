@@ -12,7 +12,7 @@ from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.run import read_metrics
-from ramslib.training import trainer
+from ramslib.training import learner, trainer
 from ramslib.training.optimisation import (
     backward_scales,
     create_optimizer,
@@ -96,7 +96,7 @@ def test_checkpointing_changes_no_gradient(strength, loss):
 
 def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
     shared = []
-    monkeypatch.setattr(trainer, "average_gradients", lambda *given: shared.append(given))
+    monkeypatch.setattr(learner, "average_gradients", lambda *given: shared.append(given))
     config = tiny_config(draw_photos(tmp_path / "photos"), accumulate=3, epochs=1, scales=3)
     run = trainer.train(config, tmp_path / "run")
     assert len(shared) == (read_metrics(run)["split"] == "train").sum() > 1
