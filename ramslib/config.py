@@ -57,7 +57,7 @@ class Config:
     contrastive_margin: float = 0.4  # TransFG: cosine below which two classes are far enough apart
 
     # optimisation
-    epochs: int = 5
+    epochs: int = 4
     steps: int = 0  # train for so many, whatever the epochs; 0: epochs decide
     batch_size: int = 16  # images per step over all processes
     accumulate: int = 1  # micro-batches per step

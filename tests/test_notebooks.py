@@ -1,5 +1,9 @@
 """Every notebook, executed by papermill as `make run` does it, with the settings named tiny."""
 
+import os
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
@@ -44,3 +48,15 @@ def test_every_page_has_its_figures_inside(out, number):
     text = page.read_text()
     assert "data:image/png;base64," in text
     assert "<script src=" not in text
+
+
+def test_every_cell_runs_again_over_what_is_there(out):
+    """nbval executes the executed copies, cell by cell, as a person's second Run All does."""
+    cells = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/results.csv")}
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "-qq"]
+    options += ["--override-ini=addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *sorted(out.glob("0*.ipynb"))]
+    outside = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    done = subprocess.run(command, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert cells == {path: path.stat().st_mtime_ns for path in out.glob("cells/*/results.csv")}
