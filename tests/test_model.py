@@ -409,6 +409,7 @@ def test_a_configuration_reaches_the_model():
         threshold=(1.1, 1.3),
         strength="rollout_mean",
         proposal="centre",
+        class_token="per_scale",
         released_boxes=True,
         align_corners=True,
         drop_path=0.2,
