@@ -110,7 +110,7 @@ def test_a_plan_has_the_baseline_first_and_all_seeds():
 
 
 def test_equal_time_gives_the_faster_methods_more_epochs():
-    plan = plan_methods(Config(), ["TransFG", "RAMS-Trans"], [0, 1])
+    plan = plan_methods(Config(epochs=5), ["TransFG", "RAMS-Trans"], [0, 1])
     seconds = {"plain ViT": [9, 11], "TransFG": [14, 18], "RAMS-Trans": [20, 22]}
     rows = [{"method": name, "train_seconds": s} for name in seconds for s in seconds[name]]
     longer = equal_time(plan, pd.DataFrame(rows))

@@ -97,6 +97,7 @@ WRONG = {
     "align_corners": ["2"],
     "drop_path": ["1", "-0.1", "x"],
     "dropout": ["1", "-0.1", "x"],
+    "checkpointing": ["maybe", "2"],
     "steps": ["-1", "1.5", "x"],
     "loss": ["mean", ""],
     "contrastive_weight": ["-1", "nan", "x"],
