@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ramslib.errors import InputError
@@ -102,10 +102,6 @@ class Config:
             return cls().replace(**values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-    def to_json(self) -> str:
-        """The configuration as an indented JSON object."""
-        return json.dumps(asdict(self), indent=2)
 
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; strings are read as the field's type.

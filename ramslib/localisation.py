@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ramslib.attention import record_attention
 from ramslib.data.transforms import ImageDataset, View, prepare
@@ -20,6 +19,7 @@ from ramslib.dppm import drawn_by_row, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, fuse, view_names
 from ramslib.model import RAMSTrans
+from ramslib.processes import load_batches
 from ramslib.regions import box_area, box_iou, map_boxes
 from ramslib.strength import attention_strength
 
@@ -47,8 +47,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor | None, dict]]:
     """Normalised images and sources of a table, on the model's device, batch by batch."""
     device = next(model.parameters()).device
-    loader = DataLoader(ImageDataset(table, view), batch_size, num_workers=workers)
-    for batch in loader:
+    for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
         pixels = batch["source"].to(device)
         yield *prepare(pixels, model.image_size, *model.mean_std), batch
 

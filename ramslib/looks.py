@@ -5,6 +5,7 @@ method is a subclass with `Recogniser.scales` and, where its loss has another te
 `Recogniser.loss`, and an entry in ``model.MODELS``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class RAMSOutput(NamedTuple):
     proposals: tuple[Proposal, ...]
 
 
-class Recogniser(nn.Module):
+class Recogniser(nn.Module, ABC):
     """A backbone, a classifier that starts at zero, and a number of scales to look at.
 
     Args:
@@ -60,7 +61,6 @@ class Recogniser(nn.Module):
 
     num_scales = 1
     per_scale_token = False  # scale s reads class token s; otherwise all read the first
-    proposal: str | None = None  # "random" is drawn anew in each forward pass
 
     def __init__(self, backbone: nn.Module, num_classes: int, mean_std: tuple | None = None):
         super().__init__()
@@ -91,6 +91,7 @@ class Recogniser(nn.Module):
             proposals=tuple(look.proposal for look in looks[:-1]),
         )
 
+    @abstractmethod
     def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
         """Look at one scale after the other, each only when it is asked for.
 
@@ -99,7 +100,6 @@ class Recogniser(nn.Module):
         Raises:
             InputError: images of another size than the backbone's.
         """
-        raise NotImplementedError
 
     def loss(self, look: Look, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """What training minimises at one scale: the cross entropy of its logits, in float32."""

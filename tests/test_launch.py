@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -176,6 +177,21 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     assert "stopped as asked, at step" in job.output(200)
     time.sleep(0.5)
     assert _in_session(job.pid) == ([], []) and _working_on(run) == []  # so they hold no port
+
+
+def test_a_slow_picture_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    now, shown = [0.0], []
+    clock = {"monotonic": lambda: now[0], "sleep": lambda seconds: now.append(now.pop() + seconds)}
+    monkeypatch.setattr(ramslib.training.launch, "time", SimpleNamespace(**clock))
+    monkeypatch.setattr(Job, "is_running", lambda job: now[0] < 600)
+
+    def show():
+        shown.append(now[0])
+        clock["sleep"](3.0)
+
+    Job(tmp_path, -1).follow(show, every=4.0)
+    assert len(shown) == 11, "at 0, 63, 126 .. 567 seconds and at the end"
+    assert min(b - a for a, b in zip(shown, shown[1:-1], strict=False)) >= 63
 
 
 def test_a_failure_is_told_as_the_command_told_it(tmp_path):

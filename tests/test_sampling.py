@@ -15,6 +15,7 @@ from ramslib.training.sampling import (
     micro_batches,
     step_seed,
     steps_per_epoch,
+    total_steps,
 )
 
 
@@ -95,3 +96,9 @@ def test_batches_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="16 does not divide among 3 processes .* multiple of 6"):
         check_shares(Config(batch_size=16, accumulate=2), Processes(0, 3))
     check_shares(Config(batch_size=18, accumulate=2), Processes(0, 3))
+
+
+def test_steps_decide_the_length_where_they_are_given():
+    config = Config(epochs=3, batch_size=4)
+    assert total_steps(config, images=10) == 6
+    assert total_steps(config.replace(steps=7), images=10) == 7

@@ -183,24 +183,19 @@ class ImageDataset(Dataset):
     Items: ``source`` (3, Hs, Ws) uint8, ``label``, ``index`` (the row) and ``size`` (2,), height
     and width of the upright image in the file. What is random about it depends on seed, epoch and
     row alone: not on the worker or process that makes it, nor on what was made before. The epoch is
-    given with the key, ``dataset[epoch, row]``, or by `set_epoch`.
+    given with the key, ``dataset[epoch, row]``; a row alone is of epoch 0.
     """
 
     def __init__(self, table: pd.DataFrame, view: View, seed: int = 0):
         self.paths = table["path"].tolist()
         self.labels = table["label"].tolist()
         self.view, self.seed = view, seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers see changes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random views of an epoch, in running loader workers too."""
-        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        epoch, row = key if isinstance(key, tuple) else (int(self.epoch), key)
+        epoch, row = key if isinstance(key, tuple) else (0, key)
         row = range(len(self))[row]
         image, size = _open(self.paths[row], 2 * max(self.view.resized))
         if self.view.is_random:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ramslib.attention import QueryKey, record_attention
 from ramslib.backbone import count_class_tokens
-from ramslib.data.transforms import isolated_random
-from ramslib.dppm import Proposal, propose
+from ramslib.dppm import Proposal, drawn_by_row, propose
 from ramslib.evaluation import BOX
 from ramslib.explorer.lenses import Lens, Photo
 from ramslib.localisation import Strengths, regions, score_regions
@@ -157,7 +156,7 @@ def choose(lens: Lens, photo: Photo, seen: Seen, choice: Choice, number: int = 0
     """
     strength = strength_of(lens, seen, choice)
     threshold = choice.thresholds[min(number, len(choice.thresholds) - 1)]
-    with isolated_random(number):  # the random proposal stays where it is while controls move
+    with drawn_by_row([number]):  # the random proposal stays where it is while controls move
         proposal = propose(strength, threshold, choice.proposal)
     source = photo.source if choice.from_source else None
     crop, boxes = lens.model.amplify(seen.view, source, seen.boxes, proposal.patch_boxes)
@@ -215,8 +214,7 @@ def threshold_curve(
     table = pd.DataFrame(photo.truth.tolist() * count, columns=BOX).assign(path=photo.path)
     sizes, maps = photo.size.repeat(count, 1), {"": strength.repeat(count, 1, 1)}
     copies = Strengths(maps, table, lens.view, sizes, lens.model.image_size)
-    with isolated_random(0):
-        boxes = regions(copies, "", torch.tensor(thresholds), choice.proposal)
+    boxes = regions(copies, "", torch.tensor(thresholds), choice.proposal)
     scores = score_regions(boxes, copies)[["area", "iou"]].dropna(axis=1)
     return pd.DataFrame({"threshold": thresholds}).join(scores)
 

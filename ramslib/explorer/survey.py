@@ -16,7 +16,6 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ramslib.data.transforms import isolated_random
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score_boxes
 from ramslib.explorer.lenses import Lens
@@ -129,8 +128,7 @@ def effect_curve(
         with annotated boxes, ``iou`` and ``iou_above_half`` (share of images).
     """
     one = survey.strengths._replace(maps={strength: survey.strengths.maps[strength]})
-    with isolated_random(0):
-        sweep = sweep_thresholds(one, thresholds, [proposal])
+    sweep = sweep_thresholds(one, thresholds, [proposal])
     return sweep[["threshold", "area", "iou", "iou_above_half"]].dropna(axis=1)
 
 

@@ -23,7 +23,7 @@ from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.files import write_atomically
 from ramslib.runs.run import check_run, is_finished, read_metrics, read_run
-from ramslib.training.sampling import steps_per_epoch
+from ramslib.training.sampling import total_steps
 
 
 def usable_processes(wanted: int) -> tuple[int, str]:
@@ -223,7 +223,7 @@ def how_far(run: Path | str) -> str:
     if metrics.empty:
         return "starting"
     config, _, table = read_run(run)
-    total = steps_per_epoch(config, int((table["split"] == "train").sum())) * config.epochs
+    total = total_steps(config, int((table["split"] == "train").sum()))
     steps = metrics[metrics["split"] == "train"]
     step, speed = int(steps["step"].iloc[-1]), steps["images_per_second"].tail(50).median()
     left = (total - step) * config.batch_size / speed

@@ -27,6 +27,11 @@ def steps_per_epoch(config: Config, images: int) -> int:
     return images // config.batch_size
 
 
+def total_steps(config: Config, images: int) -> int:
+    """Steps of the whole training: ``steps`` where given, else those of all epochs."""
+    return config.steps or config.epochs * steps_per_epoch(config, images)
+
+
 def batch_keys(config: Config, images: int, step: int) -> list[tuple[int, int]]:
     """The (epoch, index) keys of one step's images over all processes.
 

@@ -36,7 +36,13 @@ from ramslib.runs.checkpoint import Progress
 from ramslib.runs.results import write_results
 from ramslib.runs.run import Journal, check_run, claimed, is_finished, open_run
 from ramslib.training.learner import Learner
-from ramslib.training.sampling import batch_keys, check_shares, micro_batches, steps_per_epoch
+from ramslib.training.sampling import (
+    batch_keys,
+    check_shares,
+    micro_batches,
+    steps_per_epoch,
+    total_steps,
+)
 
 
 class Trainer:
@@ -65,7 +71,7 @@ class Trainer:
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.validation = parts.get("validation", table[:0])
         self.epoch_steps = steps_per_epoch(config, len(self.train))
-        self.total_steps = config.steps or self.epoch_steps * config.epochs
+        self.total_steps = total_steps(config, len(self.train))
         size = config.source_size or config.image_size
         self.test_view = View(size, config.crop_fraction)
         self.train_view = View(size, config.crop_fraction, train=True, augment=config.augment)
