@@ -1,7 +1,9 @@
 """The queue of cells: each once, by any number of workers, whatever happens to one of them."""
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import time
 from collections import Counter
@@ -46,15 +48,23 @@ def cells_in(folder, count):
     return {folder / f"cell{seed}": Config(seed=seed) for seed in range(count)}
 
 
-def start_worker(folder, cells, how=pretend):
+def start_worker(folder, cells, how=pretend, heartbeat=30):
     """A worker in a process of its own."""
-    worker = FORK.Process(target=_work, args=(folder, cells, how))
+    worker = FORK.Process(target=_work, args=(folder, cells, how, heartbeat))
     worker.start()
     return worker
 
 
-def _work(folder, cells, how):
-    work(open_study(folder, heartbeat=1), cells, how, poll=0.05)
+def _work(folder, cells, how, heartbeat):
+    work(open_study(folder, heartbeat=heartbeat), cells, how, poll=0.05)
+
+
+def _take_all(folder, together, taken):
+    """Take trials without training them, until none waits."""
+    study = open_study(folder)
+    together.wait()
+    while study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        taken.put(study.ask().user_attrs.get("cell"))
 
 
 def begun(folder):
@@ -83,9 +93,36 @@ def test_workers_that_start_together_train_each_cell_once(tmp_path):
     assert len(done) == 8 and {trial.value for trial in done} == {50.0}
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_trial_is_taken_by_one_worker(tmp_path):
+    study, together, taken = open_study(tmp_path), FORK.Barrier(4), FORK.Queue()
+    for cell in range(20):
+        study.enqueue_trial({}, user_attrs={"cell": cell})
+    workers = [FORK.Process(target=_take_all, args=(tmp_path, together, taken)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    took = []
+    while any(worker.is_alive() for worker in workers) or not taken.empty():
+        with contextlib.suppress(queue.Empty):
+            took.append(taken.get(timeout=0.1))
+    assert sorted(cell for cell in took if cell is not None) == list(range(20))
+
+
+def test_a_worker_that_was_only_slow_goes_on(tmp_path):
+    cells, study = cells_in(tmp_path, 2), open_study(tmp_path)
+
+    def slowly(config, run):
+        pretend(config, run)
+        running = study.get_trials(states=[TrialState.RUNNING])
+        study.tell(running[0].number, state=TrialState.FAIL)  # as another worker would
+
+    assert work(study, cells, slowly) == {}
+    assert Counter(name for name, _ in begun(tmp_path)) == {"cell0": 1, "cell1": 1}
+
+
 def test_the_cell_of_a_killed_worker_is_trained_by_another(tmp_path):
     cells = cells_in(tmp_path, 2)
-    doomed = start_worker(tmp_path, cells, never_ends)
+    doomed = start_worker(tmp_path, cells, never_ends, heartbeat=1)
     wait_for(lambda: begun(tmp_path))
     os.kill(doomed.pid, signal.SIGKILL)
     doomed.join()

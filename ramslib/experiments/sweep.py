@@ -11,14 +11,17 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import optuna
 import pandas as pd
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import Connection, event
 
 from ramslib.config import Config
 from ramslib.errors import InputError
@@ -27,6 +30,8 @@ from ramslib.runs.run import claimed, is_finished
 Train = Callable[[Config, Path], object]
 Say = Callable[[str], object]
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
+# What Optuna raises at the end of a trial that others took for dead while it was only slow.
+ENDED_BY_OTHERS = (UpdateFinishedTrialError, ValueError, AssertionError)
 
 
 def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) -> optuna.Study:
@@ -45,11 +50,14 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
     with claimed(folder, patience=300), _quiet():  # one by one, when workers start together
         folder = folder.resolve()
         address = storage or f"sqlite:///{folder / 'sweep.db'}"
-        patient = {"connect_args": {"timeout": 60}} if address.startswith("sqlite") else {}
+        sqlite = address.startswith("sqlite")
+        patient = {"connect_args": {"timeout": 60, "isolation_level": None}} if sqlite else {}
         try:
             database = RDBStorage(
                 address, patient, heartbeat_interval=heartbeat, grace_period=3 * heartbeat
             )
+            if sqlite:
+                event.listen(database.engine, "begin", _lock_the_file)
             return optuna.create_study(
                 study_name=folder.name, storage=database, direction="maximize", load_if_exists=True
             )
@@ -57,6 +65,14 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
             reason = " ".join(str(error).split())[:200]  # the address may hold a password
             told = f"{folder}: its queue's database cannot be used ({reason}); check the address"
             raise InputError(told) from None
+
+
+def _lock_the_file(connection: Connection) -> None:
+    """Begin a transaction by locking, before a trial's state is read.
+
+    SQLite has no ``SELECT FOR UPDATE``: two workers would see a trial waiting and both take it.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _quiet() -> warnings.catch_warnings:
@@ -98,7 +114,8 @@ def work(
             if not any(trial.state in OPEN for trial in trials[run.name]):
                 _enqueue(study, run, cells[run])
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            study.optimize(take, n_trials=1, catch=(Exception,))
+            with suppress(*ENDED_BY_OTHERS):
+                study.optimize(take, n_trials=1, catch=(Exception,))
         else:
             time.sleep(poll)
 
