@@ -69,7 +69,7 @@ class Config:
     layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
     warmup_steps: int = 30  # linear, then cosine to 0, by step
     clip_norm: float = 1.0  # 0 switches clipping off
-    frozen_blocks: int = 6  # first blocks (with the patch embedding) that are not trained
+    frozen_blocks: int = 8  # first blocks (with the patch embedding) that are not trained
     amp: str = "none"  # none, bf16 or fp16
     ema_decay: float = 0.0  # 0 switches the moving average off
     patience: int = 0  # epochs without a better validation accuracy before stopping; 0: never

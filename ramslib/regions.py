@@ -145,11 +145,9 @@ def crop_and_resize(
     planes = images.float().flatten(0, 1)  # channels are images of their own
     sides = boxes.float().repeat_interleave(images.shape[1], dim=0)
     top, left, bottom, right = sides.unbind(dim=1)
-    low, high, part = _sample_positions(top, bottom, size[0], images.shape[2], align_corners)
-    rows = _mix_rows(planes, low, high, part)
-    low, high, part = _sample_positions(left, right, size[1], images.shape[3], align_corners)
-    low, high = (index[:, None].expand(-1, size[0], -1) for index in (low, high))
-    crops = rows.gather(2, low).lerp_(rows.gather(2, high), part[:, None])
+    rows = _sample_positions(top, bottom, size[0], images.shape[2], align_corners)
+    columns = _sample_positions(left, right, size[1], images.shape[3], align_corners)
+    crops = _mix_rows(_mix_rows(planes, *rows).mT, *columns).mT
     return crops.unflatten(0, images.shape[:2]).to(images.dtype)
 
 

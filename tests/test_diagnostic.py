@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from ramslib.data.diagnostic import SIGNS, draw_scene, write_diagnostic_set
+from ramslib.data.diagnostic import write_diagnostic_set
+from ramslib.data.scenes import SIGNS, draw_scene
 from ramslib.errors import InputError
 
 SIZE = (120, 160)
