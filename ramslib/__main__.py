@@ -1,6 +1,8 @@
 """Command line: ``python -m ramslib COMMAND``; bad input is one line on stderr and exit code 2."""
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import threading
@@ -234,6 +236,7 @@ def _root(options: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # the end need not look through torch for garbage: two seconds less
     warnings.simplefilter("once")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names of any encoding
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

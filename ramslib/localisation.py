@@ -20,7 +20,7 @@ from ramslib.errors import InputError
 from ramslib.evaluation import BOX, fuse, view_names
 from ramslib.model import RAMSTrans
 from ramslib.processes import load_batches
-from ramslib.regions import box_area, box_iou, map_boxes
+from ramslib.regions import box_area, box_iou, map_boxes, whole_box
 from ramslib.strength import attention_strength
 
 
@@ -174,7 +174,7 @@ def accuracy_by_threshold(
 ) -> pd.DataFrame:
     """Accuracy of a two-scale model at other thresholds than it was trained with.
 
-    Scale 1 runs once per image, scale 2 once per image and threshold.
+    Scale 1 runs once per image, scale 2 once per image and region; thresholds often share one.
 
     Returns:
         One row per threshold and view name: ``threshold, scale, images, top1, standard_error``
@@ -190,13 +190,21 @@ def accuracy_by_threshold(
     for images, source, batch in _batches(model, table, view, batch_size, workers):
         labels = batch["label"].to(images.device)
         first, strength = model.look(images, 0)
-        whole = torch.tensor([0.0, 0.0, *model.image_size], device=images.device)
+        whole = whole_box(images).repeat(len(images), 1)
+        known: dict[tuple, Tensor] = {}  # (image, its box): logits of scale 2
         for row, threshold in enumerate(thresholds):
             with drawn_by_row(batch["index"]):
-                proposal = propose(strength, threshold, model.proposal)
-            boxes = whole.repeat(len(images), 1)
-            crops, _ = model.amplify(images, source, boxes, proposal.patch_boxes)
-            probabilities = torch.stack(fuse((first, model.look(crops, 1)[0])))
+                boxes = propose(strength, threshold, model.proposal).patch_boxes
+            keys = [(image, *box) for image, box in enumerate(boxes.tolist())]
+            new = [key[0] for key in keys if key not in known]
+            if new:
+                large = None if source is None else source[new]
+                crops, _ = model.amplify(images[new], large, whole[new], boxes[new])
+                known.update(
+                    zip([keys[image] for image in new], model.look(crops, 1)[0], strict=True)
+                )
+            second = torch.stack([known[key] for key in keys])
+            probabilities = torch.stack(fuse((first, second)))
             correct[row] += (probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()
     share = correct.double().numpy() / len(table)
     keys = pd.MultiIndex.from_product([thresholds, names], names=["threshold", "scale"])

@@ -184,6 +184,19 @@ def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(photos, 
         assert row.standard_error == pytest.approx(error) and row.images == 15
 
 
+def test_a_region_that_thresholds_share_is_looked_at_once(photos):
+    model, view, seen = opinionated(), View(48, 0.875), []
+
+    def look(images, scale, original=model.look):
+        seen.append((scale, len(images)))
+        return original(images, scale)
+
+    model.look = look
+    accuracy = accuracy_by_threshold(model, photos, view, [98.0, 99.0, 99.0], batch_size=15)
+    assert seen == [(0, 15), (1, 15)], "no patch is that strong: the whole image, each time"
+    assert accuracy.groupby("scale")["top1"].nunique().eq(1).all()
+
+
 def test_accuracies_by_threshold_need_two_scales(photos):
     with pytest.raises(InputError, match="two scales, not 3"):
         accuracy_by_threshold(opinionated(scales=3), photos, View(48), [1.0])

@@ -191,7 +191,10 @@ def _develop(canvas: Image.Image, rng, light: complex) -> Image.Image:
     shade = np.float32(1 + lean - 0.12 * (x * x + y * y))[..., None]
     tint = np.float32(rng.uniform(0.95, 1.3) * rng.uniform(0.92, 1.08, size=3))
     grain = rng.standard_normal(shade.shape, np.float32) * np.float32(rng.uniform(1, 4))
-    return Image.fromarray((pixels * shade * tint + grain).clip(0, 255).astype(np.uint8))
+    pixels *= shade
+    pixels *= tint
+    pixels += grain
+    return Image.fromarray(pixels.clip(0, 255, out=pixels).astype(np.uint8))
 
 
 def draw_scene(species: int, rng: np.random.Generator, image_size=(480, 640)) -> Scene:
