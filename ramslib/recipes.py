@@ -32,6 +32,7 @@ _RELEASED = {
     "released_boxes": True,
     "align_corners": True,
     "normalise": "imagenet",
+    "sampling": "random",
     "head_factor": 1.0,
     "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
     "learning_rate": 0.03,

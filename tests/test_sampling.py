@@ -3,6 +3,8 @@
 from collections import Counter
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,29 +14,34 @@ from ramslib.processes import Processes
 from ramslib.training.sampling import (
     batch_keys,
     check_shares,
+    epoch_order,
     micro_batches,
     step_seed,
     steps_per_epoch,
     total_steps,
 )
 
+LABELS = torch.arange(11) % 3
+
 
 @st.composite
 def trainings(draw):
-    """A configuration, a number of images and of processes that fit together."""
+    """A configuration, labels of images and a number of processes that fit together."""
     world, accumulate, share = (draw(st.integers(1, 4)) for _ in range(3))
     config = Config(batch_size=world * accumulate * share, accumulate=accumulate)
     images = draw(st.integers(config.batch_size, 4 * config.batch_size + 5))
-    return config.replace(seed=draw(st.integers(0, 99))), images, world
+    labels = torch.tensor(draw(st.lists(st.integers(0, 6), min_size=images, max_size=images)))
+    sampling = draw(st.sampled_from(["spread", "random"]))
+    return config.replace(seed=draw(st.integers(0, 99)), sampling=sampling), labels, world
 
 
 @given(trainings())
 @settings(max_examples=60, deadline=None)
 def test_processes_and_micro_batches_share_the_batch_of_one(training):
-    config, images, world = training
-    steps = range(2 * steps_per_epoch(config, images))
+    config, labels, world = training
+    steps = range(2 * steps_per_epoch(config, len(labels)))
     shares = [
-        list(micro_batches(config, images, steps, Processes(rank, world))) for rank in range(world)
+        list(micro_batches(config, labels, steps, Processes(rank, world))) for rank in range(world)
     ]
     assert {len(share) for share in shares} == {len(steps) * config.accumulate}
     assert {len(batch) for share in shares for batch in share} == {
@@ -43,19 +50,20 @@ def test_processes_and_micro_batches_share_the_batch_of_one(training):
     for step in steps:
         own = slice(step * config.accumulate, (step + 1) * config.accumulate)
         seen = [key for share in shares for batch in share[own] for key in batch]
-        assert sorted(seen) == sorted(batch_keys(config, images, step))
+        assert sorted(seen) == sorted(batch_keys(config, labels, step))
 
 
 @given(trainings())
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_sees_no_image_twice_and_the_next_one_another_order(training):
-    config, images, _ = training
+    config, labels, _ = training
+    images = len(labels)
     length = steps_per_epoch(config, images)
     epochs = [
         [
             key
             for step in range(number * length, (number + 1) * length)
-            for key in batch_keys(config, images, step)
+            for key in batch_keys(config, labels, step)
         ]
         for number in range(2)
     ]
@@ -69,15 +77,36 @@ def test_an_epoch_sees_no_image_twice_and_the_next_one_another_order(training):
 
 def test_every_image_has_its_turn():
     config = Config(batch_size=4)
-    seen = {index for step in range(40) for _, index in batch_keys(config, 7, step)}
+    seen = {index for step in range(40) for _, index in batch_keys(config, LABELS[:7], step)}
     assert seen == set(range(7))
+
+
+@given(trainings(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_stretch_of_an_epoch_has_of_every_class_its_share(training, epoch):
+    config, labels, _ = training
+    order = epoch_order(config.replace(sampling="spread"), labels, epoch)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    seen = F.pad(F.one_hot(labels[order]).cumsum(0), (0, 0, 1, 0))
+    found = seen[None] - seen[:, None]  # of each class, from one place to another
+    share = labels.bincount() / len(labels)
+    expected = found.sum(dim=-1, keepdim=True) * share
+    assert ((found - expected).abs() <= 1 + len(share) * share + 1e-4).all()
+
+
+def test_equal_classes_are_equal_in_every_batch():
+    labels = torch.arange(8).repeat_interleave(6)
+    config = Config(batch_size=16)
+    for step in range(30):
+        batch = [labels[index] for _, index in batch_keys(config, labels, step)]
+        assert set(Counter(map(int, batch)).values()) == {2}
 
 
 def test_resuming_at_any_step_sees_what_was_left():
     config, processes = Config(batch_size=4, accumulate=2), Processes(1, 2)
-    whole = list(micro_batches(config, 11, range(9), processes))
+    whole = list(micro_batches(config, LABELS, range(9), processes))
     for step in range(9):
-        assert list(micro_batches(config, 11, range(step, 9), processes)) == whole[2 * step :]
+        assert list(micro_batches(config, LABELS, range(step, 9), processes)) == whole[2 * step :]
 
 
 def test_seeds_differ_between_steps_processes_and_runs():

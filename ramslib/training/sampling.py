@@ -4,9 +4,11 @@ So a run resumes in the middle of an epoch without any saved generator, and two 
 same batches as one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from ramslib.config import Config
 from ramslib.errors import InputError
@@ -32,25 +34,56 @@ def total_steps(config: Config, images: int) -> int:
     return config.steps or config.epochs * steps_per_epoch(config, images)
 
 
-def batch_keys(config: Config, images: int, step: int) -> list[tuple[int, int]]:
-    """The (epoch, index) keys of one step's images over all processes.
+def epoch_order(config: Config, labels: Tensor, epoch: int) -> Tensor:
+    """The order of an epoch's images, drawn from (seed, epoch).
 
-    Every epoch is a permutation drawn from (seed, epoch).
+    ``spread`` places each class's images at equal distances, from a random start, so that a batch
+    has about its share of every class (exactly, where classes are equal and divide it). By chance
+    the counts of 8 classes in 16 images vary by two thirds of their mean; a classifier that starts
+    from nothing then learns how many there were, and what reaches the encoder is noise (README).
+
+    Args:
+        config: its ``sampling`` is ``spread`` or ``random``.
+        labels: (N,) classes of the images.
+        epoch: from 0.
+
+    Returns:
+        (N,) a permutation.
     """
-    epoch, number = divmod(step, steps_per_epoch(config, images))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(images, generator=generator)
-    batch = order[number * config.batch_size : (number + 1) * config.batch_size]
+    order = torch.randperm(len(labels), generator=generator)
+    if config.sampling == "random":
+        return order
+    shuffled = labels[order]
+    counts = shuffled.bincount()
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)  # of an image among those of its class
+    rank[shuffled.argsort(stable=True)] = torch.arange(len(order)) - first.repeat_interleave(counts)
+    start = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    return order[((rank + start[shuffled]) / counts[shuffled]).argsort(stable=True)]
+
+
+def batch_keys(config: Config, labels: Tensor, step: int) -> list[tuple[int, int]]:
+    """The (epoch, index) keys of one step's images over all processes."""
+    return _batch_keys(config, len(labels), step, partial(epoch_order, config, labels))
+
+
+def _batch_keys(
+    config: Config, images: int, step: int, order_of: Callable[[int], Tensor]
+) -> list[tuple[int, int]]:
+    epoch, number = divmod(step, steps_per_epoch(config, images))
+    batch = order_of(epoch)[number * config.batch_size : (number + 1) * config.batch_size]
     return [(epoch, index) for index in batch.tolist()]
 
 
 def micro_batches(
-    config: Config, images: int, steps: range, processes: Processes
+    config: Config, labels: Tensor, steps: range, processes: Processes
 ) -> Iterator[list[tuple[int, int]]]:
     """The keys of every micro-batch of this process, in order."""
     share = config.batch_size // config.accumulate
+    order_of = lru_cache(maxsize=1)(partial(epoch_order, config, labels))
     for step in steps:
-        keys = batch_keys(config, images, step)
+        keys = _batch_keys(config, len(labels), step, order_of)
         for start in range(0, config.batch_size, share):
             yield keys[start : start + share][processes.rank :: processes.world]
 

@@ -69,6 +69,7 @@ class Trainer:
             what = " or ".join(sorted(missing))
             raise InputError(f"{config.root}: no image to {what} on; add some")
         self.table, self.train, self.test = table, parts["train"], parts["test"]
+        self.labels = torch.tensor(self.train["label"].to_numpy())
         self.validation = parts.get("validation", table[:0])
         self.epoch_steps = steps_per_epoch(config, len(self.train))
         self.total_steps = total_steps(config, len(self.train))
@@ -111,7 +112,7 @@ class Trainer:
 
     def _batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
-        keys = micro_batches(self.config, len(self.train), steps, self.processes)
+        keys = micro_batches(self.config, self.labels, steps, self.processes)
         photos = ImageDataset(self.train, self.train_view, self.config.seed)
         return load_batches(photos, self.config.workers, batch_sampler=keys)
 
@@ -144,7 +145,7 @@ class Trainer:
         """Stop before the weights are spoilt; infinite gradients are usual to float16's scaler."""
         if losses.isfinite().all() and (norm.isfinite() or self.config.amp == "fp16"):
             return
-        keys = batch_keys(self.config, len(self.train), step)
+        keys = batch_keys(self.config, self.labels, step)
         names = ", ".join(Path(self.train["path"][index]).name for _, index in keys)
         when = f"in epoch {step // self.epoch_steps + 1}, step {step + 1}, on {names}"
         raise InputError(
