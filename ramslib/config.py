@@ -41,7 +41,7 @@ class Config:
     strength: str = "last_class"  # finds real birds best (README); released: rollout_mean
     threshold: float | tuple[float, ...] = 1.0  # eta, one number or one per proposal
     proposal: str = "attention"  # a key of dppm.PROPOSALS
-    class_token: str = "shared"  # or per_scale (paper): back through frozen blocks, 1.3 x the time
+    class_token: str = "shared"  # or per_scale (paper), which is slow: back through frozen blocks
     released_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's

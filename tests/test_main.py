@@ -115,6 +115,7 @@ WRONG = {
     "warmup_steps": ["-1", "1.5", "x"],
     "clip_norm": ["-1", "nan", "x"],
     "frozen_blocks": ["-1", "7", "x"],
+    "sampling": ["even", "1", "none"],
     "amp": ["fp8", "float16", ""],
     "ema_decay": ["1", "-1", "x"],
     "patience": ["-1", "0.5", "x"],

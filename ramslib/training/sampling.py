@@ -40,7 +40,7 @@ def epoch_order(config: Config, labels: Tensor, epoch: int) -> Tensor:
     ``spread`` places each class's images at equal distances, from a random start, so that a batch
     has about its share of every class (exactly, where classes are equal and divide it). By chance
     the counts of 8 classes in 16 images vary by two thirds of their mean; a classifier that starts
-    from nothing then learns how many there were, and what reaches the encoder is noise (README).
+    from nothing seems to chase these counts, and what reaches the encoder is noise (README).
 
     Args:
         config: its ``sampling`` is ``spread`` or ``random``.
