@@ -60,7 +60,7 @@ class Config:
     epochs: int = 3
     steps: int = 0  # train for so many, whatever the epochs; 0: epochs decide
     batch_size: int = 16  # images per step over all processes
-    sampling: str = "spread"  # classes evenly over an epoch: learns sooner; or random (paper)
+    sampling: str = "stratified"  # every class evenly over an epoch (README); or random (paper)
     accumulate: int = 1  # micro-batches per step
     optimizer: str = "adamw"  # any timm optimizer name
     learning_rate: float = 6e-5  # at 4e-5, three epochs of the diagnostic set taught less
@@ -135,7 +135,7 @@ _CHOICES = {
     "model": ("rams", "transfg", "vit"),  # the keys of model.MODELS, and a word for one of them
     "class_token": ("per_scale", "shared"),
     "loss": ("sum", "first", "last"),
-    "sampling": ("spread", "random"),
+    "sampling": ("stratified", "random"),
     "amp": ("none", "bf16", "fp16"),
     "position_resize": ("timm", "zoom"),
     "normalise": ("backbone", "imagenet"),

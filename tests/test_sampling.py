@@ -31,7 +31,7 @@ def trainings(draw):
     config = Config(batch_size=world * accumulate * share, accumulate=accumulate)
     images = draw(st.integers(config.batch_size, 4 * config.batch_size + 5))
     labels = torch.tensor(draw(st.lists(st.integers(0, 6), min_size=images, max_size=images)))
-    sampling = draw(st.sampled_from(["spread", "random"]))
+    sampling = draw(st.sampled_from(["stratified", "random"]))
     return config.replace(seed=draw(st.integers(0, 99)), sampling=sampling), labels, world
 
 
@@ -85,7 +85,7 @@ def test_every_image_has_its_turn():
 @settings(max_examples=60, deadline=None)
 def test_a_stretch_of_an_epoch_has_of_every_class_its_share(training, epoch):
     config, labels, _ = training
-    order = epoch_order(config.replace(sampling="spread"), labels, epoch)
+    order = epoch_order(config.replace(sampling="stratified"), labels, epoch)
     assert sorted(order.tolist()) == list(range(len(labels)))
     seen = F.pad(F.one_hot(labels[order]).cumsum(0), (0, 0, 1, 0))
     found = seen[None] - seen[:, None]  # of each class, from one place to another

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ramslib.data.scenes import SIGNS, VERSION, Scene, draw_scene
+from ramslib.data.scenes import SIGNS, VERSION, draw_scene
 from ramslib.errors import InputError
 
 
@@ -71,15 +71,15 @@ def _write(folder: Path, counts: tuple[int, int], wanted: dict, progress) -> Non
     for name in classes:
         (folder / "images" / name).mkdir(parents=True)
 
-    def draw(key: tuple[int, int, int], image: str) -> Scene:
+    def draw(key: tuple[int, int, int], image: str) -> tuple:
         rng = np.random.default_rng([wanted["seed"], *key])
         scene = draw_scene(key[0], rng, wanted["image_size"])
         scene.image.save(folder / "images" / image, quality=90)
-        return scene._replace(image=None)
+        return scene.box, scene.parts
 
     boxes, places = [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and numpy let other threads draw
-        for number, (_, box, parts) in enumerate(pool.map(draw, keys, images), 1):
+        for number, (box, parts) in enumerate(pool.map(draw, keys, images), 1):
             top, left, bottom, right = box
             boxes.append(f"{left:.1f} {top:.1f} {right - left:.1f} {bottom - top:.1f}")
             middles = enumerate(parts.values(), 1)

@@ -4,8 +4,8 @@ So a run resumes in the middle of an epoch without any saved generator, and two 
 same batches as one.
 """
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,17 +34,18 @@ def total_steps(config: Config, images: int) -> int:
     return config.steps or config.epochs * steps_per_epoch(config, images)
 
 
+@lru_cache(maxsize=1)  # the steps of an epoch share it
 def epoch_order(config: Config, labels: Tensor, epoch: int) -> Tensor:
     """The order of an epoch's images, drawn from (seed, epoch).
 
-    ``spread`` places each class's images at equal distances, from a random start, so that a batch
-    has about its share of every class (exactly, where classes are equal and divide it). By chance
-    the counts of 8 classes in 16 images vary by two thirds of their mean; a classifier that starts
-    from nothing seems to chase these counts, and what reaches the encoder is noise (README).
+    ``stratified`` places each class's images at equal distances, from a random start, so that a
+    batch has about its share of every class (exactly, where classes are equal and divide it). By
+    chance the counts of 8 classes in 16 images vary by two thirds of their mean; a classifier that
+    starts from nothing seems to chase these counts, and what reaches the encoder is noise (README).
 
     Args:
-        config: its ``sampling`` is ``spread`` or ``random``.
-        labels: (N,) classes of the images.
+        config: its ``sampling`` is ``stratified`` or ``random``.
+        labels: (N,) classes of the images; never changed in place.
         epoch: from 0.
 
     Returns:
@@ -65,15 +66,9 @@ def epoch_order(config: Config, labels: Tensor, epoch: int) -> Tensor:
 
 def batch_keys(config: Config, labels: Tensor, step: int) -> list[tuple[int, int]]:
     """The (epoch, index) keys of one step's images over all processes."""
-    return _batch_keys(config, len(labels), step, partial(epoch_order, config, labels))
-
-
-def _batch_keys(
-    config: Config, images: int, step: int, order_of: Callable[[int], Tensor]
-) -> list[tuple[int, int]]:
-    epoch, number = divmod(step, steps_per_epoch(config, images))
-    batch = order_of(epoch)[number * config.batch_size : (number + 1) * config.batch_size]
-    return [(epoch, index) for index in batch.tolist()]
+    epoch, number = divmod(step, steps_per_epoch(config, len(labels)))
+    batch = slice(number * config.batch_size, (number + 1) * config.batch_size)
+    return [(epoch, index) for index in epoch_order(config, labels, epoch)[batch].tolist()]
 
 
 def micro_batches(
@@ -81,9 +76,8 @@ def micro_batches(
 ) -> Iterator[list[tuple[int, int]]]:
     """The keys of every micro-batch of this process, in order."""
     share = config.batch_size // config.accumulate
-    order_of = lru_cache(maxsize=1)(partial(epoch_order, config, labels))
     for step in steps:
-        keys = _batch_keys(config, len(labels), step, order_of)
+        keys = batch_keys(config, labels, step)
         for start in range(0, config.batch_size, share):
             yield keys[start : start + share][processes.rank :: processes.world]
 
