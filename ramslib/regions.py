@@ -126,62 +126,50 @@ def map_boxes(boxes: Tensor, size: tuple[int, int], frame: Tensor) -> Tensor:
 def crop_and_resize(
     images: Tensor, boxes: Tensor, size: tuple[int, int], align_corners: bool = False
 ) -> Tensor:
-    """Cut one box out of each image and resize it, bilinear, in one batched operation.
+    """Cut one box out of each image and resize it, bilinear.
 
-    Equals ``F.interpolate(image[:, top:bottom, left:right], size, mode="bilinear")`` per image for
-    boxes on whole pixels, to rounding: positions are counted from the box's corner, which is more
-    exact than ``F.grid_sample`` on a large image. Boxes between pixels are allowed. Nothing outside
-    a box is read.
+    Torch's interpolation image by image is twice as fast on a CPU as any operation on the batch
+    that was tried. Antialiasing crops that shrink changed no accuracy (README), so it is left out.
 
     Args:
-        images: (B, C, H, W) float of any precision; computed in float32.
-        boxes: (B, 4) pixels, ``(top, left, bottom, right)``, at least one pixel high and wide.
+        images: (B, C, H, W).
+        boxes: (B, 4) pixels, ``(top, left, bottom, right)``, at least one pixel high and wide;
+            those between pixels are rounded.
         size: (height, width) of the result.
         align_corners: corner pixels of box and result coincide, as in the released code.
 
     Returns:
         (B, C, *size).
     """
-    planes = images.float().flatten(0, 1)  # channels are images of their own
-    sides = boxes.float().repeat_interleave(images.shape[1], dim=0)
-    top, left, bottom, right = sides.unbind(dim=1)
-    rows = _sample_positions(top, bottom, size[0], images.shape[2], align_corners)
-    columns = _sample_positions(left, right, size[1], images.shape[3], align_corners)
-    crops = _mix_rows(_mix_rows(planes, *rows).mT, *columns).mT
-    return crops.unflatten(0, images.shape[:2]).to(images.dtype)
+    boxes = boxes.round().long()
+    if torch.compiler.is_exporting():  # a program for any batch cannot walk through its images
+        rows = _sample_weights(boxes[:, 0], boxes[:, 2], size[0], images.shape[2], align_corners)
+        columns = _sample_weights(boxes[:, 1], boxes[:, 3], size[1], images.shape[3], align_corners)
+        return rows[:, None] @ images @ columns[:, None].mT
+    crops = [
+        F.interpolate(
+            image[:, :, top:bottom, left:right],
+            size,
+            mode="bilinear",
+            align_corners=align_corners,
+        )
+        for image, (top, left, bottom, right) in zip(images.split(1), boxes.tolist(), strict=True)
+    ]
+    return torch.cat(crops)
 
 
-def _mix_rows(planes: Tensor, low: Tensor, high: Tensor, part: Tensor) -> Tensor:
-    """Weighted means of two rows each: (P, H, W), indices and weights (P, count) -> (P, count, W).
-
-    An embedding bag reads two rows and writes one; indexing twice and mixing takes thrice as long.
-    """
-    count, height, width = planes.shape
-    first = torch.arange(count, device=planes.device)[:, None]
-    if torch.compiler.is_exporting():  # ONNX would walk through the bags one by one
-        return planes[first, low].lerp(planes[first, high], part[:, :, None])
-    pairs = torch.stack([low, high], dim=2).add_(first[:, :, None] * height).flatten(0, 1)
-    weights = torch.stack([1 - part, part], dim=2).flatten(0, 1)
-    table = planes.reshape(-1, width)
-    rows = F.embedding_bag(pairs, table, per_sample_weights=weights, mode="sum")
-    return rows.unflatten(0, low.shape)
-
-
-def _sample_positions(
+def _sample_weights(
     start: Tensor, end: Tensor, count: int, limit: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where to sample between two edges: lower pixel, upper pixel, fraction, each (B, count)."""
-    steps = torch.arange(count, device=start.device, dtype=torch.float32)
+) -> Tensor:
+    """How much of each pixel goes into each sample between two edges: (B,) -> (B, count, limit)."""
+    steps, pixels = (torch.arange(n, device=start.device) for n in (count, limit))
     start, end = start[:, None], end[:, None]
     if align_corners:
         inside = steps * ((end - start - 1) / max(count - 1, 1))
     else:
         inside = (steps + 0.5) * ((end - start) / count) - 0.5
-    first, last = start.floor(), (end.ceil() - 1).clamp(max=limit - 1)
-    inside = inside.clamp(min=0).minimum(end - start - 1) + (start - first)
-    whole = inside.floor()
-    low, high = (torch.minimum(first + whole + step, last).clamp(min=0).long() for step in (0, 1))
-    return low, high, inside - whole
+    places = start + inside.clamp(min=0).minimum(end - start - 1)
+    return (1 - (pixels - places[:, :, None]).abs()).clamp(min=0)
 
 
 def box_area(boxes: Tensor) -> Tensor:

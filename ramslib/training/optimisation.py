@@ -15,6 +15,7 @@ from torch import Tensor
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.looks import Recogniser
+from ramslib.training.recomputation import recompute_activations
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +65,8 @@ def backward_scales(
     losses = []
     for weight in weights:
         with torch.set_grad_enabled(weight > 0):
-            with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            autocast = torch.autocast(images.device.type, amp, enabled=amp is not None)
+            with autocast, recompute_activations():
                 look = next(looks)
             loss = model.loss(look, labels, label_smoothing)
             if weight > 0:

@@ -1,0 +1,91 @@
+"""Selective recomputation: the same gradients to the bit, and less is kept."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ramslib.training.recomputation import Recipe, recompute_activations
+
+FAMILIES = ["vit", "dinov2", "dinov3", "eva", "beit"]
+
+
+def gradients(model, images, amp=None):
+    """Of a loss that depends on every output, without random numbers left over."""
+    torch.manual_seed(3)
+    with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
+        tokens = model.forward_features(images)
+    model.zero_grad()
+    tokens.float().square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_to_the_bit(family, amp, backbone_of, images):
+    model = backbone_of(family).train()
+    expected = gradients(model, images(3), amp)
+    with recompute_activations():
+        found = gradients(model, images(3), amp)
+    assert found.keys() == expected.keys() and len(found) > 10
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_backward_pass_may_run_outside(backbone_of, images):
+    model = backbone_of("vit")
+    with recompute_activations():
+        inside = model.forward_features(images(2)).square().sum()
+    outside = model.forward_features(images(2)).square().sum()
+    found = torch.autograd.grad(inside, list(model.blocks.parameters()))
+    expected = torch.autograd.grad(outside, list(model.blocks.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_dropout_between_the_two_is_respected(backbone_of, images):
+    model = backbone_of("vit").train()
+    for block in model.blocks:
+        block.mlp.drop1 = nn.Dropout(0.3)
+    expected = gradients(model, images(3))
+    with recompute_activations():
+        found = gradients(model, images(3))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def kept_bytes(model, images):
+    """What the graph of a forward pass holds, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        model.forward_features(images).sum()
+    return sum(held.values())
+
+
+def test_outputs_of_norms_and_gelus_are_not_kept(backbone_of, images, monkeypatch):
+    model, left_out = backbone_of("vit"), []
+    before = kept_bytes(model, images(4))
+    pack = recompute_activations._pack
+
+    def count(self, tensor):
+        kept = pack(self, tensor)
+        left_out.append(tensor.nbytes if isinstance(kept, Recipe) else 0)
+        return kept
+
+    monkeypatch.setattr(recompute_activations, "_pack", count)
+    with recompute_activations():
+        model.forward_features(images(4)).sum().backward()
+    assert sum(map(bool, left_out)) == 3 * len(model.blocks)  # two norms and a GELU each
+    assert sum(left_out) > 0.3 * before
+
+
+def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
+    model = backbone_of("vit").requires_grad_(False)
+    with recompute_activations() as mode:
+        model.forward_features(images(2))
+        assert not mode.alive
