@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor, nn
 
 from benchmarks.step import build, in_own_process, plain, training_step
@@ -23,7 +21,6 @@ from ramslib.dppm import propose
 from ramslib.evaluation import predict, score
 from ramslib.model import RAMSTrans
 from ramslib.processes import load_batches
-from ramslib.regions import largest_component
 from ramslib.runs.adaptive import choose_threshold, look_until_sure, predict_adaptively
 from ramslib.runs.run import load, read_run
 from ramslib.strength import STRENGTHS, attention_strength
@@ -82,15 +79,6 @@ def proposal(options: SimpleNamespace) -> Iterator[dict]:
         with torch.inference_mode():
             times = ratios(*both, 4 * options.repeats)
         yield row(f"DPPM / one forward; {backbone}, batch {batch}", "< 0.005", *times)
-
-
-def components(options: SimpleNamespace) -> Iterator[dict]:
-    """Components of a batch in one call against scipy, image by image."""
-    for side in (14, 28, 56):
-        mask = smooth_noise(8, side, side) > 0
-        both = partial(largest_component, mask), partial(label_with_scipy, mask)
-        times = ratios(*both, 10 * options.repeats)
-        yield row(f"largest component / scipy's labels; {side} x {side}, batch 8", "", *times)
 
 
 def growth(options: SimpleNamespace) -> Iterator[dict]:
@@ -183,11 +171,6 @@ def dppm(model: RAMSTrans, images: Tensor, boxes: Tensor, strength: Tensor) -> N
     model.amplify(images, None, boxes, propose(strength, 1.0).patch_boxes)
 
 
-def label_with_scipy(mask: Tensor) -> list:
-    """The components of each image, from the CPU's copy of the masks."""
-    return [ndimage.label(one, np.ones((3, 3))) for one in mask.cpu().numpy()]
-
-
 def over(batches: list, function: Callable) -> None:
     """Call a function with each batch."""
     for batch in batches:
@@ -201,7 +184,6 @@ FIGURES = {
         training,
         memory,
         proposal,
-        components,
         growth,
         adaptive,
         loader,

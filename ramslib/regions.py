@@ -4,8 +4,10 @@ Pure functions on batches, on any device. A box is ``(top, left, bottom, right)`
 bottom and right, in the unit that its name says. Source: RAMS-Trans, section 3.3 (the DPPM).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 
@@ -26,25 +28,39 @@ def patch_mask(strength: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def label_components(mask: Tensor) -> Tensor:
-    """Label the 8-connected components of each mask.
+    """Number the 8-connected components of each mask.
 
-    Every foreground patch looks up the smallest label among its neighbours, passes it on to the
-    patch it is named after, and takes that patch's label (hooking and pointer jumping), until
-    nothing changes. Exact on any mask; six to eight rounds on random ones, a dozen on a spiral of
-    56 x 56 patches.
+    Scipy labels the whole batch in one call, from a copy on the CPU of some hundred patches each:
+    three to nine times as fast as tensor operations, which exported programs use.
 
     Args:
         mask: (B, h, w) bool.
 
     Returns:
-        (B, h, w) long; a component's label is the flat index of its first patch in reading order,
-        background is h * w.
+        (B, h, w) integers: 0 is background, each component of the batch has a number of its own;
+        they count from 1, but in an exported program.
     """
-    height, width = mask.shape[1:]
+    if torch.compiler.is_exporting():
+        return _label_by_hooking(mask)
+    labels, _ = ndimage.label(mask.cpu().numpy(), _NEIGHBOURS)
+    return torch.from_numpy(labels).to(mask.device)
+
+
+# 3 x 3 within an image, none across images
+_NEIGHBOURS = np.pad(np.ones((1, 3, 3), dtype=bool), ((1, 1), (0, 0), (0, 0)))
+
+
+def _label_by_hooking(mask: Tensor) -> Tensor:
+    """`label_components` as tensor operations.
+
+    Every foreground patch looks up the smallest label among its neighbours, passes it on to the
+    patch it is named after, and takes that patch's label (hooking and pointer jumping), until
+    nothing changes: six to eight rounds on random masks, a dozen on a spiral of 56 x 56 patches.
+    """
+    count, height, width = mask.shape
     size = height * width
-    index = torch.arange(size, device=mask.device).reshape(height, width)
-    labels = torch.where(mask, index, size)
-    before = torch.full_like(labels, -1)
+    places = torch.arange(size, device=mask.device).reshape(height, width)
+    labels = torch.where(mask, places, size)
 
     def differ(before: Tensor, labels: Tensor) -> Tensor:
         return (before != labels).any()
@@ -56,11 +72,9 @@ def label_components(mask: Tensor) -> Tensor:
         hooked = hooked.scatter_reduce(1, labels.flatten(1), lowest, "amin")
         return labels.clone(), hooked.gather(1, lowest).reshape(mask.shape)
 
-    if torch.compiler.is_exporting():  # an exported program keeps the loop
-        return torch.while_loop(differ, merge, (before, labels))[1]
-    while not torch.equal(before, labels):
-        before, labels = merge(before, labels)
-    return labels
+    _, labels = torch.while_loop(differ, merge, (torch.full_like(labels, -1), labels))
+    images = torch.arange(count, device=mask.device)[:, None, None]
+    return torch.where(mask, 1 + labels + images * size, 0)
 
 
 def largest_component(mask: Tensor) -> Tensor:
@@ -72,13 +86,11 @@ def largest_component(mask: Tensor) -> Tensor:
     Returns:
         (B, h, w) bool; an empty mask stays empty.
     """
-    size = mask.shape[1] * mask.shape[2]
-    labels = label_components(mask).flatten(1)
-    areas = torch.zeros(mask.shape[0], size + 1, dtype=torch.long, device=mask.device)
-    areas.scatter_add_(1, labels, torch.ones_like(labels))
-    areas[:, size] = 0
-    largest = areas.max(dim=1, keepdim=True).indices
-    return (labels == largest).reshape(mask.shape)
+    labels = label_components(mask).flatten(1).long()
+    areas = torch.zeros(labels.numel() + 1, dtype=torch.long, device=mask.device)
+    areas.scatter_add_(0, labels.flatten(), mask.flatten().long())
+    first = areas[labels].argmax(dim=1, keepdim=True)  # the first patch of a largest component
+    return (labels == labels.gather(1, first)).reshape(mask.shape) & mask
 
 
 def bounding_boxes(mask: Tensor) -> Tensor:
@@ -132,30 +144,27 @@ def crop_and_resize(
     that was tried. Antialiasing crops that shrink changed no accuracy (README), so it is left out.
 
     Args:
-        images: (B, C, H, W).
-        boxes: (B, 4) pixels, ``(top, left, bottom, right)``, at least one pixel high and wide;
-            those between pixels are rounded.
+        images: (B, C, H, W) float; all finite where a program is exported.
+        boxes: (B, 4) pixels, ``(top, left, bottom, right)``; rounded to whole ones, at least one.
         size: (height, width) of the result.
         align_corners: corner pixels of box and result coincide, as in the released code.
 
     Returns:
         (B, C, *size).
     """
-    boxes = boxes.round().long()
+    limit = torch.tensor(images.shape[2:], device=boxes.device)
+    start = boxes[:, :2].round().long().clamp(min=0).minimum(limit - 1)
+    end = boxes[:, 2:].round().long().minimum(limit).maximum(start + 1)
     if torch.compiler.is_exporting():  # a program for any batch cannot walk through its images
-        rows = _sample_weights(boxes[:, 0], boxes[:, 2], size[0], images.shape[2], align_corners)
-        columns = _sample_weights(boxes[:, 1], boxes[:, 3], size[1], images.shape[3], align_corners)
-        return rows[:, None] @ images @ columns[:, None].mT
-    crops = [
-        F.interpolate(
-            image[:, :, top:bottom, left:right],
-            size,
-            mode="bilinear",
-            align_corners=align_corners,
-        )
-        for image, (top, left, bottom, right) in zip(images.split(1), boxes.tolist(), strict=True)
-    ]
-    return torch.cat(crops)
+        rows = _sample_weights(start[:, 0], end[:, 0], size[0], images.shape[2], align_corners)
+        columns = _sample_weights(start[:, 1], end[:, 1], size[1], images.shape[3], align_corners)
+        return (rows[:, None] @ images.float() @ columns[:, None].mT).to(images.dtype)
+    crops = images.new_empty(len(images), images.shape[1], *size)
+    corners = torch.cat([start, end], dim=1).tolist()
+    for index, (top, left, bottom, right) in enumerate(corners):
+        cut = images[index : index + 1, :, top:bottom, left:right]
+        crops[index] = F.interpolate(cut, size, mode="bilinear", align_corners=align_corners)[0]
+    return crops
 
 
 def _sample_weights(

@@ -1,7 +1,10 @@
 """Selective recomputation: the same gradients to the bit, and less is kept."""
 
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -41,14 +44,39 @@ def test_the_backward_pass_may_run_outside(backbone_of, images):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_dropout_between_the_two_is_respected(backbone_of, images):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropout_between_the_two_is_respected(inplace, backbone_of, images):
     model = backbone_of("vit").train()
     for block in model.blocks:
-        block.mlp.drop1 = nn.Dropout(0.3)
+        block.mlp.drop1 = nn.Dropout(0.3, inplace=inplace)
     expected = gradients(model, images(3))
     with recompute_activations():
         found = gradients(model, images(3))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("changed", ["input", "kept"])
+def test_a_change_in_place_is_refused_as_ever(changed):
+    weight = torch.ones(3, 3, requires_grad=True)
+    with recompute_activations():
+        values = weight * 2
+        output = F.linear(F.gelu(values) if changed == "input" else values, weight)
+        values.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        output.sum().backward()
+
+
+def test_another_view_of_an_output_is_no_recipe():
+    weight = torch.randn(4, 4, requires_grad=True)
+    other = torch.randn(4, 4, requires_grad=True)
+
+    def loss():
+        output = F.gelu(weight)
+        return (output.detach().view(torch.int32) * other).sum() + output.T.mul(other).sum()
+
+    with recompute_activations():
+        found = torch.autograd.grad(loss(), other)
+    assert torch.equal(found[0], torch.autograd.grad(loss(), other)[0])
 
 
 def kept_bytes(model, images):
@@ -68,8 +96,11 @@ def kept_bytes(model, images):
 
 
 def test_outputs_of_norms_and_gelus_are_not_kept(backbone_of, images, monkeypatch):
-    model, left_out = backbone_of("vit"), []
+    model, left_out, outputs = backbone_of("vit"), [], []
     before = kept_bytes(model, images(4))
+    for block in model.blocks:
+        for part in (block.norm1, block.norm2, block.mlp.act):
+            part.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[2])))
     pack = recompute_activations._pack
 
     def count(self, tensor):
@@ -79,13 +110,24 @@ def test_outputs_of_norms_and_gelus_are_not_kept(backbone_of, images, monkeypatc
 
     monkeypatch.setattr(recompute_activations, "_pack", count)
     with recompute_activations():
-        model.forward_features(images(4)).sum().backward()
-    assert sum(map(bool, left_out)) == 3 * len(model.blocks)  # two norms and a GELU each
+        loss = model.forward_features(images(4)).sum()
+    assert sum(map(bool, left_out)) == len(outputs) == 3 * len(model.blocks)
     assert sum(left_out) > 0.3 * before
+    assert all(output() is None for output in outputs)
+    loss.backward()
 
 
-def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
-    model = backbone_of("vit").requires_grad_(False)
+def test_nothing_is_remembered_that_is_gone(backbone_of, images):
+    model = backbone_of("vit").train()
+    model.set_grad_checkpointing(True)
     with recompute_activations() as mode:
         model.forward_features(images(2))
         assert not mode.alive
+
+
+def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
+    model, seen = backbone_of("vit").requires_grad_(False), []
+    with recompute_activations() as mode:
+        model.blocks[0].norm1.register_forward_hook(lambda *call: seen.append(len(mode.alive)))
+        model.forward_features(images(2))
+    assert seen == [0]

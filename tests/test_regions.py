@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import nn
 
 from ramslib.regions import (
     bounding_boxes,
@@ -149,10 +150,10 @@ def test_the_shapes_are_what_they_are_called():
 def test_components_equal_scipy_and_the_loops(mask):
     labels = label_components(torch.from_numpy(mask)[None])[0]
     expected, count = scipy.ndimage.label(mask, np.ones((3, 3)))
-    assert (labels[~torch.from_numpy(mask)] == mask.size).all()
+    assert (labels[~torch.from_numpy(mask)] == 0).all() and len(labels.unique()) <= count + 1
     for component in range(1, count + 1):
-        first = int(np.flatnonzero(expected == component)[0])
-        np.testing.assert_array_equal(labels == first, expected == component)
+        label = labels.flatten()[np.flatnonzero(expected == component)[0]]
+        np.testing.assert_array_equal(labels == label, expected == component)
     largest = largest_component(torch.from_numpy(mask)[None])[0]
     np.testing.assert_array_equal(largest, oracle(mask))
     np.testing.assert_array_equal(largest, reference.largest_component(mask))
@@ -166,6 +167,25 @@ def test_a_batch_equals_its_images():
         np.testing.assert_array_equal(component, reference.largest_component(mask))
 
 
+class Largest(nn.Module):
+    """`largest_component` as a program to export."""
+
+    def forward(self, mask):
+        return largest_component(mask)
+
+
+@pytest.mark.parametrize("shape", [(56, 56), (13, 17)])
+def test_the_exported_program_finds_the_same_components(shape):
+    rng = np.random.default_rng(4)
+    masks = [rng.random(shape) < share for share in np.linspace(0, 1, 24)]
+    masks += [np.rot90(mask, turned) for mask in HARD.values() for turned in range(4)]
+    masks = torch.from_numpy(np.stack([mask for mask in masks if mask.shape == shape]))
+    batch = {"mask": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    program = torch.export.export(Largest(), (masks[:2],), dynamic_shapes=batch).module()
+    for part in (masks, masks[:1]):
+        assert torch.equal(program(part), largest_component(part))
+
+
 def test_first_component_wins_a_tie():
     mask = torch.tensor([[[0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 0, 1, 1]]], dtype=torch.bool)
     component = largest_component(mask)[0]
@@ -175,6 +195,7 @@ def test_first_component_wins_a_tie():
 def test_no_images():
     none = torch.zeros(0, 3, 4, dtype=torch.bool)
     assert largest_component(none).shape == (0, 3, 4) and bounding_boxes(none).shape == (0, 4)
+    assert crop_and_resize(torch.zeros(0, 2, 3, 4), torch.zeros(0, 4), (5, 6)).shape == (0, 2, 5, 6)
 
 
 # --- boxes -------------------------------------------------------------------------------------
@@ -257,17 +278,18 @@ def crops(draw, largest=24):
 
 
 @settings(max_examples=150)
-@given(crops())
-def test_the_exported_program_cuts_the_same_crops(case):
+@given(crops(), st.floats(-1, 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_weights_for_exported_programs_cut_the_same_crops(case, offset, dtype):
     (height, width), boxes, size, align_corners, seed = case
     images = torch.randn(
         len(boxes), 2, height, width, generator=torch.Generator().manual_seed(seed)
-    )
-    result = crop_and_resize(images, torch.tensor(boxes), size, align_corners)
+    ).to(dtype)
+    result = crop_and_resize(images, torch.tensor(boxes) + offset, size, align_corners)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_exporting", lambda: True)
-        exported = crop_and_resize(images, torch.tensor(boxes), size, align_corners)
-    torch.testing.assert_close(exported, result, atol=2e-5, rtol=0)
+        exported = crop_and_resize(images, torch.tensor(boxes) + offset, size, align_corners)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(exported, result, atol=tolerance, rtol=0)
 
 
 @settings(max_examples=25)
@@ -292,6 +314,21 @@ def test_crops_are_torchs_interpolation_to_the_bit(align_corners):
         crops = image[None, :, top:bottom, left:right]
         expected = F.interpolate(crops, (448, 320), mode="bilinear", align_corners=align_corners)
         assert torch.equal(crop, expected[0])
+
+
+@pytest.mark.parametrize(
+    "box, pixels",
+    [
+        ([1.5, 2.5, 2.5, 3.5], [2, 2, 3, 4]),  # halves are rounded to even, and one pixel stays
+        ([0.0, 0.1, 0.3, 0.4], [0, 0, 1, 1]),
+        ([19.8, 27.7, 20.0, 28.0], [19, 27, 20, 28]),
+        ([-3.0, -0.6, 30.0, 5.0], [0, 0, 20, 5]),
+    ],
+)
+def test_a_box_has_at_least_one_pixel_and_lies_inside(box, pixels):
+    images = torch.rand(1, 1, 20, 28, generator=torch.Generator().manual_seed(5))
+    expected = crop_and_resize(images, torch.tensor([pixels]), (6, 7))
+    assert torch.equal(crop_and_resize(images, torch.tensor([box]), (6, 7)), expected)
 
 
 @pytest.mark.parametrize("error", [-0.4, -1e-5, 1e-5, 0.4])

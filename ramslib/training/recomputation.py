@@ -1,8 +1,8 @@
 """Selective recomputation: what is cheap to compute again is not kept for the backward pass.
 
 A linear layer keeps its input for the gradient of its weights. Where that is the output of a layer
-norm or a GELU, whose own input is kept anyway, the input can be computed again at a hundredth of
-the layer's cost: over a third of a Vision Transformer's activations need not be kept (the idea:
+norm or a GELU, whose own input is kept anyway, it can be computed again at a hundredth of the
+layer's cost. In float32 that is over a third of a Vision Transformer's activations (the idea:
 Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022). The
 same functions of the same inputs run again, so the gradients are the same to the bit.
 """
@@ -17,28 +17,41 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-CHEAP = (F.layer_norm, F.gelu)  # each keeps its input for its own gradient
+CHEAP = (F.layer_norm, F.gelu)  # each keeps its input, the first argument, for its own gradient
 
 
 class Recipe(NamedTuple):
-    """How to get a tensor that was not kept: a function without arguments, and a shape."""
+    """How to get a tensor that was not kept.
+
+    Attributes:
+        compute: without arguments.
+        source: what it reads.
+        version: of the source; changed in place, it would give something else.
+        shape: of the result.
+    """
 
     compute: Callable[[], Tensor]
+    source: Tensor
+    version: int
     shape: tuple[int, ...]
 
 
 class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, as record_attention)
-    """Inside, cheap activations are kept as recipes; the backward pass may run outside.
+    """Inside, outputs of `CHEAP` are kept as recipes; the backward pass may run outside.
 
     From outside and for any model: torch's functions are watched in the current thread. What is
-    cast between function and layer (some of autocast's tensors), changed by dropout, or inside a
-    checkpointed block is kept as ever.
+    cast on its way to the linear layer (autocast does that to the outputs of norms), changed, or
+    inside a checkpointed block is kept as ever.
+
+    Raises:
+        RuntimeError: in the backward pass, for a tensor that was changed in place since it was
+            kept, as autograd does without this.
     """
 
     def __init__(self):
         super().__init__()
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
-        self.alive: dict[int, tuple[weakref.ref, Callable[[], Tensor]]] = {}  # by address
+        self.alive: dict[int, tuple[weakref.ref, int, Recipe]] = {}  # outputs, by address
 
     def __enter__(self) -> "recompute_activations":
         self.hooks.__enter__()
@@ -53,21 +66,39 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
         """Pass every call on, remembering how cheap outputs came about."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in CHEAP and output.requires_grad:  # else a frozen block's input would be kept
-            given = [value.detach() if isinstance(value, Tensor) else value for value in args]
-            compute = partial(func, *given, **kwargs)
-            self.alive[output.data_ptr()] = weakref.ref(output), compute
+        if func in CHEAP and args and output.requires_grad and output.dtype == args[0].dtype:
+            self._remember(output, func, args, kwargs)
         return output
 
-    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
-        """A recipe for an output of `CHEAP` that is still there: its address is then its own."""
-        reference, compute = self.alive.get(tensor.data_ptr(), (lambda: None, None))
-        output = reference()
-        if output is None or output.numel() != tensor.numel():
-            return tensor
-        if not (output.is_contiguous() and tensor.is_contiguous()):
-            return tensor
-        return Recipe(compute, tuple(tensor.shape))
+    def _remember(self, output: Tensor, func: Callable, args: tuple, kwargs: dict) -> None:
+        """Note how an output came about, for as long as it is there."""
+        address = output.data_ptr()
 
-    def _unpack(self, kept: Tensor | Recipe) -> Tensor:
-        return kept.compute().view(kept.shape) if isinstance(kept, Recipe) else kept
+        def forget(reference: weakref.ref) -> None:
+            if address in self.alive and self.alive[address][0] is reference:
+                del self.alive[address]
+
+        given = [_detached(value) for value in args]
+        compute = partial(func, *given, **{name: _detached(kwargs[name]) for name in kwargs})
+        recipe = Recipe(compute, args[0].detach(), args[0]._version, tuple(output.shape))
+        self.alive[address] = weakref.ref(output, forget), output._version, recipe
+
+    def _pack(self, tensor: Tensor) -> Recipe | tuple[Tensor, int]:
+        """A recipe for an output that is still there, unchanged: its address is then its own."""
+        reference, version, recipe = self.alive.get(tensor.data_ptr(), (lambda: None, None, None))
+        output = reference()
+        same = output is not None and tensor._version == version
+        same = same and tensor.dtype == output.dtype and tensor.numel() == output.numel()
+        if same and tensor.is_contiguous() and output.is_contiguous():
+            return recipe._replace(shape=tuple(tensor.shape))
+        return tensor, tensor._version
+
+    def _unpack(self, kept: Recipe | tuple[Tensor, int]) -> Tensor:
+        source, version = kept[1:3] if isinstance(kept, Recipe) else kept
+        if source._version != version:
+            raise RuntimeError("a tensor that the gradient needs was changed in place")
+        return kept.compute().view(kept.shape) if isinstance(kept, Recipe) else source
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
