@@ -204,7 +204,7 @@ def test_regions_below_a_pixel_of_the_source_are_cut_as_one(model_of, images):
     for _ in range(4):
         view, boxes = model.amplify(view, source, boxes, torch.tensor([[1, 1, 2, 2]]))
         assert view.shape == (1, 3, 24, 32) and view.isfinite().all()
-    assert boxes[0, 2] - boxes[0, 0] < 0.1
+    assert boxes[0, 2] - boxes[0, 0] < 0.5  # less than a pixel of the source
 
 
 def test_a_source_of_the_same_pixels_changes_nothing_at_scale_two(model_of, images):
