@@ -24,15 +24,15 @@ class Recipe(NamedTuple):
     """How to get a tensor that was not kept.
 
     Attributes:
-        compute: without arguments.
-        source: what it reads.
+        source: what it is computed from.
         version: of the source; changed in place, it would give something else.
+        compute: without arguments.
         shape: of the result.
     """
 
-    compute: Callable[[], Tensor]
     source: Tensor
     version: int
+    compute: Callable[[], Tensor]
     shape: tuple[int, ...]
 
 
@@ -80,7 +80,7 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
 
         given = [_detached(value) for value in args]
         compute = partial(func, *given, **{name: _detached(kwargs[name]) for name in kwargs})
-        recipe = Recipe(compute, args[0].detach(), args[0]._version, tuple(output.shape))
+        recipe = Recipe(given[0], given[0]._version, compute, tuple(output.shape))
         self.alive[address] = weakref.ref(output, forget), output._version, recipe
 
     def _pack(self, tensor: Tensor) -> Recipe | tuple[Tensor, int]:
@@ -94,7 +94,7 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
         return tensor, tensor._version
 
     def _unpack(self, kept: Recipe | tuple[Tensor, int]) -> Tensor:
-        source, version = kept[1:3] if isinstance(kept, Recipe) else kept
+        source, version, *_ = kept
         if source._version != version:
             raise RuntimeError("a tensor that the gradient needs was changed in place")
         return kept.compute().view(kept.shape) if isinstance(kept, Recipe) else source
