@@ -6,7 +6,8 @@ pass keeps anyway) and forms the probabilities of one block when they are asked 
 pass, its logits and its gradients are unchanged to the bit.
 """
 
-from collections.abc import Iterator
+import math
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -102,22 +103,24 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
             )
 
 
-def attention_probabilities(block: QueryKey, rows: slice = slice(None)) -> Tensor:
+def attention_probabilities(
+    block: QueryKey, rows: slice = slice(None), out: Tensor | None = None
+) -> Tensor:
     """Softmax attention probabilities of one block, in float32 whatever the recorded type.
 
     Args:
         block: the recorded query and key.
         rows: which query tokens; all by default.
+        out: a contiguous (B, A, rows, N) float32 tensor to form them in, or None.
 
     Returns:
         (B, A, rows, N); each row sums to 1.
     """
     query = block.query[..., rows, :].float() * block.scale
-    logits = query @ block.key.float().mT
+    logits = torch.matmul(query, block.key.float().mT, out=out)
     if block.bias is not None:
-        bias = block.bias if block.bias.shape[-2] == 1 else block.bias[..., rows, :]
-        logits += bias
-    return logits.softmax(dim=-1)
+        logits += block.bias if block.bias.shape[-2] == 1 else block.bias[..., rows, :]
+    return torch.softmax(logits, dim=-1, out=out)
 
 
 def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
@@ -129,29 +132,30 @@ def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
 
     Returns:
         (B, A, Q, N) ``rows @ probabilities``. Of these, a CPU forms only as many at a time as stay
-        in its cores' own caches, which takes half the time; other devices form those of one image.
+        in its cores' own caches, always in the same place, which takes half the time; other devices
+        form those of one image.
     """
     if torch.compiler.is_exporting():  # an exported program takes batches of any size
         return rows @ attention_probabilities(block)
     batch, heads, tokens, _ = block.query.shape
     rows = rows.expand(batch, heads, -1, tokens)
-    count = max(1, CACHED // tokens) if rows.is_cpu else tokens
     products = rows.new_zeros(rows.shape)
-    for place, part in _parts(block):
-        for start in range(0, tokens, count):
-            chunk = slice(start, start + count)
-            products[place] += rows[place][..., chunk] @ attention_probabilities(part, chunk)
+    group, count = (2, max(1, CACHED // 2 // tokens)) if rows.is_cpu else (heads, tokens)
+    room = rows.new_empty(group * count * tokens)
+    for image, first in product(range(batch), range(0, heads, group)):
+        place = image, slice(first, first + group)
+        part = _part(block, place)
+        for chunk in (slice(start, start + count) for start in range(0, tokens, count)):
+            weights = rows[place][..., chunk]
+            shape = len(weights), weights.shape[-1], tokens
+            formed = attention_probabilities(part, chunk, room[: math.prod(shape)].view(shape))
+            products[place].baddbmm_(weights, formed)
     return products
 
 
-def _parts(block: QueryKey) -> Iterator[tuple[tuple, QueryKey]]:
-    """What is worked on at a time, with its place: one head on a CPU, elsewhere all of an image."""
-    batch, heads, tokens, _ = block.query.shape
+def _part(block: QueryKey, place: tuple[int, slice]) -> QueryKey:
+    """Some heads of one image, without a dimension for images."""
     bias = block.bias
     if bias is not None:
-        bias = bias.expand(batch, heads, tokens, tokens)
-    for image in range(batch):
-        for head in range(heads) if block.query.is_cpu else [slice(None)]:
-            place = image, head
-            added = None if bias is None else bias[place]
-            yield place, QueryKey(block.query[place], block.key[place], added, block.scale)
+        bias = bias.expand(*block.query.shape[:3], block.key.shape[2])[place]
+    return block._replace(query=block.query[place], key=block.key[place], bias=bias)

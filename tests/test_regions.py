@@ -148,7 +148,7 @@ def test_the_shapes_are_what_they_are_called():
 @settings(max_examples=200)
 @given(MASKS)
 def test_components_equal_scipy_and_the_loops(mask):
-    labels = label_components(torch.from_numpy(mask)[None])[0]
+    labels = torch.from_numpy(label_components(torch.from_numpy(mask)[None])[0])
     expected, count = scipy.ndimage.label(mask, np.ones((3, 3)))
     assert (labels[~torch.from_numpy(mask)] == 0).all() and len(labels.unique()) <= count + 1
     for component in range(1, count + 1):
