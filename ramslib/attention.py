@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-CACHED = 2**18  # probabilities formed at a time on a CPU: one MiB
+CACHED = 2**19  # probabilities formed at a time on a CPU: two MiB
 
 
 class QueryKey(NamedTuple):

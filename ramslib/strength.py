@@ -5,7 +5,7 @@ the residual connection, rows are normalised and the blocks are multiplied (atte
 & Zuidema 2020; the paper's equations 7-9): ``g = G_L ... G_1``, ``G_l = (I + mean_a A_l,a) / 2``.
 
 Only one weighted sum of g's rows is ever used, so no matrix product is formed: ``u <- u G_l`` from
-the last block to the first costs O(L N^2) time and, on a CPU, one MiB of memory.
+the last block to the first costs O(L N^2) time and, on a CPU, two MiB of memory.
 
 The registry ``STRENGTHS`` maps a name to a function ``(blocks, class_index) -> (B, N)``:
 
