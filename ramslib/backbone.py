@@ -6,6 +6,8 @@ tokens through the parameters that it has anyway, so every timm feature keeps wo
 """
 
 import difflib
+import threading
+from contextlib import ExitStack
 
 import timm
 import torch
@@ -218,15 +220,40 @@ def _check_token_position(backbone: nn.Module) -> None:
         raise InputError(f"{name} adds its class token after the positions; choose another")
 
 
-def read_feature(backbone: nn.Module, tokens: Tensor, class_index: int) -> Tensor:
-    """The feature that a scale classifies, from the backbone's final tokens.
+def encode(backbone: nn.Module, images: Tensor, class_index: int) -> Tensor:
+    """The feature that a scale classifies.
+
+    Where a class token is classified, nothing else is read after the last block. So the last
+    block's output projection and MLP, which take one token at a time, take only that one: the same
+    feature and gradients, to rounding, without a sixteenth of the encoder's work.
 
     Args:
-        backbone: the model that made the tokens.
-        tokens: (B, N, D) from ``forward_features``.
+        backbone: from `create_backbone`.
+        images: (B, 3, H, W) normalised.
         class_index: which class token. Models without one pool as timm built them, with index 0.
 
     Returns:
         (B, D).
     """
+    thread = threading.get_ident()
+
+    def take_one(module: nn.Module, inputs: tuple) -> tuple:
+        mine = threading.get_ident() == thread  # hooks are seen by all who run this model
+        return (inputs[0][:, class_index : class_index + 1] if mine else inputs[0], *inputs[1:])
+
+    with ExitStack() as hooks:
+        for module in _last_token_wise(backbone):
+            hooks.enter_context(module.register_forward_pre_hook(take_one))
+        tokens = backbone.forward_features(images)
     return backbone.forward_head(tokens[:, class_index:], pre_logits=True)
+
+
+def _last_token_wise(backbone: nn.Module) -> list[nn.Module]:
+    """What the last block does token by token before it adds to the tokens, where one is read."""
+    block = backbone.blocks[-1]
+    parts = [getattr(getattr(block, "attn", None), "proj", None), getattr(block, "mlp", None)]
+    reads_one = count_class_tokens(backbone) and backbone.global_pool == "token"
+    reads_one = reads_one and not hasattr(backbone, "dist_token")  # the mean of two tokens
+    # a checkpointed block runs again in the backward pass, when the hooks are gone
+    runs_again = getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
+    return parts if reads_one and not runs_again and None not in parts else []

@@ -170,12 +170,7 @@ def _read(name: str, value):
         value = _parse(name, value)  # of a field that takes numbers, or names and numbers
     if isinstance(value, list):
         value = tuple(value)
-    if (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and float in kinds
-        and int not in kinds
-    ):
+    if type(value) is int and float in kinds and int not in kinds:  # a bool is no number
         value = float(value)
     bases = tuple(typing.get_origin(kind) or kind for kind in kinds)
     wrong_bool = isinstance(value, bool) and bool not in bases

@@ -6,6 +6,7 @@ no further forward pass; only accuracies of scale 2 do.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -152,14 +153,12 @@ def sweep_thresholds(
         and, where known, ``area`` and ``parts_inside`` (all shares in [0, 1]).
     """
     rows = []
-    for name in strengths.maps:
-        for proposal in proposals:
-            for threshold in thresholds:
-                boxes = regions(strengths, name, threshold, proposal)
-                scores = score_regions(boxes, strengths, parts)
-                row = {"strength": name, "proposal": proposal, "threshold": threshold}
-                row["iou_above_half"] = (scores["iou"].dropna() > 0.5).mean()
-                rows.append(row | scores.drop(columns="path").mean().to_dict())
+    for name, proposal, threshold in product(strengths.maps, proposals, thresholds):
+        boxes = regions(strengths, name, threshold, proposal)
+        scores = score_regions(boxes, strengths, parts)
+        row = {"strength": name, "proposal": proposal, "threshold": threshold}
+        row["iou_above_half"] = (scores["iou"].dropna() > 0.5).mean()
+        rows.append(row | scores.drop(columns="path").mean().to_dict())
     return pd.DataFrame(rows)
 
 
@@ -200,9 +199,8 @@ def accuracy_by_threshold(
             if new:
                 large = None if source is None else source[new]
                 crops, _ = model.amplify(images[new], large, whole[new], boxes[new])
-                known.update(
-                    zip([keys[image] for image in new], model.look(crops, 1)[0], strict=True)
-                )
+                found = model.look(crops, 1)[0]
+                known.update(zip([keys[image] for image in new], found, strict=True))
             second = torch.stack([known[key] for key in keys])
             probabilities = torch.stack(fuse((first, second)))
             correct[row] += (probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()

@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ramslib.attention import record_attention
-from ramslib.backbone import count_class_tokens, create_backbone, read_feature
+from ramslib.backbone import count_class_tokens, create_backbone, encode
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
@@ -113,12 +113,11 @@ class RAMSTrans(Recogniser):
         """
         token = scale if self.per_scale_token else 0
         if scale == self.num_scales - 1:
-            tokens = self.backbone.forward_features(view)
-            return self.classifier(read_feature(self.backbone, tokens, token)), None
+            return self.classifier(encode(self.backbone, view, token)), None
         with record_attention(self.backbone, LAST_BLOCKS.get(self.strength)) as blocks:
-            tokens = self.backbone.forward_features(view)
-        logits = self.classifier(read_feature(self.backbone, tokens, token))
-        return logits, attention_strength(blocks, self.strength, self.grid, token)
+            feature = encode(self.backbone, view, token)
+        strength = attention_strength(blocks, self.strength, self.grid, token)
+        return self.classifier(feature), strength
 
     @torch.no_grad()
     def amplify(

@@ -89,9 +89,8 @@ def attention_strength(
         InputError: unknown name.
     """
     if name not in STRENGTHS:
-        raise InputError(
-            f"unknown attention strength {name!r}; choose one of {', '.join(STRENGTHS)}"
-        )
+        known = ", ".join(STRENGTHS)
+        raise InputError(f"unknown attention strength {name!r}; choose one of {known}")
     height, width = grid
     with torch.no_grad(), torch.autocast(blocks[0].query.device.type, enabled=False):
         values = STRENGTHS[name](blocks, class_index)

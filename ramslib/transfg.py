@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ramslib.attention import QueryKey, attention_probabilities, multiply_rows, record_attention
-from ramslib.backbone import count_class_tokens, has_relative_positions, read_feature
+from ramslib.backbone import count_class_tokens, encode, has_relative_positions
 from ramslib.errors import InputError
 from ramslib.looks import Look, Recogniser
 from ramslib.regions import whole_box
@@ -88,8 +88,7 @@ class TransFG(Recogniser):
 
         hook = self.backbone.blocks[-1].register_forward_pre_hook(keep_parts)
         with hook, record_attention(self.backbone) as blocks:
-            tokens = self.backbone.forward_features(view)
-        feature = read_feature(self.backbone, tokens, 0)
+            feature = encode(self.backbone, view, 0)
         return Parts(self.classifier(feature), feature, chosen[0])
 
     def loss(self, look: Look, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

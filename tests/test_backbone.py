@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -11,11 +13,11 @@ import torch
 from ramslib.backbone import (
     count_class_tokens,
     create_backbone,
+    encode,
     extend_class_tokens,
     image_size,
     normalisation,
     patch_grid,
-    read_feature,
     set_dropout,
 )
 from ramslib.errors import InputError
@@ -44,8 +46,69 @@ def test_sizes_and_tokens_are_read_from_the_model(family, backbone_of, images):
 
 def test_feature_of_one_class_token_is_timms_own(family, backbone_of, images):
     backbone = backbone_of(family)
-    feature = read_feature(backbone, backbone.forward_features(images()), 0)
-    assert torch.equal(feature, backbone(images())) and feature.shape == (2, 32)
+    feature = encode(backbone, images(), 0)
+    torch.testing.assert_close(feature, backbone(images()), atol=1e-5, rtol=1e-5)
+    assert feature.shape == (2, 32)
+
+
+def assert_same_gradients(found, expected):
+    """Of two equal backbones, to rounding."""
+    one, other = ([p.grad for p in model.parameters()] for model in (found, expected))
+    largest = max(float(gradient.abs().max()) for gradient in other if gradient is not None)
+    torch.testing.assert_close(one, other, atol=1e-6 * largest, rtol=1e-4)
+
+
+def test_its_gradients_are_those_of_timms_own(family, backbone_of, images):
+    expected, found = backbone_of(family), backbone_of(family)
+    expected(images()).square().sum().backward()
+    encode(found, images(), 0).square().sum().backward()
+    assert_same_gradients(found, expected)
+
+
+def tokens_seen(module):
+    """How many tokens each call of a module is given."""
+    seen = []
+    module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    return seen
+
+
+def test_the_last_block_works_for_the_class_token_alone(family, backbone_of, images):
+    backbone = backbone_of(family)
+    seen = [tokens_seen(part) for part in (backbone.blocks[-1].mlp, backbone.blocks[-1].attn.proj)]
+    seen.append(tokens_seen(backbone.blocks[0].mlp))
+    tokens = backbone.forward_features(images()).shape[1]
+    encode(backbone, images(), 0)
+    reads_many = family in ("distilled", "siglip", "average", "registers_average")
+    last = tokens if reads_many else 1
+    assert seen == [[tokens, last], [tokens, last], [tokens, tokens]]
+    backbone.forward_features(images())  # nothing stays behind
+    assert seen[0][-1] == seen[1][-1] == tokens
+
+
+def test_checkpointed_blocks_are_left_alone_where_they_run_again(backbone_of, images):
+    expected, found = backbone_of("dinov2").train(), backbone_of("dinov2").train()
+    found.set_grad_checkpointing(True)
+    for backbone in (expected, found):
+        encode(backbone, images(), 0).square().sum().backward()
+    assert_same_gradients(found, expected)
+    seen = tokens_seen(found.blocks[-1].mlp)
+    with torch.no_grad():
+        encode(found, images(), 0)
+    assert seen == [1]
+
+
+def test_threads_that_share_a_backbone_read_their_own_token(backbone_of, images):
+    backbone = backbone_of("vit")
+    extend_class_tokens(backbone, 2)
+    with torch.no_grad():
+        backbone.cls_token[:, 1] += torch.linspace(-1, 1, 32)
+    expected = [encode(backbone, images(), index) for index in (0, 1)]
+    meet = threading.Barrier(2, timeout=20)
+    backbone.blocks[0].register_forward_hook(lambda *call: (meet.wait(), call[2])[1])
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda index: encode(backbone, images(), index), (0, 1)))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 def test_one_class_token_changes_nothing(scalable_family, backbone_of, images):
@@ -109,9 +172,9 @@ def test_each_class_token_is_its_own_parameter_and_is_read_by_its_index(
     changes = [(after - before)[:, index].abs().mean() for index in range(3)]
     assert changes[1] > changes[0] and changes[1] > changes[2]
     for index in range(3):
-        assert torch.equal(read_feature(backbone, after, index), backbone.pool(after[:, index:]))
-        assert torch.equal(read_feature(backbone, after, index), after[:, index])
-    read_feature(backbone, after, 1).square().sum().backward()
+        feature = encode(backbone, images(), index)
+        torch.testing.assert_close(feature, after[:, index], atol=1e-5, rtol=1e-5)
+    encode(backbone, images(), 1).square().sum().backward()
     assert (backbone.cls_token.grad.abs().sum(-1) > 0).all()  # all tokens meet in attention
 
 
@@ -150,8 +213,9 @@ def test_create_by_name_with_a_rectangular_size():
     backbone, origin = create_backbone("test_vit", (64, 96), class_tokens=2)
     assert origin == "test_vit: random initialisation, no weights loaded."
     assert image_size(backbone) == (64, 96) and patch_grid(backbone) == (4, 6)
-    tokens = backbone.forward_features(torch.randn(1, 3, 64, 96))
-    assert tokens.shape == (1, 26, 64) and read_feature(backbone, tokens, 1).shape == (1, 64)
+    image = torch.randn(1, 3, 64, 96)
+    assert backbone.forward_features(image).shape == (1, 26, 64)
+    assert encode(backbone, image, 1).shape == (1, 64)
     assert all(parameter.device.type == "cpu" for parameter in backbone.parameters())
     assert sum(parameter.numel() for parameter in backbone.parameters()) > 300_000
 
@@ -169,15 +233,15 @@ def test_one_token_is_timms_model():
 def test_models_without_a_class_token_pool_as_timm_built_them(name):
     backbone, _ = create_backbone(name, 160)
     image = torch.randn(1, 3, 160, 160)
-    feature = read_feature(backbone.eval(), backbone.forward_features(image), 0)
-    assert torch.equal(feature, backbone(image))
+    assert torch.equal(encode(backbone.eval(), image, 0), backbone(image))
 
 
 def test_average_pooled_families_with_a_class_token_read_it():
     backbone, _ = create_backbone("eva02_tiny_patch14_224", (56, 28), class_tokens=2)
     assert backbone.global_pool == "token" and patch_grid(backbone) == (4, 2)
-    tokens = backbone.eval().forward_features(torch.randn(1, 3, 56, 28))
-    assert torch.equal(read_feature(backbone, tokens, 1), tokens[:, 1])
+    image = torch.randn(1, 3, 56, 28)
+    expected = backbone.eval().forward_features(image)[:, 1]
+    torch.testing.assert_close(encode(backbone, image, 1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_drop_path_reaches_the_blocks():

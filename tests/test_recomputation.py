@@ -1,6 +1,8 @@
 """Selective recomputation: the same gradients to the bit, and less is kept."""
 
+import platform
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ramslib.training.recomputation import Recipe, recompute_activations
+from ramslib.training import recomputation
+from ramslib.training.recomputation import Recipe, recompute_activations, trim_heap
 
 FAMILIES = ["vit", "dinov2", "dinov3", "eva", "beit"]
 
@@ -131,3 +134,44 @@ def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
         model.blocks[0].norm1.register_forward_hook(lambda *call: seen.append(len(mode.alive)))
         model.forward_features(images(2))
     assert seen == [0]
+
+
+def test_the_heap_is_trimmed_as_often_as_so_many_bytes_were_kept(backbone_of, images, monkeypatch):
+    model, trims = backbone_of("vit"), []
+    monkeypatch.setattr(recomputation, "trim_heap", lambda: trims.append(1))
+    with recompute_activations() as mode:
+        model.forward_features(images(4))
+    kept = mode.kept
+    assert trims == [] and 10_000 < kept < recomputation.TRIMMED
+    monkeypatch.setattr(recomputation, "TRIMMED", kept // 5)
+    with recompute_activations() as mode:
+        model.forward_features(images(4))
+    assert 3 <= len(trims) <= 5 and mode.kept < kept // 5
+    with torch.device("meta"):  # other devices have allocators of their own
+        weight = torch.ones(1000, 1000, requires_grad=True)
+    with recompute_activations() as mode:
+        (weight * weight).sum()
+    assert mode.kept == 0
+
+
+def resident():
+    """Megabytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_trimming_returns_holes_between_what_is_kept():
+    del [torch.zeros(16 * 2**18) for _ in range(2)][:]  # from now on, 1 MiB comes from the heap
+    tensors = [torch.ones(2**18) for _ in range(200)]
+    kept = tensors[::2]
+    del tensors
+    before = resident()
+    trim_heap()
+    assert before - resident() > 80
+    assert all(tensor.eq(1).all() for tensor in kept)
+
+
+def test_trimming_is_left_out_where_there_is_no_such_thing(monkeypatch):
+    monkeypatch.setattr(recomputation.sys, "platform", "win32")
+    monkeypatch.setattr(recomputation.ctypes, "CDLL", None)  # must not be asked
+    trim_heap()
