@@ -222,10 +222,9 @@ def _check(config: Config) -> None:
         if highest is not None and highest > largest:
             raise InputError(f"setting {name!r} must be at most {largest}")
     for name, (low, high) in _FRACTIONS.items():
-        if not low <= getattr(config, name) <= high:
-            raise InputError(
-                f"setting {name!r} must lie in [{low}, {high}], not {getattr(config, name)}"
-            )
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise InputError(f"setting {name!r} must lie in [{low}, {high}], not {value}")
     _check_count(config, "threshold", config.scales - 1, "proposals", "scale after the first")
     _check_count(config, "loss", config.scales, "scales", "scale")
     if isinstance(config.loss, tuple):
