@@ -225,7 +225,7 @@ def encode(backbone: nn.Module, images: Tensor, class_index: int) -> Tensor:
 
     Where a class token is classified, nothing else is read after the last block. So the last
     block's output projection and MLP, which take one token at a time, take only that one: the same
-    feature and gradients, to rounding, without a sixteenth of the encoder's work.
+    feature and gradients, to rounding, for a sixteenth less work in the encoder's linear layers.
 
     Args:
         backbone: from `create_backbone`.

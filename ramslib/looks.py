@@ -71,7 +71,6 @@ class Recogniser(nn.Module, ABC):
         self.mean_std = mean_std or normalisation(backbone)
         self.image_size = image_size(backbone)
         self.grid = patch_grid(backbone)
-        self.patch = self.image_size[0] / self.grid[0], self.image_size[1] / self.grid[1]
 
     def forward(self, images: Tensor, source: Tensor | None = None) -> RAMSOutput:
         """Look at all scales.

@@ -134,7 +134,7 @@ class RAMSTrans(Recogniser):
         Returns:
             The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
         """
-        inside = patch_boxes * torch.tensor(self.patch * 2, device=view.device)
+        inside = map_boxes(patch_boxes, self.grid, whole_box(view))
         if self.released_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
         regions = map_boxes(inside, self.image_size, boxes)

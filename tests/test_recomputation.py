@@ -1,5 +1,6 @@
 """Selective recomputation: the same gradients to the bit, and less is kept."""
 
+import mmap
 import platform
 import weakref
 from pathlib import Path
@@ -156,7 +157,8 @@ def test_the_heap_is_trimmed_as_often_as_so_many_bytes_were_kept(backbone_of, im
 
 def resident():
     """Megabytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE / 1e6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")

@@ -1,4 +1,4 @@
-"""Less memory for a training step: what is cheap to compute again is not kept, nor what is free.
+"""Less memory for a training step: cheap outputs are computed again, free memory is returned.
 
 A linear layer keeps its input for the gradient of its weights. Where that is the output of a layer
 norm or a GELU, whose own input is kept anyway, it can be computed again at a hundredth of the
@@ -45,11 +45,11 @@ class Recipe(NamedTuple):
 
 
 class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, as record_attention)
-    """Inside, outputs of `CHEAP` are kept as recipes; the backward pass may run outside.
+    """Inside, outputs of `CHEAP` are kept as recipes, and the heap is trimmed now and then.
 
-    From outside and for any model: torch's functions are watched in the current thread. What is
-    cast on its way to the linear layer (autocast does that to the outputs of norms), changed, or
-    inside a checkpointed block is kept as ever.
+    The backward pass may run outside. For any model: torch's functions are watched in the current
+    thread. What is cast on its way to the linear layer (autocast does that to the outputs of
+    norms), changed, or inside a checkpointed block is kept as ever.
 
     Raises:
         RuntimeError: in the backward pass, for a tensor that was changed in place since it was
