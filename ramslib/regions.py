@@ -29,7 +29,7 @@ def patch_mask(strength: Tensor, threshold: float | Tensor) -> Tensor:
     mean = strength.mean(dim=(1, 2), keepdim=True)
     if isinstance(threshold, Tensor):
         threshold = threshold.reshape(-1, 1, 1)
-    return (strength > threshold * mean) & mean.isfinite()
+    return strength > threshold * mean + (mean - mean)  # nothing exceeds NaN = inf - inf
 
 
 def label_components(mask: Tensor) -> np.ndarray:
@@ -104,13 +104,14 @@ def bounding_boxes(mask: Tensor) -> Tensor:
     Returns:
         (B, 4) long, ``(top, left, bottom, right)`` in patches, bottom and right exclusive.
     """
-    sides = []
-    for occupied in (mask.any(dim=2), mask.any(dim=1)):
-        first = occupied.byte().argmax(dim=1)
-        last = occupied.shape[1] - occupied.flip(1).byte().argmax(dim=1)
-        sides.append((first, last))
-    (top, bottom), (left, right) = sides
-    return torch.stack([top, left, bottom, right], dim=1)
+    arrays, array = torch, mask
+    if not torch.compiler.is_exporting():  # numpy's calls cost half of torch's
+        arrays, array = np, mask.cpu().numpy()
+    boxes = arrays.empty((array.shape[0], 4), dtype=arrays.int64)
+    for side, occupied in enumerate((array.any(2) * 1, array.any(1) * 1)):
+        boxes[:, side] = occupied.argmax(1)
+        boxes[:, side + 2] = occupied.shape[1] - arrays.flip(occupied, (1,)).argmax(1)
+    return torch.as_tensor(boxes, device=mask.device)
 
 
 def whole_box(images: Tensor) -> Tensor:
@@ -154,27 +155,32 @@ def crop_and_resize(
     Returns:
         (B, C, *size).
     """
-    limit = torch.tensor(images.shape[2:], device=boxes.device)
-    start = boxes[:, :2].round().long().clamp(min=0).minimum(limit - 1)
-    end = boxes[:, 2:].round().long().minimum(limit).maximum(start + 1)
+    height, width = images.shape[2:]
     if torch.compiler.is_exporting():  # a program for any batch cannot walk through its images
-        rows = _sample_weights(start[:, 0], end[:, 0], size[0], images.shape[2], align_corners)
-        columns = _sample_weights(start[:, 1], end[:, 1], size[1], images.shape[3], align_corners)
+        rows = _sample_weights(boxes[:, 0], boxes[:, 2], size[0], height, align_corners)
+        columns = _sample_weights(boxes[:, 1], boxes[:, 3], size[1], width, align_corners)
         return (rows[:, None] @ images.float() @ columns[:, None].mT).to(images.dtype)
     crops = images.new_empty(len(images), images.shape[1], *size)
-    corners = torch.cat([start, end], dim=1).tolist()
-    for image, crop, (top, left, bottom, right) in zip(images, crops, corners, strict=True):
-        cut = image[None, :, top:bottom, left:right]
+    for image, crop, box in zip(images, crops, boxes.tolist(), strict=True):
+        top, left, bottom, right = map(round, box)
+        cut = image[None, :, _whole_pixels(top, bottom, height), _whole_pixels(left, right, width)]
         _INTERPOLATE(cut, size, align_corners, out=crop[None])
     return crops
 
 
+def _whole_pixels(first: int, last: int, limit: int) -> slice:
+    """The part of a side of ``limit`` pixels that lies between two edges; at least one pixel."""
+    start = min(max(first, 0), limit - 1)
+    return slice(start, max(min(last, limit), start + 1))
+
+
 def _sample_weights(
-    start: Tensor, end: Tensor, count: int, limit: int, align_corners: bool
+    first: Tensor, last: Tensor, count: int, limit: int, align_corners: bool
 ) -> Tensor:
     """How much of each pixel goes into each sample between two edges: (B,) -> (B, count, limit)."""
+    start = first.round().clamp(0, limit - 1)[:, None]
+    end = last.round().clamp(max=limit)[:, None].maximum(start + 1)
     steps, pixels = (torch.arange(n, device=start.device) for n in (count, limit))
-    start, end = start[:, None], end[:, None]
     if align_corners:
         inside = steps * ((end - start - 1) / max(count - 1, 1))
     else:
@@ -190,13 +196,8 @@ def box_area(boxes: Tensor) -> Tensor:
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of boxes in pairs: (..., 4), (..., 4) -> (...); 0 for empty boxes."""
-    overlap = torch.cat(
-        [
-            torch.maximum(first[..., :2], second[..., :2]),
-            torch.minimum(first[..., 2:], second[..., 2:]),
-        ],
-        dim=-1,
-    )
-    intersection = box_area(overlap)
+    start = torch.maximum(first[..., :2], second[..., :2])
+    end = torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = (end - start).clamp(min=0).prod(dim=-1)
     union = box_area(first) + box_area(second) - intersection
-    return torch.where(union > 0, intersection / union.clamp(min=1e-12), torch.zeros_like(union))
+    return torch.where(union > 0, intersection / union, 0.0)
