@@ -2,7 +2,7 @@
 ## make test     style, notebook hygiene, all tests
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
-## make bench    what two scales cost on this machine, measured side by side: half an hour
+## make bench    what two scales cost on this machine, measured side by side: up to an hour
 ## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ramslib.errors import InputError
-from ramslib.regions import bounding_boxes, largest_component, patch_mask
+from ramslib.regions import bounding_boxes, largest_component, patch_mask, whole_boxes
 
 
 class Proposal(NamedTuple):
@@ -57,7 +57,7 @@ def all_patches_proposal(strength: Tensor, threshold: float | Tensor) -> Proposa
 def whole_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
     """The whole image, whatever the attention says."""
     mask = torch.ones_like(strength, dtype=torch.bool)
-    return Proposal(mask, mask, bounding_boxes(mask))
+    return Proposal(mask, mask, whole_boxes(mask).long())
 
 
 def centre_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:

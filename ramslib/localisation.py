@@ -21,7 +21,7 @@ from ramslib.errors import InputError
 from ramslib.evaluation import BOX, fuse, view_names
 from ramslib.model import RAMSTrans
 from ramslib.processes import load_batches
-from ramslib.regions import box_area, box_iou, map_boxes, whole_box
+from ramslib.regions import box_area, box_iou, map_boxes, whole_boxes
 from ramslib.strength import attention_strength
 
 
@@ -189,7 +189,7 @@ def accuracy_by_threshold(
     for images, source, batch in _batches(model, table, view, batch_size, workers):
         labels = batch["label"].to(images.device)
         first, strength = model.look(images, 0)
-        whole = whole_box(images).repeat(len(images), 1)
+        whole = whole_boxes(images)
         known: dict[tuple, Tensor] = {}  # (image, its box): logits of scale 2
         for row, threshold in enumerate(thresholds):
             with drawn_by_row(batch["index"]):

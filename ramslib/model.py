@@ -23,7 +23,7 @@ from ramslib.config import Config
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
 from ramslib.looks import Look, Recogniser
-from ramslib.regions import crop_and_resize, map_boxes, whole_box
+from ramslib.regions import crop_and_resize, map_boxes, whole_boxes
 from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
 from ramslib.transfg import TransFG
 
@@ -86,7 +86,7 @@ class RAMSTrans(Recogniser):
         on with those images alone.
         """
         self.check_size(images)
-        view, boxes = images, whole_box(images).repeat(images.shape[0], 1)
+        view, boxes = images, whole_boxes(images)
         for scale in range(self.num_scales):
             logits, strength = self.look(view, scale)
             proposal = None
@@ -134,12 +134,12 @@ class RAMSTrans(Recogniser):
         Returns:
             The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
         """
-        inside = map_boxes(patch_boxes, self.grid, whole_box(view))
+        inside = map_boxes(patch_boxes, self.grid, whole_boxes(view))
         if self.released_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
         regions = map_boxes(inside, self.image_size, boxes)
         if source is not None:
-            view, inside = source, map_boxes(regions, self.image_size, whole_box(source))
+            view, inside = source, map_boxes(regions, self.image_size, whole_boxes(source))
         return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 # 3 x 3 within an image, none across images
 _NEIGHBOURS = np.pad(np.ones((1, 3, 3), dtype=bool), ((1, 1), (0, 0), (0, 0)))
-# what F.interpolate(mode="bilinear") calls, with a place for the result
-_INTERPOLATE = torch.ops.aten.upsample_bilinear2d.out
 
 
 def patch_mask(strength: Tensor, threshold: float | Tensor) -> Tensor:
@@ -114,9 +112,10 @@ def bounding_boxes(mask: Tensor) -> Tensor:
     return torch.as_tensor(boxes, device=mask.device)
 
 
-def whole_box(images: Tensor) -> Tensor:
-    """The box of a whole image: (..., H, W) -> (4,) float32."""
-    return torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
+def whole_boxes(images: Tensor) -> Tensor:
+    """The box of each whole image: (B, ..., H, W) -> (B, 4) float32."""
+    box = torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
+    return box.expand(images.shape[0], 4)
 
 
 def map_boxes(boxes: Tensor, size: tuple[int, int], frame: Tensor) -> Tensor:
@@ -164,7 +163,8 @@ def crop_and_resize(
     for image, crop, box in zip(images, crops, boxes.tolist(), strict=True):
         top, left, bottom, right = map(round, box)
         cut = image[None, :, _whole_pixels(top, bottom, height), _whole_pixels(left, right, width)]
-        _INTERPOLATE(cut, size, align_corners, out=crop[None])
+        # F.interpolate(mode="bilinear") with a place for the result
+        torch.ops.aten.upsample_bilinear2d.out(cut, size, align_corners, out=crop[None])
     return crops
 
 

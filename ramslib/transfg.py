@@ -23,7 +23,7 @@ from ramslib.attention import QueryKey, attention_probabilities, multiply_rows, 
 from ramslib.backbone import count_class_tokens, encode, has_relative_positions
 from ramslib.errors import InputError
 from ramslib.looks import Look, Recogniser
-from ramslib.regions import whole_box
+from ramslib.regions import whole_boxes
 
 
 class Parts(NamedTuple):
@@ -72,7 +72,7 @@ class TransFG(Recogniser):
         """The one look at the whole image, see `Recogniser.scales`; ``source`` is not needed."""
         self.check_size(images)
         logits, feature, _ = self.look(images)
-        boxes = whole_box(images).repeat(images.shape[0], 1)
+        boxes = whole_boxes(images)
         yield Look(logits, images, boxes, None, None, feature)
 
     def look(self, view: Tensor) -> Parts:
