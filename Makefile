@@ -27,7 +27,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 run: $(VENV)/.installed
-	$(RUN) ramslib road --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" --preset "$(PRESET)" $(ARGS)
+	$(RUN) ramslib notebooks --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" --preset "$(PRESET)" $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(RUN) ruff check .

@@ -40,8 +40,8 @@ def drag(explorer: Explorer, first: int, last: int) -> list[float]:
         slider.value = round(1.5 + 1.45 * math.sin(move / 9), 2)  # 0.05 to 2.95
         times += [1000 * seconds for seconds in explorer.seconds]
         if move % REST == 0:
-            explorer.later.settle()
-    explorer.later.settle()
+            explorer.later.wait()
+    explorer.later.wait()
     return times
 
 

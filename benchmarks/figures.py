@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from benchmarks.step import build, in_own_process, plain, training_step
 from benchmarks.timing import ratios, row
 from ramslib.attention import record_attention
-from ramslib.data.transforms import ImageDataset, View, prepare
+from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.distributed import load_batches
 from ramslib.dppm import propose
+from ramslib.early_exit import choose_threshold, early_exit_predict, predict_early_exit
 from ramslib.evaluation import predict, score
 from ramslib.model import RAMSTrans
-from ramslib.processes import load_batches
-from ramslib.runs.adaptive import choose_threshold, look_until_sure, predict_adaptively
 from ramslib.runs.run import load, read_run
 from ramslib.strength import STRENGTHS, attention_strength
 
@@ -61,9 +61,9 @@ def memory(options: SimpleNamespace) -> Iterator[dict]:
     ours, literal = (in_own_process(way, **sizes) for way in ("workbench", "literal"))
     yield row("peak memory of a step (MB) / literal", "<= 0.36", [ours["MB"]], [literal["MB"]])
     yield row("time of a step / literal", "", [ours["seconds"]], [literal["seconds"]])
-    less = in_own_process("workbench", checkpointing=1, **sizes)
-    yield row("peak memory (MB), checkpointing / without", "", [less["MB"]], [ours["MB"]])
-    yield row("time, checkpointing / without", "", [less["seconds"]], [ours["seconds"]])
+    less = in_own_process("workbench", grad_checkpointing=1, **sizes)
+    yield row("peak memory (MB), grad_checkpointing / without", "", [less["MB"]], [ours["MB"]])
+    yield row("time, grad_checkpointing / without", "", [less["seconds"]], [ours["seconds"]])
 
 
 def proposal(options: SimpleNamespace) -> Iterator[dict]:
@@ -103,19 +103,19 @@ def adaptive(options: SimpleNamespace) -> Iterator[dict]:
     if options.run is None:
         return
     config, _, table = read_run(options.run)
-    view = View(config.source_size or config.image_size, config.crop_fraction)
+    view = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
     model = load(options.run)
     parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
     threshold = choose_threshold(predict(model, parts["validation"], view), 0.5)
-    full = score(predict(model, parts["test"], view)).set_index("scale")["top1"]
-    found = predict_adaptively(model, parts["test"], view, threshold)
+    full = score(predict(model, parts["test"], view)).set_index("output")["top1"]
+    found = predict_early_exit(model, parts["test"], view, threshold)
     batches = [
         prepare(batch["source"], model.image_size, *model.mean_std)
         for batch in load_batches(ImageDataset(parts["test"], view), 0, batch_size=16)
     ]
     both = (
         partial(over, batches, model),
-        partial(over, batches, partial(look_until_sure, model, threshold=threshold)),
+        partial(over, batches, partial(early_exit_predict, model, threshold=threshold)),
     )
     with torch.inference_mode():
         all_scales, stopping = ratios(*both, options.repeats)
@@ -135,7 +135,7 @@ def loader(options: SimpleNamespace) -> Iterator[dict]:
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
     paths = [str(folder / f"{number % 32}.jpg") for number in range(11788)]
     table, count = pd.DataFrame({"path": paths, "label": 0}), 64 * options.repeats
-    batches = load_batches(ImageDataset(table, View(options.size)), 1, batch_size=16)
+    batches = load_batches(ImageDataset(table, ImageTransform(options.size)), 1, batch_size=16)
     next(batches)  # the worker has started
     started = time.perf_counter()
     for _ in range(count // 16):
@@ -168,7 +168,7 @@ def twice(model: nn.Module, images: Tensor) -> None:
 
 def dppm(model: RAMSTrans, images: Tensor, boxes: Tensor, strength: Tensor) -> None:
     """All that lies between the strength of one scale and the view of the next."""
-    model.amplify(images, None, boxes, propose(strength, 1.0).patch_boxes)
+    model.crop_region(images, None, boxes, propose(strength, 1.0).patch_boxes)
 
 
 def over(batches: list, function: Callable) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from ramslib.config import Config
 from ramslib.data.diagnostic import write_diagnostic_set
 from ramslib.runs.run import read_metrics
-from ramslib.training.launch import changed_settings, command
+from ramslib.training.launch import command, overrides
 
 WAYS = {"1 process": 1, "2 processes": 2}
 THREADS = 2  # in all
@@ -28,7 +28,7 @@ THREADS = 2  # in all
 
 def images_per_second(config: Config, run: Path, processes: int, skip: int) -> float:
     """Median speed of the training steps after the first ``skip``."""
-    words = command(["train", "--run", str(run), *changed_settings(config)], processes)
+    words = command(["train", "--run", str(run), *overrides(config)], processes)
     threads = {"OMP_NUM_THREADS": str(THREADS // processes), "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run(words, env=os.environ | threads, check=True, stdout=sys.stderr)
     steps = read_metrics(run).query("split == 'train' and step > @skip")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.literal import LiteralRAMS
 from ramslib.backbone import create_backbone
 from ramslib.model import RAMSTrans
-from ramslib.training.optimisation import backward_scales
+from ramslib.training.optimization import backward_scales
 
 CLASSES = 200
 WAYS = ("workbench", "plain", "plain together", "literal")
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict:
         model = plain(options.backbone, options.size)
     else:
         model = build(options.backbone, options.size, options.scales, options.strength)
-        model.backbone.set_grad_checkpointing(options.checkpointing)
+        model.backbone.set_grad_checkpointing(options.grad_checkpointing)
     if options.way == "literal":
         model = LiteralRAMS(model.backbone, model.classifier, options.scales)
     images = torch.randn(options.batch, 3, options.size, options.size)
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("--backbone", default="vit_base_patch16_224")
     parser.add_argument("--strength", default="rollout_mean")
-    parser.add_argument("--checkpointing", type=int, default=0)
+    parser.add_argument("--grad_checkpointing", type=int, default=0)
     for name, default in {"size": 448, "scales": 2, "batch": 2, "steps": 3, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     print(json.dumps(measure(parser.parse_args(arguments))))

@@ -5,7 +5,7 @@ Recognition", ACM Multimedia 2021. The method is read in one sitting, in the
 modules beside this file, in the order of the data:
 
 ``attention`` -> ``strength`` -> ``regions`` -> ``dppm`` -> ``model`` (over a ``backbone``)
--> ``evaluation`` and ``localisation``. Beside it ``transfg``, to compare with; ``looks`` is what
+-> ``evaluation`` and ``localization``. Beside it ``transfg``, to compare with; ``looks`` is what
 both models give.
 
 What it stands on and what stands on it have a folder each: ``data`` and ``weights`` below,

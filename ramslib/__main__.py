@@ -107,12 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "render a finished run as one page, report.html in its folder")
     report.add_argument("run", type=Path, help="folder of the run")
 
-    road = add("road", _road, "execute the numbered notebooks")
-    road.add_argument("--data", default="diagnostic", help="a reader's name")
-    road.add_argument("--root", type=Path, help="folder of the data set")
-    road.add_argument("--out", type=Path, default=Path("runs/road"), help="folder of all results")
-    road.add_argument("--preset", default="small", help=PRESET_HELP)
-    road.add_argument("settings", nargs="*", metavar="name=value", help="notebook parameters")
+    notebooks = add("notebooks", _notebooks, "execute the numbered notebooks")
+    notebooks.add_argument("--data", default="diagnostic", help="a reader's name")
+    notebooks.add_argument("--root", type=Path, help="folder of the data set")
+    notebooks.add_argument(
+        "--out", type=Path, default=Path("runs/notebooks"), help="folder of all results"
+    )
+    notebooks.add_argument("--preset", default="small", help=PRESET_HELP)
+    notebooks.add_argument("settings", nargs="*", metavar="name=value", help="notebook parameters")
 
     app = add("app", _app, "serve the explorer as a page without code")
     app.add_argument("--data", default="diagnostic", help="a reader's name")
@@ -198,18 +200,18 @@ def _export(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     _config(options)  # before the slow imports: typos are answered at once
-    from ramslib.experiments.ablation import grid, train_cells
+    from ramslib.experiments.ablation import grid, train_all
     from ramslib.files import write_table
-    from ramslib.training.launch import usable_processes
+    from ramslib.training.launch import available_processes
 
-    processes, why = usable_processes(options.processes)
+    processes, why = available_processes(options.processes)
     print(why)
     axes = _axes(options.settings)
     cells = grid(_base(options), **axes)
-    results = train_cells(cells, options.out, processes, storage=options.storage)
+    results = train_all(cells, options.out, processes, storage=options.storage)
     write_table(results, options.out / "results.csv")
     asked = [name for name, values in axes.items() if len(values) > 1]
-    print(results[[*asked, "scale", "images", "top1", "standard_error", "run"]].to_string())
+    print(results[[*asked, "output", "images", "top1", "standard_error", "run"]].to_string())
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -218,11 +220,11 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.run))
 
 
-def _road(options: argparse.Namespace) -> None:
-    from ramslib.experiments.road import run_road
+def _notebooks(options: argparse.Namespace) -> None:
+    from ramslib.experiments.notebooks import run_notebooks
 
     parameters = _assignments(options.settings)
-    run_road(options.data, _root(options), options.out, options.preset, parameters)
+    run_notebooks(options.data, _root(options), options.out, options.preset, parameters)
 
 
 def _app(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ class QueryKey(NamedTuple):
     """What one block's attention compares.
 
     Attributes:
-        query: (B, A, N, D), after normalisation and rotary embedding.
+        query: (B, A, N, D), after normalization and rotary embedding.
         key: (B, A, N, D), expanded to all heads where the block groups its queries.
         bias: added to the logits, broadcastable to (B, A, N, N), or None.
         scale: factor of the inner product.
@@ -41,7 +41,7 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
     afterwards ``blocks`` holds L `QueryKey`, first block first, or only the ``last`` ones: outside
     of training, query and key of the others are then freed as soon as they are used. It catches
     torch's ``scaled_dot_product_attention`` in the current thread, so query and key already include
-    normalisation, rotary embedding and head grouping, with no code per model family. Attention
+    normalization, rotary embedding and head grouping, with no code per model family. Attention
     whose query and key differ in length (attention pooling) is not a block and is passed over.
 
     Raises:

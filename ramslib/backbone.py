@@ -39,7 +39,7 @@ def create_backbone(
         pretrained: where weights come from, see `ramslib.weights.sources`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
         dropout: see `set_dropout`.
-        **weight_options: passed to `load_pretrained` (``position_resize``, ``final_norm``).
+        **weight_options: passed to `load_pretrained` (``pos_embed_resize``, ``final_norm``).
 
     Returns:
         The model, and one sentence about the weights in it.
@@ -108,7 +108,7 @@ def patch_grid(backbone: nn.Module) -> tuple[int, int]:
     return tuple(backbone.patch_embed.grid_size)
 
 
-def normalisation(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(backbone: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) per channel that the pretrained backbone expects, for pixels in [0, 1]."""
     config = timm.data.resolve_model_data_config(backbone)
     return tuple(config["mean"]), tuple(config["std"])
@@ -229,7 +229,7 @@ def encode(backbone: nn.Module, images: Tensor, class_index: int) -> Tensor:
 
     Args:
         backbone: from `create_backbone`.
-        images: (B, 3, H, W) normalised.
+        images: (B, 3, H, W) normalized.
         class_index: which class token. Models without one pool as timm built them, with index 0.
 
     Returns:

@@ -1,7 +1,7 @@
 """One frozen configuration for a run: every choice, its default, and the reason.
 
 Patch size and grid are not here: they are read from the backbone. Named settings to start from are
-in `ramslib.recipes`.
+in `ramslib.presets`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ramslib.errors import InputError
-from ramslib.recipes import PRESETS
+from ramslib.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Config:
     data: str = "diagnostic"  # a key of readers.READERS
     root: str = "data/diagnostic"  # folder of that data set
     image_size: int | tuple[int, int] = 112  # input pixels of every scale; (height, width) allowed
-    source_size: int | tuple[int, int] | None = 336  # crops are cut here; None: the previous crop
-    crop_fraction: float = 0.875  # training crop and test centre crop; the paper's is 448/600
+    highres_size: int | tuple[int, int] | None = 336  # crops are cut here; None: the previous crop
+    crop_fraction: float = 0.875  # training crop and test center crop; the paper's is 448/600
     augment: str = "flip"  # none, flip, autoaugment, or a timm string such as rand-m9-mstd0.5
-    normalise: str = "backbone"  # pixel mean and std of the backbone's pre-training, or imagenet
+    normalization: str = (
+        "backbone"  # pixel mean and std of the backbone's pre-training, or imagenet
+    )
     validation_fraction: float = 0.15  # of train, per class; the test split chooses nothing
     workers: int = 1  # loader processes per training process
 
@@ -35,19 +37,21 @@ class Config:
     model: str = "rams"  # rams, transfg, or vit, which is stored as rams with one scale
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
     pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
-    position_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
+    pos_embed_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
     final_norm: bool = True  # load the final LayerNorm; the released code does not
     scales: int = 2  # 1 is a plain ViT
     strength: str = "last_class"  # finds real birds best (README); released: rollout_mean
     threshold: float | tuple[float, ...] = 1.0  # eta, one number or one per proposal
     proposal: str = "attention"  # a key of dppm.PROPOSALS
     class_token: str = "shared"  # or per_scale (paper), which is slow: back through frozen blocks
-    released_boxes: bool = False  # shift boxes as the released code does
+    legacy_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the released code has True
     drop_path: float = 0.0  # stochastic depth, timm's
     dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
     patch_stride: int | None = None  # pixels; below the patch size patches overlap (TransFG: 12)
-    checkpointing: bool = False  # compute blocks again in the backward pass: slower, less memory
+    grad_checkpointing: bool = (
+        False  # compute blocks again in the backward pass: slower, less memory
+    )
 
     # objective
     # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5
@@ -56,20 +60,20 @@ class Config:
     contrastive_weight: float = 1.0  # TransFG: of its contrastive loss
     contrastive_margin: float = 0.4  # TransFG: cosine below which two classes are far enough apart
 
-    # optimisation
+    # optimization
     epochs: int = 3
     steps: int = 0  # train for so many, whatever the epochs; 0: epochs decide
     batch_size: int = 16  # images per step over all processes
     sampling: str = "stratified"  # every class evenly over an epoch (README); or random (paper)
-    accumulate: int = 1  # micro-batches per step
+    grad_accum_steps: int = 1  # micro-batches per step
     optimizer: str = "adamw"  # any timm optimizer name
     learning_rate: float = 6e-5  # at 4e-5, three epochs of the diagnostic set taught less
     weight_decay: float = 0.05
     momentum: float = 0.9  # of SGD; AdamW keeps its own betas
-    head_factor: float = 10.0  # learning-rate factor of the classifier, which starts from nothing
+    head_lr_scale: float = 10.0  # learning-rate factor of the classifier, which starts from nothing
     layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
     warmup_steps: int = 20  # linear, then cosine to 0, by step
-    clip_norm: float = 1.0  # 0 switches clipping off
+    clip_grad_norm: float = 1.0  # 0 switches clipping off
     frozen_blocks: int = 8  # first blocks (with the patch embedding) that are not trained
     amp: str = "none"  # none, bf16 or fp16
     ema_decay: float = 0.0  # 0 switches the moving average off
@@ -83,7 +87,7 @@ class Config:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
-        """A named starting point, a key of `ramslib.recipes.PRESETS`."""
+        """A named starting point, a key of `ramslib.presets.PRESETS`."""
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls().replace(**PRESETS[name]).replace(**changes)
@@ -94,7 +98,9 @@ class Config:
         try:
             values = json.loads(Path(path).read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a readable JSON configuration ({error})") from None
+            raise InputError(
+                f"{path}: not a clean_class_name JSON configuration ({error})"
+            ) from None
         if isinstance(values, dict) and isinstance(values.get("config"), dict):
             values = values["config"]
         if not isinstance(values, dict):
@@ -137,14 +143,14 @@ _CHOICES = {
     "loss": ("sum", "first", "last"),
     "sampling": ("stratified", "random"),
     "amp": ("none", "bf16", "fp16"),
-    "position_resize": ("timm", "zoom"),
-    "normalise": ("backbone", "imagenet"),
+    "pos_embed_resize": ("timm", "zoom"),
+    "normalization": ("backbone", "imagenet"),
 }
-_POSITIVE = ("image_size", "source_size", "scales", "epochs", "batch_size", "accumulate")
-_POSITIVE += ("learning_rate", "head_factor", "patch_stride")
-_NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_norm")
+_POSITIVE = ("image_size", "highres_size", "scales", "epochs", "batch_size", "grad_accum_steps")
+_POSITIVE += ("learning_rate", "head_lr_scale", "patch_stride")
+_NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_grad_norm")
 _NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "steps", "contrastive_weight")
-_LARGEST = {"image_size": 8192, "source_size": 8192, "scales": 16, "workers": 512}
+_LARGEST = {"image_size": 8192, "highres_size": 8192, "scales": 16, "workers": 512}
 _LARGEST |= {"seed": 2**32 - 1}
 _FRACTIONS = {
     "crop_fraction": (0.1, 1.0),
@@ -226,7 +232,7 @@ def _check(config: Config) -> None:
         if not low <= value <= high:
             raise InputError(f"setting {name!r} must lie in [{low}, {high}], not {value}")
     _check_count(config, "threshold", config.scales - 1, "proposals", "scale after the first")
-    _check_count(config, "loss", config.scales, "scales", "scale")
+    _check_count(config, "loss", config.scales, "scales", "output")
     if isinstance(config.loss, tuple):
         weights = config.loss[: config.scales]
         if min(weights) < 0 or max(weights) == 0:

@@ -5,7 +5,7 @@ RAMS-Trans, section 3.3: threshold the attention strength at eta times its mean,
 
 A proposal is a function ``(strength, threshold) -> Proposal``; ``PROPOSALS`` maps names to them,
 and a new strategy is one more entry there. The alternatives are the controls of an ablation: they
-see the same strength, so that ``random`` and ``centre`` spend exactly the area the DPPM spends.
+see the same strength, so that ``random`` and ``center`` spend exactly the area the DPPM spends.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ramslib.errors import InputError
-from ramslib.regions import bounding_boxes, largest_component, patch_mask, whole_boxes
+from ramslib.regions import bounding_boxes, full_image_boxes, largest_component, patch_mask
 
 
 class Proposal(NamedTuple):
@@ -57,23 +57,23 @@ def all_patches_proposal(strength: Tensor, threshold: float | Tensor) -> Proposa
 def whole_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
     """The whole image, whatever the attention says."""
     mask = torch.ones_like(strength, dtype=torch.bool)
-    return Proposal(mask, mask, whole_boxes(mask).long())
+    return Proposal(mask, mask, full_image_boxes(mask).long())
 
 
-def centre_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
-    """The DPPM's box moved to the centre of the image."""
+def center_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
+    """The DPPM's box moved to the center of the image."""
     dppm = attention_proposal(strength, threshold)
-    room = _room(dppm, strength)
+    room = _free_space(dppm, strength)
     return _moved(dppm, strength, room // 2)
 
 
 def random_proposal(strength: Tensor, threshold: float | Tensor) -> Proposal:
     """The DPPM's box moved to a random place of the image.
 
-    Drawn from torch's global generator, or inside `drawn_by_row` from those of the images.
+    Drawn from torch's global generator, or inside `seed_random_proposals` from those of the images.
     """
     dppm = attention_proposal(strength, threshold)
-    room, generators = _room(dppm, strength), _GENERATORS.get()
+    room, generators = _free_space(dppm, strength), _GENERATORS.get()
     if generators is None:
         place = torch.rand(room.shape, device=room.device)
     else:
@@ -86,7 +86,7 @@ _GENERATORS: ContextVar[list[torch.Generator] | None] = ContextVar("generators",
 
 
 @contextmanager
-def drawn_by_row(rows: Iterable[int]) -> Iterator[None]:
+def seed_random_proposals(rows: Iterable[int]) -> Iterator[None]:
     """Inside, random proposals for images of these rows are the same in any batch, on any device.
 
     Args:
@@ -100,7 +100,7 @@ def drawn_by_row(rows: Iterable[int]) -> Iterator[None]:
         _GENERATORS.reset(token)
 
 
-def _room(proposal: Proposal, strength: Tensor) -> Tensor:
+def _free_space(proposal: Proposal, strength: Tensor) -> Tensor:
     """Free patches above-or-below and left-or-right of each box: (B, 2)."""
     boxes = proposal.patch_boxes
     return torch.tensor(strength.shape[1:], device=boxes.device) - (boxes[:, 2:] - boxes[:, :2])
@@ -121,7 +121,7 @@ PROPOSALS: dict[str, Callable[[Tensor, float | Tensor], Proposal]] = {
     "attention": attention_proposal,
     "all_patches": all_patches_proposal,
     "random": random_proposal,
-    "centre": centre_proposal,
+    "center": center_proposal,
     "whole": whole_proposal,
 }
 

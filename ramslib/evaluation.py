@@ -10,18 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ramslib.data.transforms import ImageDataset, View, prepare
-from ramslib.dppm import drawn_by_row
+from ramslib.classifier import ImageClassifier
+from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.distributed import Processes, load_batches, sum_over_processes
+from ramslib.dppm import seed_random_proposals
 from ramslib.errors import InputError
-from ramslib.looks import Recogniser
-from ramslib.processes import Processes, load_batches, sum_over_processes
 from ramslib.regions import box_area, box_iou
 
 BOX = ["top", "left", "bottom", "right"]
 _COLUMNS = ["prediction", "confidence", "true_probability", "rank", *BOX]
 
 
-def view_names(scales: int) -> list[str]:
+def output_names(scales: int) -> list[str]:
     """Names of the rows that an image has in a table of predictions."""
     fused = ["mean softmax", "mean logits"] if scales > 1 else []
     return [f"scale {scale + 1}" for scale in range(scales)] + fused
@@ -29,9 +29,9 @@ def view_names(scales: int) -> list[str]:
 
 @torch.inference_mode()
 def predict(
-    model: Recogniser,
+    model: ImageClassifier,
     table: pd.DataFrame,
-    view: View,
+    view: ImageTransform,
     batch_size: int = 32,
     workers: int = 0,
     processes: Processes | None = None,
@@ -49,7 +49,7 @@ def predict(
         processes: those that share the images; each calls this and gets the whole result.
 
     Returns:
-        One row per image and view name: ``path, label, scale, prediction, confidence,
+        One row per image and view name: ``path, label, output, prediction, confidence,
         true_probability, rank`` (classes ranked before the true one; 0 is correct) and, per scale,
         the region it looked at as ``top, left, bottom, right`` in pixels of the upright image.
 
@@ -59,17 +59,17 @@ def predict(
     processes = processes or Processes(device=next(model.parameters()).device)
     mine = range(processes.rank, len(table), processes.world)
     batches = load_batches(ImageDataset(table, view), workers, batch_size=batch_size, sampler=mine)
-    names = view_names(model.num_scales)
+    names = output_names(model.num_scales)
     results = torch.zeros(len(table), len(names), len(_COLUMNS), dtype=torch.float64)
     for batch in batches:
-        with drawn_by_row(batch["index"]):
+        with seed_random_proposals(batch["index"]):
             results[batch["index"]] = _rows(model, view, batch, processes.device)
     results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
-    check_known(results[:, :, _COLUMNS.index("confidence")].sum(axis=1), table)
+    check_finite(results[:, :, _COLUMNS.index("confidence")].sum(axis=1), table)
     return _tidy(results, table, names)
 
 
-def check_known(confidence: np.ndarray, table: pd.DataFrame) -> None:
+def check_finite(confidence: np.ndarray, table: pd.DataFrame) -> None:
     """Check that the model gave a number for every image of a table.
 
     Raises:
@@ -88,7 +88,7 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits: (B, K) per scale.
 
     Returns:
-        (B, K) probabilities per name of `view_names`.
+        (B, K) probabilities per name of `output_names`.
     """
     stacked = torch.stack([scale.float() for scale in logits])
     single = stacked.softmax(dim=-1)
@@ -97,23 +97,25 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
 
 
-def _rows(model: Recogniser, view: View, batch: dict, device: torch.device) -> Tensor:
+def _rows(
+    model: ImageClassifier, view: ImageTransform, batch: dict, device: torch.device
+) -> Tensor:
     """(B, views, columns) in the order of `_COLUMNS`; fused rows have no region."""
     images, source = prepare(batch["source"].to(device), model.image_size, *model.mean_std)
     output = model(images, source)
     logits, labels = output.logits, batch["label"].to(device)[:, None]
     regions = [
-        view.to_image_boxes(boxes.cpu(), batch["size"], model.image_size) for boxes in output.boxes
+        view.boxes_to_image(boxes.cpu(), batch["size"], model.image_size) for boxes in output.boxes
     ]
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
     rows = []
     for number, probabilities in enumerate(fuse(logits)):
         region = regions[number].double() if number < len(regions) else no_region
-        rows.append(torch.cat([judge(probabilities, labels), region], dim=1))
+        rows.append(torch.cat([prediction_metrics(probabilities, labels), region], dim=1))
     return torch.stack(rows, dim=1)
 
 
-def judge(probabilities: Tensor, labels: Tensor) -> Tensor:
+def prediction_metrics(probabilities: Tensor, labels: Tensor) -> Tensor:
     """What class probabilities say, and how right they are.
 
     Args:
@@ -138,7 +140,7 @@ def _tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.Data
     keys = {
         "path": table["path"].repeat(views).to_numpy(),
         "label": table["label"].repeat(views).to_numpy(),
-        "scale": names * images,
+        "output": names * images,
     }
     return pd.concat([pd.DataFrame(keys), tidy], axis=1)
 
@@ -147,23 +149,23 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
     """Scores per scale and fusion, from a table of predictions.
 
     Returns:
-        One row per view name: ``images, top1, standard_error, top5, mean_class, calibration_error,
-        log_loss``; accuracies in percent, the standard error that of ``top1``.
+        One row per view name: ``images, top1, standard_error, top5, mean_per_class_accuracy, ece,
+        nll``; accuracies in percent, the standard error that of ``top1``.
     """
     rows = []
-    for name, group in predictions.groupby("scale", sort=False):
+    for name, group in predictions.groupby("output", sort=False):
         correct = group["rank"] == 0
         top1 = correct.mean()
         rows.append(
             {
-                "scale": name,
+                "output": name,
                 "images": len(group),
                 "top1": 100 * top1,
                 "standard_error": 100 * np.sqrt(top1 * (1 - top1) / len(group)),
                 "top5": 100 * (group["rank"] < 5).mean(),
-                "mean_class": 100 * correct.groupby(group["label"]).mean().mean(),
-                "calibration_error": 100 * expected_calibration_error(group["confidence"], correct),
-                "log_loss": -np.log(group["true_probability"].clip(lower=1e-12)).mean(),
+                "mean_per_class_accuracy": 100 * correct.groupby(group["label"]).mean().mean(),
+                "ece": 100 * expected_calibration_error(group["confidence"], correct),
+                "nll": -np.log(group["true_probability"].clip(lower=1e-12)).mean(),
             }
         )
     return pd.DataFrame(rows)
@@ -184,7 +186,7 @@ def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         table: the data set table that holds the annotated boxes.
 
     Returns:
-        One row per image and scale: ``path, scale, iou, area`` (share of the annotated box's).
+        One row per image and scale: ``path, output, iou, area`` (share of the annotated box's).
 
     Raises:
         InputError: no image of the predictions has an annotated box.
@@ -196,17 +198,17 @@ def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         raise InputError("none of these images has an annotated box; use a data set with boxes")
     region = torch.tensor(joined[BOX].to_numpy(float))
     truth = torch.tensor(joined[[f"{side}_annotated" for side in BOX]].to_numpy(float))
-    scores = joined[["path", "scale"]].copy()
+    scores = joined[["path", "output"]].copy()
     scores["iou"] = box_iou(region, truth).numpy()
     scores["area"] = (box_area(region) / box_area(truth)).numpy()
     return scores
 
 
 def confusions(
-    predictions: pd.DataFrame, names: list[str], scale: str, count: int = 10
+    predictions: pd.DataFrame, names: list[str], output: str, count: int = 10
 ) -> pd.DataFrame:
     """The most frequent mistakes: ``true, predicted, images``, most frequent first."""
-    wrong = predictions[(predictions["scale"] == scale) & (predictions["rank"] > 0)]
+    wrong = predictions[(predictions["output"] == output) & (predictions["rank"] > 0)]
     counts = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False)
     rows = [(names[true], names[given], images) for (true, given), images in counts.items()]
     return pd.DataFrame(rows[:count], columns=["true", "predicted", "images"])

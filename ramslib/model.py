@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from ramslib.attention import record_attention
 from ramslib.backbone import count_class_tokens, create_backbone, encode
+from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
-from ramslib.looks import Look, Recogniser
-from ramslib.regions import crop_and_resize, map_boxes, whole_boxes
+from ramslib.regions import crop_and_resize, full_image_boxes, rescale_boxes
 from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
 from ramslib.transfg import TransFG
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-class RAMSTrans(Recogniser):
+class RAMSTrans(ImageClassifier):
     """Recurrent attention multi-scale transformer over any timm Vision Transformer.
 
     Args:
@@ -42,10 +42,10 @@ class RAMSTrans(Recogniser):
         strength: a key of ``STRENGTHS``.
         proposal: a key of ``PROPOSALS``.
         per_scale_token: scale s reads class token s; otherwise all read the first.
-        released_boxes: shift each box by one pixel up and left and include its lower ends, as the
+        legacy_boxes: shift each box by one pixel up and left and include its lower ends, as the
             released code does.
         align_corners: resize crops with coinciding corner pixels, as the released code does.
-        mean_std: (mean, std) per channel that inputs are normalised with; the backbone's own by
+        mean_std: (mean, std) per channel that inputs are normalized with; the backbone's own by
             default. Kept for those who prepare inputs, see `transforms.prepare`.
     """
 
@@ -58,7 +58,7 @@ class RAMSTrans(Recogniser):
         strength: str = "last_class",
         proposal: str = "attention",
         per_scale_token: bool = True,
-        released_boxes: bool = False,
+        legacy_boxes: bool = False,
         align_corners: bool = False,
         mean_std: tuple | None = None,
     ):
@@ -74,37 +74,37 @@ class RAMSTrans(Recogniser):
         self.strength = strength
         self.proposal = proposal
         self.per_scale_token = per_scale_token and scales > 1
-        self.released_boxes = released_boxes
+        self.legacy_boxes = legacy_boxes
         self.align_corners = align_corners
 
     def scales(
         self, images: Tensor, source: Tensor | None = None
-    ) -> Generator[Look, Tensor | None, None]:
-        """Look at the image, propose, cut out, and look there; see `Recogniser.scales`.
+    ) -> Generator[ScaleOutput, Tensor | None, None]:
+        """Look at the image, propose, cut out, and look there; see `ImageClassifier.scales`.
 
         Who sends a mask (B,) bool of the images just looked at, instead of calling ``next``, goes
         on with those images alone.
         """
         self.check_size(images)
-        view, boxes = images, whole_boxes(images)
+        view, boxes = images, full_image_boxes(images)
         for scale in range(self.num_scales):
             logits, strength = self.look(view, scale)
             proposal = None
             if strength is not None:
                 proposal = propose(strength, self.thresholds[scale], self.proposal)
-            kept = yield Look(logits, view, boxes, strength, proposal)
+            kept = yield ScaleOutput(logits, view, boxes, strength, proposal)
             if proposal is not None:
                 patch_boxes = proposal.patch_boxes
                 if kept is not None:
                     view, boxes, patch_boxes = view[kept], boxes[kept], patch_boxes[kept]
                     source = None if source is None else source[kept]
-                view, boxes = self.amplify(view, source, boxes, patch_boxes)
+                view, boxes = self.crop_region(view, source, boxes, patch_boxes)
 
     def look(self, view: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
         """Encode and classify one view.
 
         Args:
-            view: (B, 3, H, W) normalised.
+            view: (B, 3, H, W) normalized.
             scale: 0 for scale 1; chooses the class token.
 
         Returns:
@@ -120,7 +120,7 @@ class RAMSTrans(Recogniser):
         return self.classifier(feature), strength
 
     @torch.no_grad()
-    def amplify(
+    def crop_region(
         self, view: Tensor, source: Tensor | None, boxes: Tensor, patch_boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Region amplification: the next scale's view (no gradient) and where it lies.
@@ -134,12 +134,12 @@ class RAMSTrans(Recogniser):
         Returns:
             The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
         """
-        inside = map_boxes(patch_boxes, self.grid, whole_boxes(view))
-        if self.released_boxes:
+        inside = rescale_boxes(patch_boxes, self.grid, full_image_boxes(view))
+        if self.legacy_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
-        regions = map_boxes(inside, self.image_size, boxes)
+        regions = rescale_boxes(inside, self.image_size, boxes)
         if source is not None:
-            view, inside = source, map_boxes(regions, self.image_size, whole_boxes(source))
+            view, inside = source, rescale_boxes(regions, self.image_size, full_image_boxes(source))
         return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
 
 
@@ -164,7 +164,7 @@ def _check_options(
 def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
     per_scale = config.class_token == "per_scale"
     backbone, origin = _build_backbone(config, class_tokens=config.scales if per_scale else 1)
-    backbone.set_grad_checkpointing(config.checkpointing)
+    backbone.set_grad_checkpointing(config.grad_checkpointing)
     model = RAMSTrans(
         backbone,
         num_classes,
@@ -173,7 +173,7 @@ def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
         strength=config.strength,
         proposal=config.proposal,
         per_scale_token=per_scale,
-        released_boxes=config.released_boxes,
+        legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
         mean_std=_mean_std(config),
     )
@@ -181,8 +181,10 @@ def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
 
 
 def _build_transfg(config: Config, num_classes: int) -> tuple[TransFG, str]:
-    if config.checkpointing:  # a block computed again would get other tokens
-        raise InputError("model transfg exchanges tokens between blocks; use checkpointing=False")
+    if config.grad_checkpointing:  # a block computed again would get other tokens
+        raise InputError(
+            "model transfg exchanges tokens between blocks; use grad_checkpointing=False"
+        )
     backbone, origin = _build_backbone(config)
     options = config.contrastive_weight, config.contrastive_margin, _mean_std(config)
     return TransFG(backbone, num_classes, *options), origin
@@ -197,22 +199,22 @@ def _build_backbone(config: Config, class_tokens: int = 1) -> tuple[nn.Module, s
         pretrained=config.pretrained,
         drop_path=config.drop_path,
         dropout=config.dropout,
-        position_resize=config.position_resize,
+        pos_embed_resize=config.pos_embed_resize,
         final_norm=config.final_norm,
     )
 
 
 def _mean_std(config: Config) -> tuple | None:
-    return IMAGENET if config.normalise == "imagenet" else None
+    return IMAGENET if config.normalization == "imagenet" else None
 
 
-MODELS: dict[str, Callable[[Config, int], tuple[Recogniser, str]]] = {
+MODELS: dict[str, Callable[[Config, int], tuple[ImageClassifier, str]]] = {
     "rams": _build_rams,
     "transfg": _build_transfg,
 }
 
 
-def build_model(config: Config, num_classes: int) -> tuple[Recogniser, str]:
+def build_model(config: Config, num_classes: int) -> tuple[ImageClassifier, str]:
     """The model that a configuration describes.
 
     Returns:

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 # 3 x 3 within an image, none across images
-_NEIGHBOURS = np.pad(np.ones((1, 3, 3), dtype=bool), ((1, 1), (0, 0), (0, 0)))
+_NEIGHBORS = np.pad(np.ones((1, 3, 3), dtype=bool), ((1, 1), (0, 0), (0, 0)))
 
 
 def patch_mask(strength: Tensor, threshold: float | Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def label_components(mask: Tensor) -> np.ndarray:
     Returns:
         (B, h, w) int32: 0 is background; the components of the batch count from 1, image by image.
     """
-    labels, _ = ndimage.label(mask.cpu().numpy(), _NEIGHBOURS)
+    labels, _ = ndimage.label(mask.cpu().numpy(), _NEIGHBORS)
     return labels
 
 
@@ -55,7 +55,7 @@ def largest_component(mask: Tensor) -> Tensor:
         (B, h, w) bool; an empty mask stays empty.
     """
     if torch.compiler.is_exporting():
-        return _largest_by_hooking(mask)
+        return _largest_component_tensor(mask)
     labels = label_components(mask)
     areas = np.bincount(labels.ravel(), minlength=1)
     areas[0] = 0
@@ -64,10 +64,10 @@ def largest_component(mask: Tensor) -> Tensor:
     return torch.from_numpy(component).to(mask.device)
 
 
-def _largest_by_hooking(mask: Tensor) -> Tensor:
+def _largest_component_tensor(mask: Tensor) -> Tensor:
     """`largest_component` as tensor operations.
 
-    Every foreground patch looks up the smallest label among its neighbours, passes it on to the
+    Every foreground patch looks up the smallest label among its neighbors, passes it on to the
     patch it is named after, and takes that patch's label (hooking and pointer jumping), until
     nothing changes: six to eight rounds on random masks, a dozen on a spiral of 56 x 56 patches.
     """
@@ -112,13 +112,13 @@ def bounding_boxes(mask: Tensor) -> Tensor:
     return torch.as_tensor(boxes, device=mask.device)
 
 
-def whole_boxes(images: Tensor) -> Tensor:
+def full_image_boxes(images: Tensor) -> Tensor:
     """The box of each whole image: (B, ..., H, W) -> (B, 4) float32."""
     box = torch.tensor([0.0, 0.0, *images.shape[-2:]], device=images.device)
     return box.expand(images.shape[0], 4)
 
 
-def map_boxes(boxes: Tensor, size: tuple[int, int], frame: Tensor) -> Tensor:
+def rescale_boxes(boxes: Tensor, size: tuple[int, int], frame: Tensor) -> Tensor:
     """Boxes in one coordinate system, expressed in another that a frame places it in.
 
     From patches to pixels: ``size`` is the grid and ``frame`` the whole image. From the pixels of a

@@ -1,7 +1,7 @@
 """Attention strength: one value per patch, from the recorded attention of one scale.
 
 RAMS-Trans, section 3.2: attention probabilities are averaged over heads, the identity is added for
-the residual connection, rows are normalised and the blocks are multiplied (attention rollout, Abnar
+the residual connection, rows are normalized and the blocks are multiplied (attention rollout, Abnar
 & Zuidema 2020; the paper's equations 7-9): ``g = G_L ... G_1``, ``G_l = (I + mean_a A_l,a) / 2``.
 
 Only one weighted sum of g's rows is ever used, so no matrix product is formed: ``u <- u G_l`` from

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ramslib.attention import QueryKey, attention_probabilities, multiply_rows, record_attention
 from ramslib.backbone import count_class_tokens, encode, has_relative_positions
+from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.errors import InputError
-from ramslib.looks import Look, Recogniser
-from ramslib.regions import whole_boxes
+from ramslib.regions import full_image_boxes
 
 
 class Parts(NamedTuple):
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     patches: Tensor
 
 
-class TransFG(Recogniser):
+class TransFG(ImageClassifier):
     """Part selection over any timm Vision Transformer with a class token and absolute positions.
 
     Args:
@@ -49,7 +49,7 @@ class TransFG(Recogniser):
         num_classes: K.
         contrastive_weight: of the contrastive loss beside the cross entropy.
         contrastive_margin: see `contrastive_loss`.
-        mean_std: see `Recogniser`.
+        mean_std: see `ImageClassifier`.
 
     Raises:
         InputError: a backbone whose last block cannot do with a subset of the tokens.
@@ -68,33 +68,33 @@ class TransFG(Recogniser):
         self.contrastive_weight = contrastive_weight
         self.contrastive_margin = contrastive_margin
 
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
-        """The one look at the whole image, see `Recogniser.scales`; ``source`` is not needed."""
+    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[ScaleOutput]:
+        """The one look at the whole image, see `ImageClassifier.scales`; ``source`` is not needed."""
         self.check_size(images)
         logits, feature, _ = self.look(images)
-        boxes = whole_boxes(images)
-        yield Look(logits, images, boxes, None, None, feature)
+        boxes = full_image_boxes(images)
+        yield ScaleOutput(logits, images, boxes, None, None, feature)
 
     def look(self, view: Tensor) -> Parts:
-        """Encode a view, (B, 3, H, W) normalised, choose patches before the last block, classify.
+        """Encode a view, (B, 3, H, W) normalized, choose patches before the last block, classify.
 
         The tokens are exchanged by a hook, so the forward pass stays timm's own.
         """
         chosen = []
 
         def keep_parts(block: nn.Module, inputs: tuple) -> tuple:
-            chosen.append(select_patches(blocks, self.grid))
-            return take_patches(inputs[0], chosen[0], self.grid), *inputs[1:]
+            chosen.append(select_parts(blocks, self.grid))
+            return gather_tokens(inputs[0], chosen[0], self.grid), *inputs[1:]
 
         hook = self.backbone.blocks[-1].register_forward_pre_hook(keep_parts)
         with hook, record_attention(self.backbone) as blocks:
             feature = encode(self.backbone, view, 0)
         return Parts(self.classifier(feature), feature, chosen[0])
 
-    def loss(self, look: Look, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, look: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy plus the contrastive loss of the batch that was looked at.
 
-        That batch is a micro-batch of one process: with ``accumulate`` or several processes, pairs
+        That batch is a micro-batch of one process: with ``grad_accum_steps`` or several processes, pairs
         are formed within each and the losses are averaged.
         """
         contrastive = contrastive_loss(look.feature, labels, self.contrastive_margin)
@@ -115,7 +115,7 @@ def _check_backbone(backbone: nn.Module) -> None:
 
 
 @torch.no_grad()
-def select_patches(blocks: Sequence[QueryKey], grid: tuple[int, int]) -> Tensor:
+def select_parts(blocks: Sequence[QueryKey], grid: tuple[int, int]) -> Tensor:
     """The patch that each head's class token attends to most through all blocks.
 
     Args:
@@ -133,7 +133,7 @@ def select_patches(blocks: Sequence[QueryKey], grid: tuple[int, int]) -> Tensor:
     return rows[:, :, 0, -grid[0] * grid[1] :].argmax(dim=-1)
 
 
-def take_patches(tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def gather_tokens(tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Prefix tokens and the chosen patch tokens: (B, N, D), (B, A) -> (B, prefix + A, D)."""
     count = grid[0] * grid[1]
     index = patches[..., None].expand(-1, -1, tokens.shape[-1])

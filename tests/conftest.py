@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny, freshly randomised backbones of every family of timm that is supported."""
+"""Shared fixtures: tiny, freshly randomized backbones of every family of timm that is supported."""
 
 import functools
 

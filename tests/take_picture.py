@@ -14,7 +14,7 @@ from test_browser import CHROMIUM, PATIENCE, free_port, serve
 
 
 def take_picture(path, data, root, out):
-    """Serve the app and save, in 256 colours, what a window shows once nothing is computed."""
+    """Serve the app and save, in 256 colors, what a window shows once nothing is computed."""
     port = free_port()
     command = [sys.executable, "-m", "ramslib", "app", "--data", data, "--root", root]
     command += ["--out", out, "--", "--no-browser", f"--port={port}"]
@@ -32,8 +32,8 @@ def take_picture(path, data, root, out):
             shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         chromium.close()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    colours = shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
-    colours.save(path, "PNG", optimize=True)
+    colors = shot.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    colors.save(path, "PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ramslib.backbone import (
     encode,
     extend_class_tokens,
     image_size,
-    normalisation,
+    normalization,
     patch_grid,
     set_dropout,
 )
@@ -211,7 +211,7 @@ def test_a_class_token_that_is_not_read(backbone_of):
 
 def test_create_by_name_with_a_rectangular_size():
     backbone, origin = create_backbone("test_vit", (64, 96), class_tokens=2)
-    assert origin == "test_vit: random initialisation, no weights loaded."
+    assert origin == "test_vit: random initialization, no weights loaded."
     assert image_size(backbone) == (64, 96) and patch_grid(backbone) == (4, 6)
     image = torch.randn(1, 3, 64, 96)
     assert backbone.forward_features(image).shape == (1, 26, 64)
@@ -261,11 +261,11 @@ def test_weights_are_loaded_before_tokens_are_copied(tmp_path, backbone_of):
     assert torch.equal(backbone.pos_embed[:, 2:], saved.pos_embed[:, 1:])
 
 
-def test_normalisation_is_the_pretrainings(backbone_of):
+def test_normalization_is_the_pretrainings(backbone_of):
     backbone, _ = create_backbone("test_vit", 32)
     config = timm.get_pretrained_cfg("test_vit")
-    assert normalisation(backbone) == (config.mean, config.std)
-    assert normalisation(backbone_of("vit")) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert normalization(backbone) == (config.mean, config.std)
+    assert normalization(backbone_of("vit")) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_unknown_name_gets_the_nearest():

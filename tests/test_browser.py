@@ -20,11 +20,11 @@ import urllib.request
 
 import nbformat
 import pytest
-from exploring import make_run
+from explorer_run import make_run
 from tiny import ROOT
 
 from ramslib.explorer.lenses import open_photo, open_run
-from ramslib.explorer.looking import choose, default_choice, first_look, measure
+from ramslib.explorer.looking import choose, default_choice, measure, run_first_scale
 
 SCREENSHOTS = ROOT / "runs" / "screenshots"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -136,7 +136,7 @@ class Reader:
         row = table[table["split"] == "validation"].iloc[0]
         assert row["path"].endswith(page.locator(".rams select[size]").input_value())
         self.photo = open_photo(self.lens, row["path"], int(row["label"]))
-        self.seen = first_look(self.lens, self.photo)
+        self.seen = run_first_scale(self.lens, self.photo)
         self.slider = page.locator(".widget-slider", has_text="threshold of scale 1")
         self.handle = self.slider.locator(".noUi-handle")
 
@@ -172,7 +172,7 @@ class Reader:
         assert new[1] == old[1]
         return new
 
-    def settle(self):
+    def wait(self):
         """Wait until no panel is being computed."""
         self.page.wait_for_function("() => !document.querySelector('.rams-stale')")
 
@@ -182,7 +182,7 @@ def move_the_threshold(reader, page, name):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     assert reader.threshold() == 1.0
     reader.expect(1.0)
-    reader.settle()
+    reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_1_start.png")
     before = reader.pictures()
     start = reader.region(1.0).boxes
@@ -193,7 +193,7 @@ def move_the_threshold(reader, page, name):
     reader.expect(round(1 + presses / 20, 2))
     assert reader.threshold() == round(1 + presses / 20, 2)
     after = reader.expect_new_pictures(before)
-    reader.settle()
+    reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_2_keyboard.png")
 
     track = reader.slider.locator(".noUi-target").bounding_box()
@@ -207,7 +207,7 @@ def move_the_threshold(reader, page, name):
     assert 0 <= dragged <= 0.3, "the whole view"
     reader.expect(dragged)
     reader.expect_new_pictures(after)
-    reader.settle()
+    reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_3_mouse.png")
 
     reader.slider.locator(".widget-readout").fill("1.5")

@@ -15,7 +15,13 @@ from torch import nn
 
 from ramslib.errors import InputError
 from ramslib.files import write_atomically, write_table
-from ramslib.runs.checkpoint import Progress, load_module, read_checkpoint, restore, save_checkpoint
+from ramslib.runs.checkpoint import (
+    TrainState,
+    load_module,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
 
 
 def tiny_model():
@@ -41,7 +47,7 @@ def test_a_restored_training_goes_on_to_the_bit(name, tmp_path):
     train_some(unbroken, create_optimizer_v2(unbroken, **options), range(6))
     optimizer, ema = create_optimizer_v2(first, **options), ModelEmaV3(first, 0.9)
     train_some(first, optimizer, range(3), ema)
-    save_checkpoint(tmp_path / "last.safetensors", Progress(3), first, optimizer, ema.module)
+    save_checkpoint(tmp_path / "last.safetensors", TrainState(3), first, optimizer, ema.module)
     checkpoint = read_checkpoint(tmp_path / "last.safetensors")
     optimizer, other = create_optimizer_v2(second, **options), ModelEmaV3(second, 0.5)
     restore(checkpoint, second, optimizer, other.module)
@@ -53,7 +59,7 @@ def test_a_restored_training_goes_on_to_the_bit(name, tmp_path):
 
 
 def test_progress_comes_back(tmp_path):
-    progress = Progress(7, 12.5, 81.25, 3, {"scale": 65536.0, "growth_interval": 2000})
+    progress = TrainState(7, 12.5, 81.25, 3, {"scale": 65536.0, "growth_interval": 2000})
     save_checkpoint(tmp_path / "a.safetensors", progress, tiny_model())
     assert read_checkpoint(tmp_path / "a.safetensors").progress == progress
 
@@ -64,14 +70,14 @@ def test_an_optimizer_that_no_checkpoint_can_hold_is_refused(tmp_path):
     train_some(model, torch.optim.SGD(model.parameters()), range(1))  # leaves a gradient
     optimizer.step(lambda: model(torch.ones(1, 4)).sum())
     with pytest.raises(InputError, match="keeps a list as .*choose another optimizer"):
-        save_checkpoint(tmp_path / "a.safetensors", Progress(), model, optimizer)
+        save_checkpoint(tmp_path / "a.safetensors", TrainState(), model, optimizer)
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path):
     model = tiny_model()
     optimizer = create_optimizer_v2(model, "lamb", weight_decay=0.05)
     train_some(model, optimizer, range(1))
-    save_checkpoint(tmp_path / "a.safetensors", Progress(), model, optimizer)
+    save_checkpoint(tmp_path / "a.safetensors", TrainState(), model, optimizer)
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="does not fit the configured model: .*size mismatch"):
         load_module(nn.Sequential(nn.Linear(5, 8)), checkpoint, "model")
@@ -95,7 +101,7 @@ class Payload:
 
 def damaged_files(folder):
     """Name -> a file that is no checkpoint."""
-    save_checkpoint(folder / "sound.safetensors", Progress(), tiny_model())
+    save_checkpoint(folder / "sound.safetensors", TrainState(), tiny_model())
     sound = (folder / "sound.safetensors").read_bytes()
     made = {f"cut{length}": sound[:length] for length in (0, 1, 7, 8, 100, len(sound) - 1)}
     made |= {"longer": sound + b"0", "header": b"\xff" * 8 + sound[8:]}
@@ -138,10 +144,10 @@ def largest_file(size):
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     path, model = tmp_path / "last.safetensors", nn.Linear(100, 100)
-    save_checkpoint(path, Progress(1), model)
+    save_checkpoint(path, TrainState(1), model)
     before = path.read_bytes()
     with largest_file(10_000), pytest.raises(InputError, match="last.* intact, make room"):
-        save_checkpoint(path, Progress(2), model)
+        save_checkpoint(path, TrainState(2), model)
     with largest_file(10), pytest.raises(InputError, match="table.csv: cannot be written"):
         write_table(pd.DataFrame({"path": ["a" * 100]}), tmp_path / "table.csv")
     assert path.read_bytes() == before
@@ -152,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "missing"):
         with pytest.raises(InputError, match="cannot be written"):
-            save_checkpoint(folder / "last.safetensors", Progress(), tiny_model())
+            save_checkpoint(folder / "last.safetensors", TrainState(), tiny_model())
 
 
 def test_whoever_fails_while_writing_leaves_what_was_there(tmp_path):
@@ -172,7 +178,7 @@ def test_whoever_fails_while_writing_leaves_what_was_there(tmp_path):
 def test_files_can_be_read_by_those_who_may_enter_the_folder(tmp_path):
     for mode, expected in ((0o755, 0o644), (0o700, 0o600)):
         tmp_path.chmod(mode)
-        save_checkpoint(tmp_path / "a.safetensors", Progress(), tiny_model())
+        save_checkpoint(tmp_path / "a.safetensors", TrainState(), tiny_model())
         assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == expected
     assert load_file(tmp_path / "a.safetensors").keys() >= {"model.0.weight"}
 

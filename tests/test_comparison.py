@@ -18,7 +18,7 @@ from ramslib.experiments.comparison import (
     METHODS,
     compare,
     differences,
-    equal_time,
+    match_training_time,
     paired_image_differences,
     plan_methods,
     published,
@@ -30,7 +30,7 @@ def predictions_of(ranks, scale="scale 1", labels=None):
     """A table of predictions with these ranks."""
     labels = [0] * len(ranks) if labels is None else labels
     paths = [f"{number}.png" for number in range(len(ranks))]
-    return pd.DataFrame({"path": paths, "label": labels, "scale": scale, "rank": ranks})
+    return pd.DataFrame({"path": paths, "label": labels, "output": scale, "rank": ranks})
 
 
 def binomial_tail(better, worse):
@@ -48,18 +48,18 @@ def test_pairs_are_counted_image_by_image(pairs):
     values = [(a == 0) - (b == 0) for a, b in pairs]
     mean = sum(values) / len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) / len(values))
-    assert row.images == len(pairs) and row.scale == "scale 1"
+    assert row.images == len(pairs) and row.output == "scale 1"
     assert row.difference == pytest.approx(100 * mean)
     assert row.standard_error == pytest.approx(100 * error, abs=1e-9)
     assert (row.better, row.worse) == (values.count(1), values.count(-1))
     assert row.p_value == pytest.approx(binomial_tail(row.better, row.worse))
     padded = [*values, 1, -1, 0, 0]  # half an image in each cell of the table of pairs
     weights = [1] * len(values) + [0.5] * 4
-    centre = sum(w * v for w, v in zip(weights, padded, strict=True)) / sum(weights)
-    spread = sum(w * (v - centre) ** 2 for w, v in zip(weights, padded, strict=True))
+    center = sum(w * v for w, v in zip(weights, padded, strict=True)) / sum(weights)
+    spread = sum(w * (v - center) ** 2 for w, v in zip(weights, padded, strict=True))
     reach = 1.959964 * math.sqrt(spread) / sum(weights)
-    assert row.low == pytest.approx(max(-100, 100 * (centre - reach)), abs=1e-4)
-    assert row.high == pytest.approx(min(100, 100 * (centre + reach)), abs=1e-4)
+    assert row.low == pytest.approx(max(-100, 100 * (center - reach)), abs=1e-4)
+    assert row.high == pytest.approx(min(100, 100 * (center + reach)), abs=1e-4)
     assert row.low < row.high and row.low - 1e-9 <= row.difference <= row.high + 1e-9
 
 
@@ -77,7 +77,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 def test_every_view_is_compared_with_the_one_view_of_the_baseline():
     first, second = predictions_of([0, 1, 0]), predictions_of([0, 0, 0], "scale 2")
     found = paired_image_differences(pd.concat([first, second]), predictions_of([0, 1, 1]))
-    assert found["scale"].tolist() == ["scale 1", "scale 2"]
+    assert found["output"].tolist() == ["scale 1", "scale 2"]
     assert found["difference"].tolist() == pytest.approx([100 / 3, 200 / 3])
 
 
@@ -102,7 +102,7 @@ def test_a_plan_has_the_baseline_first_and_all_seeds():
     assert [cell.seed for cell in plan["TransFG"]] == [3, 4]
     assert plan["plain ViT"][0] == base.replace(scales=1, seed=3), "shared with other notebooks"
     assert plan["RAMS-Trans"][0] == base.replace(seed=3)
-    assert plan["RAMS-Trans, crop of the view"][0].source_size is None
+    assert plan["RAMS-Trans, crop of the view"][0].highres_size is None
     with pytest.raises(InputError, match="unknown method ViT; choose from plain ViT; TransFG"):
         plan_methods(base, ["ViT", "TransFG"], [0])
     with pytest.raises(InputError, match="nothing to compare with the plain ViT"):
@@ -113,7 +113,7 @@ def test_equal_time_gives_the_faster_methods_more_epochs():
     plan = plan_methods(Config(epochs=5), ["TransFG", "RAMS-Trans"], [0, 1])
     seconds = {"plain ViT": [9, 11], "TransFG": [14, 18], "RAMS-Trans": [20, 22]}
     rows = [{"method": name, "train_seconds": s} for name in seconds for s in seconds[name]]
-    longer = equal_time(plan, pd.DataFrame(rows))
+    longer = match_training_time(plan, pd.DataFrame(rows))
     epochs = {name: {cell.epochs for cell in cells} for name, cells in longer.items()}
     assert epochs == {"plain ViT": {10}, "TransFG": {7}, "RAMS-Trans": {5}}
     assert longer["RAMS-Trans"] == plan["RAMS-Trans"], "the slowest is not trained again"
@@ -143,9 +143,9 @@ def test_methods_are_trained_and_compared(tmp_path, monkeypatch):
     assert len(results) == 2 * (1 + 1 + 4)  # weights, views
     found = differences(results, tmp_path / "cells")
     assert len(found) == 2 * (1 + 4) and set(found["method"]) == {"TransFG", "RAMS-Trans"}
-    plain = results[results["method"] == "plain ViT"].set_index("weights")["top1"]
-    joined = found.merge(results, on=[*comparison.COMPARED, "scale"])
-    expected = joined["top1"] - joined["weights"].map(plain)
+    plain = results[results["method"] == "plain ViT"].set_index("checkpoint")["top1"]
+    joined = found.merge(results, on=[*comparison.COMPARED, "output"])
+    expected = joined["top1"] - joined["checkpoint"].map(plain)
     np.testing.assert_allclose(joined["difference"], expected, atol=1e-9)
 
 

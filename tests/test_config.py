@@ -30,13 +30,13 @@ def test_presets_differ_where_paper_and_release_do():
     assert (paper.loss, released.loss) == ("sum", "first")
     assert (paper.backbone, released.backbone) == ("vit_base_patch16_224", "vit_base_patch32_224")
     assert (paper.final_norm, released.final_norm) == (True, False)
-    assert (paper.released_boxes, released.released_boxes) == (False, True)
+    assert (paper.legacy_boxes, released.legacy_boxes) == (False, True)
     for config in (paper, released):
-        assert config.image_size == 448 and config.source_size is None and config.scales == 2
+        assert config.image_size == 448 and config.highres_size is None and config.scales == 2
         assert config.strength == "rollout_mean" and config.threshold == 1.2
         assert config.learning_rate == 0.03 and config.weight_decay == 0
         assert config.momentum == 0.9 and config.warmup_steps == 500 and config.batch_size == 16
-        assert config.clip_norm == 1 and config.crop_fraction == pytest.approx(448 / 600)
+        assert config.clip_grad_norm == 1 and config.crop_fraction == pytest.approx(448 / 600)
 
 
 def test_preset_with_changes():
@@ -96,9 +96,9 @@ def test_models_that_look_once_settle_the_scales():
         ("loss", "[0, 1.5]", (0, 1.5)),
         ("image_size", "112", 112),
         ("image_size", "112,224", (112, 224)),
-        ("source_size", "none", None),
-        ("source_size", "None", None),
-        ("source_size", "336,448", (336, 448)),
+        ("highres_size", "none", None),
+        ("highres_size", "None", None),
+        ("highres_size", "336,448", (336, 448)),
         ("final_norm", "false", False),
         ("final_norm", "True", True),
         ("pretrained", "none", "none"),
@@ -166,17 +166,17 @@ def test_value_of_the_wrong_kind(name, value):
         ("scales", -1),
         ("epochs", 0),
         ("batch_size", 0),
-        ("accumulate", 0),
+        ("grad_accum_steps", 0),
         ("learning_rate", 0),
         ("learning_rate", -1.0),
         ("image_size", 0),
         ("image_size", (112, -112)),
-        ("source_size", 0),
-        ("source_size", (0, 336)),
+        ("highres_size", 0),
+        ("highres_size", (0, 336)),
         ("workers", -1),
         ("weight_decay", -0.1),
         ("warmup_steps", -1),
-        ("clip_norm", -1.0),
+        ("clip_grad_norm", -1.0),
         ("frozen_blocks", -1),
         ("patience", -1),
         ("seed", -1),
@@ -194,7 +194,7 @@ def test_value_of_the_wrong_kind(name, value):
         ("steps", -1),
         ("dropout", 1.0),
         ("amp", "fp8"),
-        ("position_resize", "bicubic"),
+        ("pos_embed_resize", "bicubic"),
     ],
 )
 def test_value_out_of_range(name, value):
@@ -203,7 +203,7 @@ def test_value_out_of_range(name, value):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("workers", 0), ("patience", 0), ("clip_norm", 0), ("seed", 0)]
+    "name, value", [("workers", 0), ("patience", 0), ("clip_grad_norm", 0), ("seed", 0)]
 )
 def test_zero_where_it_means_off(name, value):
     assert getattr(Config().replace(**{name: value}), name) == 0

@@ -301,13 +301,13 @@ def cars_records(count, with_class=True):
     return np.array(rows, dtype=fields)
 
 
-def write_cars(root, labelled=True):
+def write_cars(root, labeled=True):
     (root / "devkit").mkdir(parents=True)
     names = np.array(["Acura RL Sedan 2012", "Audi TT"], dtype=object)
     savemat(root / "devkit/cars_meta.mat", {"class_names": names})
     savemat(root / "devkit/cars_train_annos.mat", {"annotations": cars_records(4)})
     savemat(root / "devkit/cars_test_annos.mat", {"annotations": cars_records(3, False)})
-    if labelled:
+    if labeled:
         labels = {"annotations": cars_records(3)}
         savemat(root / "cars_test_annos_withlabels.mat", labels)
     for split, count in (("train", 4), ("test", 3)):
@@ -326,11 +326,11 @@ def test_cars(tmp_path):
 
 
 def test_cars_test_file_without_classes(tmp_path):
-    root = write_cars(tmp_path, labelled=False)
+    root = write_cars(tmp_path, labeled=False)
     found = message(lambda: readers.read_cars(root))
     assert "cars_test_annos.mat: 3 test images without a class" in found
     assert "cars_test_annos_withlabels.mat" in found
-    table = readers.read_cars(root, unlabelled=True)
+    table = readers.read_cars(root, unlabeled=True)
     assert table["label"][table["split"] == "test"].eq(-1).all()
     assert table["class_name"][table["split"] == "test"].eq("").all()
 
@@ -483,7 +483,7 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
         assert part["label"].tolist() == reference._labels
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
-    assert "beyond the 306 labelled" in message(lambda: readers.read_flowers(tmp_path))
+    assert "beyond the 306 labeled" in message(lambda: readers.read_flowers(tmp_path))
 
 
 def test_pets_equals_torchvision(tmp_path):

@@ -88,7 +88,7 @@ def test_every_sign_has_the_same_ink_within_the_disc(sign):
     assert np.hypot(*(ink - 400).T).max() < 400
 
 
-def test_colour_pose_and_size_vary_within_a_species():
+def test_color_pose_and_size_vary_within_a_species():
     scenes = [scene(0, key) for key in range(12)]
     boxes = np.array([s.box for s in scenes]) / np.array([s.image.size[::-1] * 2 for s in scenes])
     assert (boxes.std(axis=0) > 0.04).all()

@@ -212,8 +212,8 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
 
 
 def test_too_much_is_refused(pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "LITTLE", 10_000)
-    monkeypatch.setattr(download, "SWELL", 0.1)
+    monkeypatch.setattr(download, "MIN_LIMIT", 10_000)
+    monkeypatch.setattr(download, "MAX_EXPANSION", 0.1)
     archive = pack({"a": bytes(6000), "b": bytes(6000)})
     assert "larger than the disk or good sense" in message(lambda: unpack(archive, tmp_path))
     assert names(tmp_path / "data") == [archive.name]

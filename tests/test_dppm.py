@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ramslib.dppm import PROPOSALS, Proposal, drawn_by_row, propose
+from ramslib.dppm import PROPOSALS, Proposal, propose, seed_random_proposals
 from ramslib.errors import InputError
 from ramslib.regions import bounding_boxes, box_area
 
@@ -112,7 +112,7 @@ def test_every_proposal_returns_what_it_promises(name):
     assert torch.equal(bounding_boxes(proposal.component), proposal.patch_boxes)
 
 
-@pytest.mark.parametrize("name", ["centre", "random"])
+@pytest.mark.parametrize("name", ["center", "random"])
 def test_controls_have_the_shape_of_the_dppms_box(name):
     strength = random_strength(200)
     proposed, control = propose(strength, 1.3), propose(strength, 1.3, name)
@@ -124,8 +124,8 @@ def test_controls_have_the_shape_of_the_dppms_box(name):
     assert box_area(proposed.patch_boxes).float().std() > 0
 
 
-def test_centre_is_in_the_centre():
-    boxes = propose(random_strength(), 1.3, "centre").patch_boxes
+def test_centre_is_in_the_center():
+    boxes = propose(random_strength(), 1.3, "center").patch_boxes
     room = torch.tensor([7, 9]) - boxes[:, 2:] - boxes[:, :2]  # below minus above, right minus left
     assert ((room == 0) | (room == 1)).all()
 
@@ -144,10 +144,10 @@ def test_random_covers_every_place_and_follows_the_seed():
 
 def test_random_places_by_row_are_the_same_in_any_batch():
     strength = random_strength(9)
-    with drawn_by_row(range(9)):
+    with seed_random_proposals(range(9)):
         first = [propose(strength, 1.3, "random").patch_boxes for _ in range(2)]  # two scales
     for rows in (range(4), range(4, 9), [8, 0, 3]):
-        with drawn_by_row(rows):
+        with seed_random_proposals(rows):
             for expected in first:
                 found = propose(strength[list(rows)], 1.3, "random").patch_boxes
                 assert torch.equal(found, expected[list(rows)])
@@ -158,7 +158,7 @@ def test_random_places_by_row_cover_the_image_and_end_with_the_block():
     strength = torch.zeros(3000, 4, 5)
     strength[:, 0, 0] = 1.0
     state = torch.get_rng_state()
-    with drawn_by_row(range(3000)):
+    with seed_random_proposals(range(3000)):
         boxes = propose(strength, 1.0, "random").patch_boxes
     assert torch.equal(torch.get_rng_state(), state)
     places, counts = boxes.unique(dim=0, return_counts=True)

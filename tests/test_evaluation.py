@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from tiny import draw_photos, tiny_config
 
 import ramslib.evaluation
+from ramslib.classifier import RAMSOutput
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import View
+from ramslib.data.transforms import ImageTransform
+from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.evaluation import (
     BOX,
     confusions,
     expected_calibration_error,
     fuse,
+    output_names,
     predict,
     score,
     score_boxes,
-    view_names,
 )
-from ramslib.looks import RAMSOutput
 from ramslib.model import build_model
-from ramslib.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def opinionated(root=".", **changes):
     return model.eval()
 
 
-VIEW = View(48, 0.875)
+VIEW = ImageTransform(48, 0.875)
 
 
 def test_every_image_is_predicted_once_at_every_scale(table):
@@ -61,7 +61,7 @@ def test_every_image_is_predicted_once_at_every_scale(table):
     assert len(predictions) == 17 * 5
     assert predictions["path"].tolist() == table["path"].repeat(5).tolist()
     assert predictions["label"].tolist() == table["label"].repeat(5).tolist()
-    assert predictions["scale"].tolist() == view_names(3) * 17
+    assert predictions["output"].tolist() == output_names(3) * 17
     assert predictions["confidence"].between(0.2, 1).all()
     assert predictions["true_probability"].le(predictions["confidence"]).all()
     assert (predictions["rank"] == 0).eq(predictions["prediction"] == predictions["label"]).all()
@@ -74,7 +74,7 @@ def test_predictions_do_not_depend_on_batches_workers_or_place_in_the_table(tabl
         found = predict(model, table, VIEW, batch_size, workers)
         pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
     turned = predict(model, table[::-1].reset_index(drop=True), VIEW, batch_size=4)
-    key = ["path", "scale"]
+    key = ["path", "output"]
     turned, expected = (each.sort_values(key, ignore_index=True) for each in (turned, expected))
     pd.testing.assert_frame_equal(turned, expected, rtol=1e-4)
 
@@ -108,12 +108,12 @@ def test_random_regions_are_random_but_reproducible_and_leave_the_generator_alon
     assert torch.rand(3).equal(expected)
     second = predict(model, table, VIEW, 16)
     pd.testing.assert_frame_equal(first, second)
-    corners = first.query("scale == 'scale 2'")[["top", "left"]].drop_duplicates()
+    corners = first.query("output == 'scale 2'")[["top", "left"]].drop_duplicates()
     assert len(corners) > 3
 
 
 def test_regions_are_in_pixels_of_the_photo(table):
-    """The view of scale 1 is the centre crop; scale 2 looks at whole patches inside it."""
+    """The view of scale 1 is the center crop; scale 2 looks at whole patches inside it."""
     predictions = predict(opinionated(), table, VIEW, 4)
     sizes = {path: (40, 48) if "bird 0" in path else (60, 68) for path in table["path"]}
     resized, margin = 55, 3  # 48 / 0.875, and (55 - 48) / 2 rounded
@@ -122,9 +122,9 @@ def test_regions_are_in_pixels_of_the_photo(table):
         box = np.array([row.top, row.left, row.bottom, row.right])
         inside = box * (np.array([resized] * 4) / [height, width, height, width]) - margin
         assert inside.min() > -1 - 1e-6 and inside.max() < 49 + 1e-6
-        if row.scale == "scale 1":
+        if row.output == "scale 1":
             assert inside == pytest.approx([0, 0, 48, 48], abs=1.01)
-    fused = predictions["scale"].str.startswith("mean")
+    fused = predictions["output"].str.startswith("mean")
     assert predictions.loc[fused, BOX].isna().all(axis=None)
 
 
@@ -143,9 +143,9 @@ def test_fusions_are_means():
     single = [each / each.sum(axis=1, keepdims=True) for each in single]
     mean = np.exp(sum(each.numpy() for each in logits) / 3)
     expected = [*single, sum(single) / 3, mean / mean.sum(axis=1, keepdims=True)]
-    assert len(probabilities) == len(view_names(3)) == 5
+    assert len(probabilities) == len(output_names(3)) == 5
     np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
-    assert len(fuse(logits[:1])) == len(view_names(1)) == 1
+    assert len(fuse(logits[:1])) == len(output_names(1)) == 1
 
 
 class Fixed(torch.nn.Module):
@@ -170,10 +170,10 @@ def test_scores_are_those_of_independent_formulas(table, seed, ties):
     draw = np.random.default_rng(seed)
     logits = draw.normal(size=(17, 9)) * 3
     logits = (logits.round() if ties else logits).astype(np.float32)
-    labelled = table.assign(label=draw.integers(0, 9, 17))
-    predictions = predict(Fixed(torch.tensor(logits)), labelled, VIEW, 5)
+    labeled = table.assign(label=draw.integers(0, 9, 17))
+    predictions = predict(Fixed(torch.tensor(logits)), labeled, VIEW, 5)
     found = score(predictions).iloc[0]
-    expected = _reference(logits.astype(float), labelled["label"].tolist())
+    expected = _reference(logits.astype(float), labeled["label"].tolist())
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
@@ -203,9 +203,11 @@ def _reference(logits, labels):
         "top1": 100 * share,
         "standard_error": 100 * math.sqrt(share * (1 - share) / len(labels)),
         "top5": 100 * sum(among_five) / len(labels),
-        "mean_class": 100 * sum(sum(c) / len(c) for c in of_class.values()) / len(of_class),
-        "calibration_error": 100 * gap,
-        "log_loss": sum(losses) / len(losses),
+        "mean_per_class_accuracy": 100
+        * sum(sum(c) / len(c) for c in of_class.values())
+        / len(of_class),
+        "ece": 100 * gap,
+        "nll": sum(losses) / len(losses),
     }
 
 
@@ -225,14 +227,14 @@ def test_boxes_are_scored_against_annotations_in_the_same_pixels():
             ("a", "scale 2", 0, 0, 5, 10),
             ("b", "scale 1", 1, 1, 2, 2),
         ],
-        columns=["path", "scale", *BOX],
+        columns=["path", "output", *BOX],
     )
-    fused = pd.DataFrame({"path": ["a"], "scale": ["mean softmax"]})
+    fused = pd.DataFrame({"path": ["a"], "output": ["mean softmax"]})
     table = pd.DataFrame(
         [("a", 0, 5, 10, 15), ("b", np.nan, np.nan, np.nan, np.nan)], columns=["path", *BOX]
     )
     scores = score_boxes(pd.concat([looked, fused]), table)
-    assert scores["scale"].tolist() == ["scale 1", "scale 2"]
+    assert scores["output"].tolist() == ["scale 1", "scale 2"]
     assert scores["iou"].tolist() == pytest.approx([50 / 150, 25 / 125])
     assert scores["area"].tolist() == pytest.approx([1.0, 0.5])
     with pytest.raises(InputError, match="no.* annotated box"):

@@ -13,20 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from exploring import make_run
+from explorer_run import make_run
 from nbformat import read
 from PIL import Image
 
 from ramslib.__main__ import main
 from ramslib.explorer import Explorer
 from ramslib.explorer.app import write_page
-from ramslib.explorer.browsing import ALL
+from ramslib.explorer.browser import ALL
+from ramslib.explorer.components import BackgroundWorker, Chart, Panel, probability_bars
 from ramslib.explorer.gallery import PAGE
 from ramslib.explorer.looking import choose, follow, measure
-from ramslib.explorer.panels import Chart, Later, Panel, bars
-from ramslib.explorer.survey import images_of, sort_images
+from ramslib.explorer.validation import images_of, sort_images
 from ramslib.plots import plot_threshold
-from ramslib.plots.stories import probabilities_of
+from ramslib.plots.images import probabilities_of
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def places(tmp_path_factory):
 def explorer(places):
     page = Explorer("folder", places / "photos", places / "runs")
     page.later.delay = 0.01
-    page.later.settle()
+    page.later.wait()
     assert page.message.value == ""
     return page
 
@@ -77,7 +77,7 @@ def test_opens_a_run_of_several_scales_at_its_first_validation_photo(explorer):
 def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
     row = explorer.rows[0]
     explorer.controls.thresholds[0].value = 4
-    explorer.later.settle()
+    explorer.later.wait()
     before = [panel.image.value for panel in (row.view, row.mask, row.crop)]
     explorer.controls.thresholds[0].value = threshold
     numbers, region = numbers_of(explorer)
@@ -88,7 +88,7 @@ def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
     assert box in text_of(row.crop.note)
     after = [panel.image.value for panel in (row.view, row.mask, row.crop)]
     assert [old != new for old, new in zip(before, after, strict=True)] == [True] * 3
-    explorer.later.settle()
+    explorer.later.wait()
     assert torch.equal(explorer.seen[1].view, region.crop) and not row.crop.is_stale
 
 
@@ -110,7 +110,7 @@ def test_mask_picture_is_bright_where_the_component_is(explorer):
 
 def test_class_probabilities_are_the_models_at_rest(explorer):
     explorer.controls.thresholds[0].value = 1.4
-    explorer.later.settle()
+    explorer.later.wait()
     choice = explorer.controls.choice()
     seen = follow(explorer.lens, explorer.photo, explorer.seen[:1], choice)
     for values in probabilities_of(seen).values():
@@ -119,7 +119,7 @@ def test_class_probabilities_are_the_models_at_rest(explorer):
 
 def test_a_next_scale_that_is_not_ready_says_so(explorer):
     explorer.controls.scales.value = 3
-    explorer.later.settle()
+    explorer.later.wait()
     explorer.later.delay = 5
     second = explorer.rows[1]
     assert not second.heat.is_stale and len(explorer.stage.children) == 2
@@ -128,7 +128,7 @@ def test_a_next_scale_that_is_not_ready_says_so(explorer):
     assert "computing" in text_of(explorer.scores)
     explorer.later.delay = 0.01
     explorer.controls.thresholds[0].value = 3.85
-    explorer.later.settle()
+    explorer.later.wait()
     assert not second.heat.is_stale and "computing" not in text_of(explorer.scores)
 
 
@@ -151,7 +151,7 @@ def test_every_control_redraws(explorer, name):
 def test_proposal_crop_source_and_opacity(explorer):
     row = explorer.rows[0]
     explorer.controls.proposal.value = "whole"
-    assert "y 6–84, x 6–92" in text_of(row.crop.note), "the centre crop of 90 x 98 pixels"
+    assert "y 6–84, x 6–92" in text_of(row.crop.note), "the center crop of 90 x 98 pixels"
     sharp = row.crop.image.value
     explorer.controls.source.value = False
     assert row.crop.image.value != sharp
@@ -252,11 +252,11 @@ def test_wrong_models_are_messages_and_the_rest_keeps_working(explorer, places):
 def test_another_model_looks_at_the_same_photo(explorer):
     path = explorer.photo.path
     explorer.models.value = next(v for label, v in explorer.models.options if "(1 scale," in label)
-    explorer.later.settle()
+    explorer.later.wait()
     assert explorer.lens.model.num_scales == 1 and explorer.photo.path == path
     assert "scale 2" in text_of(explorer.rows[0].view.note)
     explorer.controls.scales.value = 1
-    explorer.later.settle()
+    explorer.later.wait()
     assert "scale 2" not in text_of(explorer.rows[0].view.note)
     assert "scale 2" not in text_of(explorer.scores)
 
@@ -274,19 +274,19 @@ def marker(chart):
 def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
     curve, blocks = explorer.tabs.curve, explorer.tabs.blocks
     explorer.controls.thresholds[0].value = 1.0
-    explorer.later.settle()
+    explorer.later.wait()
     before, picture = marker(curve), curve.image.value
     assert curve.key[1] and "computing" not in text_of(curve.note), "probabilities are there"
     explorer.controls.thresholds[0].value = 3.0
     assert marker(curve) > before
-    explorer.later.settle()
+    explorer.later.wait()
     assert curve.image.value == picture, "the curve itself is not drawn anew"
     explorer.tabs.selected_index = 1
-    explorer.later.settle()
+    explorer.later.wait()
     assert blocks.image.value and not blocks.is_stale
     explorer.controls.strength.value = "rollout_mean"
     assert blocks.is_stale
-    explorer.later.settle()
+    explorer.later.wait()
     assert not blocks.is_stale
 
 
@@ -310,24 +310,24 @@ def surveyed(explorer):
     if explorer.tabs.survey is None:
         assert "not looked at yet" in text_of(explorer.tabs.state)
         explorer.tabs.start.click()
-        explorer.tabs.later.settle()
+        explorer.tabs.later.wait()
     assert explorer.tabs.survey is not None and explorer.message.value == ""
     return explorer
 
 
 def test_the_threshold_of_the_whole_set_answers_at_once(surveyed):
     surveyed.controls.thresholds[0].value = 1.5
-    surveyed.later.settle()
+    surveyed.later.wait()
     text = text_of(surveyed.tabs.effect.note)
     images = len(surveyed.tabs.survey.strengths.table)
     assert f"threshold 1.50, {images} images" in text and "stored at threshold 1.50" in text
-    stored = surveyed.tabs.survey.accuracy.query("threshold == 1.5 and scale == 'scale 2'")
+    stored = surveyed.tabs.survey.accuracy.query("threshold == 1.5 and output == 'scale 2'")
     assert f"scale 2 {stored['top1'].item():.1f} %" in text
     surveyed.controls.strength.value = "single_head"
     assert "choose one of those" in text_of(surveyed.tabs.effect.note)
     surveyed.controls.strength.value = "rollout_mean"
     assert "computing" in text_of(surveyed.tabs.effect.note)
-    surveyed.later.settle()
+    surveyed.later.wait()
     assert "mean IoU" not in text_of(surveyed.tabs.effect.note), "these photos have no boxes"
     assert "% of the image" in text_of(surveyed.tabs.effect.note)
     assert "accuracy" not in text_of(surveyed.tabs.effect.note), "stored for the run's own strength"
@@ -387,8 +387,8 @@ def test_moves_leave_nothing_behind(explorer):
         for number in range(moves):
             slider.value = 0.05 + number % 60 * 0.05
             if number % 20 == 0:
-                explorer.later.settle()
-        explorer.later.settle()
+                explorer.later.wait()
+        explorer.later.wait()
         gc.collect()
         return len(gc.get_objects())
 
@@ -404,14 +404,14 @@ def test_unforeseen_errors_are_messages_too(explorer, monkeypatch):
     assert "ZeroDivisionError" in text_of(explorer.message)
     monkeypatch.undo()
     explorer.controls.thresholds[0].value = 1.1
-    explorer.later.settle()
+    explorer.later.wait()
     numbers, _ = numbers_of(explorer)
     assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
 
 
 def test_later_does_the_newest_work_and_reports_errors():
     done, errors = [], []
-    later = Later(threading.RLock(), errors.append, delay=0.05)
+    later = BackgroundWorker(threading.RLock(), errors.append, delay=0.05)
 
     def work(name):
         def steps():
@@ -423,20 +423,20 @@ def test_later_does_the_newest_work_and_reports_errors():
 
     for name in "abc":
         later(work(name))
-    later.settle()
+    later.wait()
     assert done == ["c", "c again"]
     later(work("d"))
     while "d" not in done:
         time.sleep(0.005)
     later(work("e"))
-    later.settle()
+    later.wait()
     assert done[2:] == ["d", "e", "e again"], "abandoned between two steps"
 
     def fail():
         yield lambda: 1 / 0
 
     later(fail)
-    later.settle()
+    later.wait()
     assert [type(error) for error in errors] == [ZeroDivisionError]
 
 
@@ -459,7 +459,7 @@ def test_panel_draws_only_what_has_changed():
 
 def test_bars_escape_class_names():
     table = pd.DataFrame({"class": ["<b>"], "view": ["scale 1"], "probability": [0.25]})
-    assert "&lt;b&gt;" in bars(table) and "0.250" in bars(table)
+    assert "&lt;b&gt;" in probability_bars(table) and "0.250" in probability_bars(table)
 
 
 @pytest.mark.parametrize("run", [(), ("runs/one",)])

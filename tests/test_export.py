@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import draw_photos, tiny_config
 
-from ramslib.data.transforms import View, open_image
+from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
 from ramslib.model import build_model
@@ -51,11 +51,11 @@ def test_a_file_answers_like_the_run(trained, tmp_path):
     path = export_run(run, tmp_path / "model.pt2")
     program = torch.export.load(path).module()
     files = sorted((photos / "test").rglob("*.png"))
-    pixels = torch.stack([View(48, 0.875)(open_image(file)) for file in files])
+    pixels = torch.stack([ImageTransform(48, 0.875)(open_image(file)) for file in files])
     with torch.no_grad():
         classes = program(pixels)["logits_2"].argmax(dim=1)
     table = pd.DataFrame({"path": list(map(str, files)), "label": 0})
-    expected = predict(load(run), table, View(48, 0.875)).query("scale == 'scale 2'")
+    expected = predict(load(run), table, ImageTransform(48, 0.875)).query("output == 'scale 2'")
     assert classes.tolist() == expected["prediction"].tolist()
 
 

@@ -25,7 +25,7 @@ from ramslib.config import Config
 from ramslib.dppm import propose
 from ramslib.model import IMAGENET, RAMSTrans
 from ramslib.strength import attention_strength
-from ramslib.training.optimisation import backward_scales, create_optimizer, loss_weights
+from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
 from ramslib.transfg import TransFG, contrastive_loss
 from ramslib.weights.sources import load_pretrained
 
@@ -58,7 +58,7 @@ def golden(name):
 
 @pytest.fixture(scope="module")
 def images(golden):
-    """(B, 3, H, W) normalised as the release does."""
+    """(B, 3, H, W) normalized as the release does."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in IMAGENET)
     pixels = torch.from_numpy(golden["images"]).permute(0, 3, 1, 2)
     return (pixels / 255 - mean) / std
@@ -86,7 +86,7 @@ def build_backbone(name, golden, config=RELEASED):
         backbone,
         name,
         str(path),
-        position_resize=config.position_resize,
+        pos_embed_resize=config.pos_embed_resize,
         final_norm=config.final_norm,
     )
     return backbone
@@ -104,7 +104,7 @@ def build(name, golden, config=RELEASED):
         config.thresholds(),
         config.strength,
         config.proposal,
-        released_boxes=config.released_boxes,
+        legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
     )
     model.classifier.weight.data.copy_(head)
@@ -173,7 +173,7 @@ def test_boxes_at_every_threshold(model, images, looks, golden):
     assert len(golden["thresholds"]) == len(golden["boxes_scale1"]) > 0
     for threshold, expected in zip(golden["thresholds"], golden["boxes_scale1"], strict=True):
         patches = propose(looks[0].strength, float(threshold)).patch_boxes
-        _, boxes = model.amplify(images, None, looks[0].boxes, patches)
+        _, boxes = model.crop_region(images, None, looks[0].boxes, patches)
         np.testing.assert_array_equal(released(boxes), expected)
 
 
@@ -201,7 +201,7 @@ def test_scale_three(model, looks, second_blocks, golden):
     patches = propose(strength, 1.3).patch_boxes
     view = looks[1].view
     inside = looks[0].boxes  # boxes of the set are measured in the crop of scale 2
-    crop, boxes = model.amplify(view, None, inside, patches)
+    crop, boxes = model.crop_region(view, None, inside, patches)
     np.testing.assert_array_equal(released(boxes), golden["boxes_scale2_threshold1.3"])
     assert difference(crop[:, :, ::8, ::8], golden["crop_scale3_every8"]) <= 1e-4
 
@@ -218,7 +218,7 @@ def test_five_steps_of_training(loss, key, name, golden, images):
         optimizer.zero_grad()
         weights = loss_weights(config.loss, config.scales)
         losses.append(backward_scales(model, images, None, labels, weights).tolist())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         norms.append(norm.item())
         optimizer.step()
     np.testing.assert_allclose(losses, expected[f"{key}_losses_per_scale"], rtol=1e-3)
@@ -229,9 +229,9 @@ def test_five_steps_of_training(loss, key, name, golden, images):
 @pytest.mark.parametrize(
     "option",
     [
-        {"position_resize": "timm"},
+        {"pos_embed_resize": "timm"},
         {"final_norm": True},
-        {"released_boxes": False},
+        {"legacy_boxes": False},
         {"align_corners": False},
         {"threshold": 1.0},
         {"strength": "rollout_class"},

@@ -23,12 +23,12 @@ from ramslib.errors import InputError
 from ramslib.runs.run import is_finished, read_metrics
 from ramslib.training.launch import (
     Job,
-    attach,
-    changed_settings,
+    available_processes,
     command,
+    find_job,
+    overrides,
     start,
     train_in_processes,
-    usable_processes,
 )
 
 
@@ -40,7 +40,7 @@ def one_thread(monkeypatch):
 
 CHOICES = {
     "image_size": st.sampled_from([112, 448, (64, 96)]),
-    "source_size": st.sampled_from([None, 336, (64, 96)]),
+    "highres_size": st.sampled_from([None, 336, (64, 96)]),
     "root": st.text("abc 'ä\"=/.,$[]{}", min_size=1).filter(str.strip),
     "scales": st.integers(1, 4),
     "threshold": st.sampled_from([1.0, 1.25, (1.2, 1.3, 1.4)]),
@@ -55,13 +55,13 @@ CHOICES = {
 @settings(max_examples=100, deadline=None)
 def test_settings_survive_the_command_line(changes):
     config = Config().replace(**changes)
-    options = _parse(["train", "--run", "x", *changed_settings(config)])
+    options = _parse(["train", "--run", "x", *overrides(config)])
     assert _config(options) == config
 
 
 def test_a_list_of_one_number_survives_the_command_line():
     config = Config().replace(threshold=(1.2,), scales=1, loss=(2.0,))
-    options = _parse(["train", "--run", "x", *changed_settings(config)])
+    options = _parse(["train", "--run", "x", *overrides(config)])
     assert _config(options) == config
 
 
@@ -83,13 +83,13 @@ def test_commands_can_be_pasted():
 def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
     monkeypatch.setattr(ramslib.training.launch, "_cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert usable_processes(4) == (
+    assert available_processes(4) == (
         2,
         "this machine has 2 cores: training in 2 processes over gloo, one core each",
     )
-    assert usable_processes(1)[0] == 1
+    assert available_processes(1)[0] == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert usable_processes(2) == (1, "this machine has 1 GPU: training in one process")
+    assert available_processes(2) == (1, "this machine has 1 GPU: training in one process")
 
 
 def _in_session(session):
@@ -128,7 +128,7 @@ def _listening(processes):
 
 
 def _attach_elsewhere(run, answer):
-    answer.put(attach(run).pid)
+    answer.put(find_job(run).pid)
 
 
 def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
@@ -137,7 +137,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
 
     def interrupt(metrics):
         if len(metrics):
-            pids.append(attach(run).pid)
+            pids.append(find_job(run).pid)
             answer = multiprocessing.Queue()
             other = multiprocessing.Process(target=_attach_elsewhere, args=(run, answer))
             other.start()
@@ -151,7 +151,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
         train_in_processes(config, run, show=interrupt)
     log = (run / "output.log").read_text()
     assert "stopped as asked, at step" in log and "Traceback" not in log
-    assert attach(run) is None and not (run / "job.json").exists()
+    assert find_job(run) is None and not (run / "job.json").exists()
     stopped = len(read_metrics(run))
     assert 0 < stopped and (run / "last.safetensors").exists() and not is_finished(run)
     assert _in_session(pids[0]) == ([], []) and _working_on(run) == []
@@ -165,7 +165,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
 def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     config = tiny_config(draw_photos(tmp_path / "photos"), epochs=200, workers=1)
     run = tmp_path / "run"
-    job = start(run, ["train", "--run", run, *changed_settings(config)], 2)
+    job = start(run, ["train", "--run", run, *overrides(config)], 2)
     assert start(run, ["train"], 2).pid == job.pid, "it runs already"
     deadline = time.monotonic() + 120
     while read_metrics(run).empty and time.monotonic() < deadline:
@@ -173,7 +173,7 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     found = Job(run, job.pid)
     assert _listening(_working_on(run)), "two processes meet at a port"
     found.stop()
-    assert not found.is_running() and attach(run) is None
+    assert not found.is_running() and find_job(run) is None
     assert "stopped as asked, at step" in job.output(200)
     time.sleep(0.5)
     assert _in_session(job.pid) == ([], []) and _working_on(run) == []  # so they hold no port
@@ -200,18 +200,18 @@ def test_a_failure_is_told_as_the_command_told_it(tmp_path):
     job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"])
     with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
         job.follow(every=0.1)
-    assert ramslib.training.launch._CHILDREN == {} and attach(tmp_path) is None
+    assert ramslib.training.launch._CHILDREN == {} and find_job(tmp_path) is None
 
 
 def test_a_job_file_of_the_past_is_no_job(tmp_path):
     for text in ("", "{", "[]", "{}", '{"pid": "x", "started": 1}', '{"pid": 1, "started": "0"}'):
         (tmp_path / "job.json").write_text(text)
-        assert attach(tmp_path) is None
+        assert find_job(tmp_path) is None
     dead = subprocess.Popen([sys.executable, "-c", ""])
     text = json.dumps({"pid": dead.pid, "started": ramslib.training.launch._start_time(dead.pid)})
     dead.wait()
     (tmp_path / "job.json").write_text(text)
-    assert attach(tmp_path) is None
+    assert find_job(tmp_path) is None
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_config
 
+from ramslib.distributed import Processes, process_group
 from ramslib.model import build_model
-from ramslib.processes import Processes, process_group
 from ramslib.training.learner import Learner
 
 
@@ -30,15 +30,15 @@ def batches(count, size):
 
 
 def test_accumulated_micro_batches_are_one_batch():
-    whole, parts = make(), make(accumulate=3)
+    whole, parts = make(), make(grad_accum_steps=3)
     expected, norm, _ = whole.gradients(0, batches(1, 6), False)
     losses, other, _ = parts.gradients(0, batches(3, 2), False)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(other, norm)
-    assert norm > whole.config.clip_norm, "and it was clipped"
+    assert norm > whole.config.clip_grad_norm, "and it was clipped"
     found = [p.grad for p in whole.model.parameters() if p.grad is not None]
     joint = torch.cat([gradient.flatten() for gradient in found])
-    assert joint.norm() == pytest.approx(whole.config.clip_norm, rel=1e-4)
+    assert joint.norm() == pytest.approx(whole.config.clip_grad_norm, rel=1e-4)
     for one, two in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-6)

@@ -16,7 +16,7 @@ from tiny import draw_photos, tiny_config
 
 from ramslib.__main__ import main
 from ramslib.config import Config
-from ramslib.training.launch import changed_settings
+from ramslib.training.launch import overrides
 from ramslib.training.trainer import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 
 def settings_of(world, **changes):
     """The finished run's settings, as words of a command."""
-    return changed_settings(tiny_config(world / "photos", epochs=1, **changes))
+    return overrides(tiny_config(world / "photos", epochs=1, **changes))
 
 
 def fingerprint(folder):
@@ -70,10 +70,10 @@ def refused(world, capsys):
 WRONG = {
     "data": ["cup", ""],
     "image_size": ["0", "-32", "33", "32.5", "big", "32,", "32,32,32", "[]", "none", "true", "1e9"],
-    "source_size": ["0", "-1", "x", "48,0", "{}", "99999999"],
+    "highres_size": ["0", "-1", "x", "48,0", "{}", "99999999"],
     "crop_fraction": ["0", "1.5", "-1", "nan", "inf", "half"],
     "augment": ["", "Flip", "rand-x", "autoaugmented"],
-    "normalise": ["imagenet21k", ""],
+    "normalization": ["imagenet21k", ""],
     "validation_fraction": ["-0.1", "0.6", "nan", "all"],
     "workers": ["-1", "1.5", "many", "100000"],
     "backbone": [
@@ -86,18 +86,18 @@ WRONG = {
     "model": ["", "resnet", "TransFG"],
     "patch_stride": ["0", "-8", "8", "1.5", "x"],
     "pretrained": ["", "nowhere.safetensors", "of-line"],
-    "position_resize": ["bilinear"],
+    "pos_embed_resize": ["bilinear"],
     "final_norm": ["perhaps", "1", "none"],
     "scales": ["0", "-1", "1.5", "two", "1000", "none"],
     "strength": ["rollout", "", "last"],
     "threshold": ["nan", "inf", "high", "1,nan", "[[1]]", "none", "{}", "true"],
     "proposal": ["dppm", ""],
     "class_token": ["per-scale"],
-    "released_boxes": ["maybe"],
+    "legacy_boxes": ["maybe"],
     "align_corners": ["2"],
     "drop_path": ["1", "-0.1", "x"],
     "dropout": ["1", "-0.1", "x"],
-    "checkpointing": ["maybe", "2"],
+    "grad_checkpointing": ["maybe", "2"],
     "steps": ["-1", "1.5", "x"],
     "loss": ["mean", ""],
     "contrastive_weight": ["-1", "nan", "x"],
@@ -105,15 +105,15 @@ WRONG = {
     "label_smoothing": ["1", "-1", "nan"],
     "epochs": ["0", "-3", "1.5", "ten", "none", "[3]"],
     "batch_size": ["0", "-4", "1000", "4.5", "x"],
-    "accumulate": ["0", "4", "x"],
+    "grad_accum_steps": ["0", "4", "x"],
     "optimizer": ["adamx", "", "sdg"],
     "learning_rate": ["0", "-1", "nan", "inf", "fast", "none"],
-    "head_factor": ["0", "-1", "inf", "x"],
+    "head_lr_scale": ["0", "-1", "inf", "x"],
     "weight_decay": ["-1", "nan", "x"],
     "momentum": ["-1", "x"],
     "layer_decay": ["0", "1.1", "x"],
     "warmup_steps": ["-1", "1.5", "x"],
-    "clip_norm": ["-1", "nan", "x"],
+    "clip_grad_norm": ["-1", "nan", "x"],
     "frozen_blocks": ["-1", "7", "x"],
     "sampling": ["even", "1", "none"],
     "amp": ["fp8", "float16", ""],
@@ -364,7 +364,7 @@ def test_the_model_card_tells_what_it_is(world):
     assert f"{row['top1']:.1f} ± {row['standard_error']:.1f}" in card
     for word in (
         "test_vit",
-        "random initialisation",
+        "random initialization",
         "folder, 18 train, 6 validation, 15 test",
         "3 classes",
         "ramslib.load(",

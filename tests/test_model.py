@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ramslib.backbone import extend_class_tokens
+from ramslib.classifier import RAMSOutput
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
-from ramslib.looks import RAMSOutput
 from ramslib.model import RAMSTrans, build_model
 from ramslib.strength import STRENGTHS
 
@@ -203,7 +203,7 @@ def test_regions_below_a_pixel_of_the_source_are_cut_as_one(model_of, images):
     model, source = model_of(), images(1, (48, 64))
     view, boxes = images(1), torch.tensor([[0.0, 0.0, 24.0, 32.0]])
     for _ in range(4):
-        view, boxes = model.amplify(view, source, boxes, torch.tensor([[1, 1, 2, 2]]))
+        view, boxes = model.crop_region(view, source, boxes, torch.tensor([[1, 1, 2, 2]]))
         assert view.shape == (1, 3, 24, 32) and view.isfinite().all()
     assert boxes[0, 2] - boxes[0, 0] < 0.5  # less than a pixel of the source
 
@@ -216,7 +216,7 @@ def test_a_source_of_the_same_pixels_changes_nothing_at_scale_two(model_of, imag
 
 
 def test_released_boxes_start_a_pixel_early(model_of, images):
-    exact, shifted = model_of(), model_of(released_boxes=True, align_corners=True)
+    exact, shifted = model_of(), model_of(legacy_boxes=True, align_corners=True)
     batch = images(8)
     before, after = list(exact.scales(batch)), list(shifted.scales(batch))
     expected = before[1].boxes.clone()
@@ -384,7 +384,7 @@ def test_inference_mode(model_of, images):
     [*((name, "attention") for name in STRENGTHS), *(("last_class", name) for name in PROPOSALS)],
 )
 def test_nothing_is_left_on_another_device(strength, proposal, model_of, images, monkeypatch):
-    model = model_of("dinov3", 3, strength=strength, proposal=proposal, released_boxes=True)
+    model = model_of("dinov3", 3, strength=strength, proposal=proposal, legacy_boxes=True)
     # what needs values, which fake tensors have not
     monkeypatch.setattr(FakeTensor, "numpy", lambda mask: np.zeros(mask.shape, dtype=bool))
     monkeypatch.setattr(FakeTensor, "tolist", lambda boxes: [[0, 8, 16, 24]] * len(boxes))
@@ -410,7 +410,7 @@ def refused(call, *args, **kwargs):
 
 def tiny(**changes):
     """A configuration that builds in milliseconds."""
-    start = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "source_size": None}
+    start = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "highres_size": None}
     return Config().replace(**start | changes)
 
 
@@ -420,9 +420,9 @@ def test_a_configuration_reaches_the_model():
         scales=3,
         threshold=(1.1, 1.3),
         strength="rollout_mean",
-        proposal="centre",
+        proposal="center",
         class_token="per_scale",
-        released_boxes=True,
+        legacy_boxes=True,
         align_corners=True,
         drop_path=0.2,
     )
@@ -432,9 +432,9 @@ def test_a_configuration_reaches_the_model():
     assert (model.thresholds, model.strength, model.proposal) == (
         (1.1, 1.3),
         "rollout_mean",
-        "centre",
+        "center",
     )
-    assert model.released_boxes and model.align_corners and model.per_scale_token
+    assert model.legacy_boxes and model.align_corners and model.per_scale_token
     assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
     output = model(torch.randn(2, 3, 48, 32))
     assert [logits.shape for logits in output.logits] == [(2, 7)] * 3
@@ -449,9 +449,9 @@ def test_class_tokens_follow_the_configuration(scales, shared, tokens):
     assert len(model(torch.randn(1, 3, 32, 32)).logits) == scales
 
 
-def test_normalisation_follows_the_configuration():
-    assert build_model(tiny(normalise="backbone"), 3)[0].mean_std == ((0.5,) * 3, (0.5,) * 3)
-    imagenet = build_model(tiny(normalise="imagenet"), 3)[0].mean_std
+def test_normalization_follows_the_configuration():
+    assert build_model(tiny(normalization="backbone"), 3)[0].mean_std == ((0.5,) * 3, (0.5,) * 3)
+    imagenet = build_model(tiny(normalization="imagenet"), 3)[0].mean_std
     assert imagenet == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ramslib.data.diagnostic import write_diagnostic_set
-from ramslib.experiments.road import run_road
+from ramslib.experiments.notebooks import run_notebooks
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def out(tmp_path_factory):
     )
     methods = {"methods": ["plain ViT", "TransFG", "RAMS-Trans"]}
     ablations = {"ablations": {"threshold": [1.2]}, "trained": [1.2]}  # one cell for both
-    run_road("cub", root, folder / "out", "tiny", methods | ablations)
+    run_notebooks("cub", root, folder / "out", "tiny", methods | ablations)
     return folder / "out"
 
 
@@ -32,7 +32,7 @@ def test_one_table_holds_the_results_of_every_notebook(out):
     results = pd.read_csv(out / "results.csv")
     assert results["notebook"].nunique() == 6
     trained = results[results["notebook"] == "02_train_two_gpus"]
-    assert list(trained["scale"]) == ["scale 1", "scale 2", "mean softmax", "mean logits"]
+    assert list(trained["output"]) == ["scale 1", "scale 2", "mean softmax", "mean logits"]
     assert (trained["images"] == 12).all()
 
 

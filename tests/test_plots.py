@@ -15,7 +15,7 @@ from ramslib.data.datasets import load_table
 from ramslib.dppm import propose
 from ramslib.evaluation import expected_calibration_error
 from ramslib.model import RAMSTrans
-from ramslib.plots import figures, pictures, stories
+from ramslib.plots import drawing, figures, images
 
 matplotlib.use("agg")
 MEAN_STD = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -46,7 +46,7 @@ def predictions():
         for scale in ("scale 1", "scale 2"):
             label, given = index % 3, int(draw.integers(3))
             rows.append((f"{index}.jpg", label, scale, given, draw.uniform(0.3, 1), given != label))
-    names = ["path", "label", "scale", "prediction", "confidence", "rank"]
+    names = ["path", "label", "output", "prediction", "confidence", "rank"]
     return pd.DataFrame(rows, columns=names).astype({"rank": int})
 
 
@@ -58,13 +58,13 @@ def metrics():
         rows.append({"step": step, "epoch": 1 + step // 11, "split": "train", **losses})
     for epoch in (1, 2):
         for scale, top1 in (("scale 1", 40.0), ("mean softmax", 50.0)):
-            row = {"epoch": epoch, "step": 10 * epoch, "split": "validation", "scale": scale}
+            row = {"epoch": epoch, "step": 10 * epoch, "split": "validation", "output": scale}
             rows.append(row | {"top1": top1 + epoch, "standard_error": 3.0})
     return pd.DataFrame(rows)
 
 
 def rectangles(ax):
-    """(top, left, bottom, right) and colour of each coloured rectangle."""
+    """(top, left, bottom, right) and color of each colored rectangle."""
     found = []
     for patch in ax.patches:
         left, top = patch.get_xy()
@@ -102,51 +102,51 @@ def test_vector_files_hold_real_text_and_replace_nothing_halfway(tmp_path, metri
     assert sorted(p.name for p in path.parent.iterdir()) == ["loss.pdf", "loss.svg"]
 
 
-def test_each_scale_has_its_own_colour_everywhere():
+def test_each_scale_has_its_own_color_everywhere():
     names = [f"scale {n}" for n in range(1, 5)] + ["mean softmax", "mean logits"]
-    assert len({pictures.view_colour(name) for name in names}) == len(names)
+    assert len({drawing.output_color(name) for name in names}) == len(names)
 
 
-@pytest.mark.parametrize("name", [pictures.HEAT, figures.SCORES])
-def test_colour_maps_get_steadily_lighter(name):
-    colours = matplotlib.colormaps[name](np.linspace(0, 1, 32))[:, :3]
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+@pytest.mark.parametrize("name", [drawing.HEATMAP_CMAP, figures.CMAP])
+def test_color_maps_get_steadily_lighter(name):
+    colors = matplotlib.colormaps[name](np.linspace(0, 1, 32))[:, :3]
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     assert (np.diff(linear @ (0.2126, 0.7152, 0.0722)) > 0).all()
 
 
 def test_pictures_from_any_kind_of_image(photo):
     pixels = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)
     mean, std = (torch.tensor(values)[:, None, None] for values in MEAN_STD)
-    normalised = (pixels / 255 - mean) / std
-    for image, mean_std in ((photo, None), (pixels, None), (normalised, MEAN_STD)):
-        assert np.array_equal(pictures.to_picture(image, mean_std), photo)
+    normalized = (pixels / 255 - mean) / std
+    for image, mean_std in ((photo, None), (pixels, None), (normalized, MEAN_STD)):
+        assert np.array_equal(drawing.to_picture(image, mean_std), photo)
 
 
-def test_heat_is_the_colour_map_at_the_share_of_the_maximum(strength):
+def test_heat_is_the_color_map_at_the_share_of_the_maximum(strength):
     black = Image.new("RGB", (8, 6))
-    heat = np.asarray(pictures.paint_strength(black, strength, opacity=1))
+    heat = np.asarray(drawing.draw_strength(black, strength, opacity=1))
     for y in range(6):
         for x in range(8):
             share = strength[y // 2, x // 2] / strength.max()
             expected = matplotlib.colormaps["inferno"](float(share), bytes=True)[:3]
             assert np.abs(heat[y, x].astype(int) - expected).max() <= 2
-    assert np.array_equal(pictures.paint_strength(black, strength, opacity=0), black)
+    assert np.array_equal(drawing.draw_strength(black, strength, opacity=0), black)
 
 
 def test_nan_and_constant_strength_are_drawn(photo):
     for values in (torch.full((3, 4), torch.nan), torch.zeros(3, 4)):
-        assert pictures.paint_strength(photo, values).size == photo.size
+        assert drawing.draw_strength(photo, values).size == photo.size
 
 
 def test_mask_keeps_the_component_bright_and_outlines_it():
-    grey = Image.new("RGB", (40, 30), (200, 200, 200))
+    gray = Image.new("RGB", (40, 30), (200, 200, 200))
     mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
     component = mask.clone()
     component[0, 3] = False
-    painted = np.asarray(pictures.paint_mask(grey, mask, component, "#ff0000"))
-    centres = painted[5::10, 5::10, 0]
-    assert (centres[component] == 200).all()
-    assert (centres[~mask] < centres[0, 3]).all() and centres[0, 3] < 200
+    painted = np.asarray(drawing.draw_mask(gray, mask, component, "#ff0000"))
+    centers = painted[5::10, 5::10, 0]
+    assert (centers[component] == 200).all()
+    assert (centers[~mask] < centers[0, 3]).all() and centers[0, 3] < 200
     red = (painted == (255, 0, 0)).all(axis=2)
     assert red[10, 2:8].all() and red[12:18, 10].all() and red[2:8, 20].all()
     assert not red[25:, :].any() and not red[2:8, 8:13].any()
@@ -154,28 +154,28 @@ def test_mask_keeps_the_component_bright_and_outlines_it():
 
 def test_boxes_are_painted_inside_their_edges():
     blank = Image.new("RGB", (100, 80), "white")
-    painted = np.asarray(pictures.paint_box(blank, (10, 20, 60, 90), "#0072b2"))
+    painted = np.asarray(drawing.draw_box(blank, (10, 20, 60, 90), "#0072b2"))
     changed = (painted != 255).any(axis=2)
     rows, columns = np.nonzero(changed)
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (10, 60, 20, 90)
     assert not changed[20:50, 30:80].any()
-    dashed = np.asarray(pictures.paint_box(blank, (10, 20, 60, 90), "#0072b2", dashed=True))
+    dashed = np.asarray(drawing.draw_box(blank, (10, 20, 60, 90), "#0072b2", dashed=True))
     blue = [(image == (0, 114, 178)).all(axis=2).sum() for image in (painted, dashed)]
     assert 0.3 * blue[0] < blue[1] < 0.7 * blue[0]
-    assert np.array_equal(pictures.paint_box(blank, (3, 3, 4, 4), "red"), blank), "too small"
+    assert np.array_equal(drawing.draw_box(blank, (3, 3, 4, 4), "red"), blank), "too small"
 
 
 def test_photo_has_the_boxes_at_their_places(photo):
     boxes = {"scale 2": (10, 20, 30, 40), "scale 3": (12.5, 22, 20, 30)}
-    ax = plots.show_photo(photo, boxes, truth=(1, 2, 50, 70), title="a bird")
-    expected = [(box, pictures.view_colour(name)) for name, box in boxes.items()]
-    assert rectangles(ax) == [*expected, ((1, 2, 50, 70), pictures.TRUTH)]
+    ax = plots.plot_image(photo, boxes, truth=(1, 2, 50, 70), title="a bird")
+    expected = [(box, drawing.output_color(name)) for name, box in boxes.items()]
+    assert rectangles(ax) == [*expected, ((1, 2, 50, 70), drawing.ANNOTATION_COLOR)]
     assert ax.get_title(loc="left") == "a bird"
-    assert rectangles(plots.show_photo(photo, truth=[np.nan] * 4)) == []
+    assert rectangles(plots.plot_image(photo, truth=[np.nan] * 4)) == []
 
 
 def test_strength_bar_is_in_multiples_of_the_mean(photo, strength):
-    ax = plots.show_strength(photo, strength, threshold=1.2)
+    ax = plots.plot_strength(photo, strength, threshold=1.2)
     bar = ax.figure.axes[1]
     assert "mean strength" in bar.get_ylabel()
     assert bar.get_ylim() == pytest.approx((0, float((strength / strength.mean()).max())))
@@ -184,11 +184,11 @@ def test_strength_bar_is_in_multiples_of_the_mean(photo, strength):
 
 def test_mask_box_encloses_the_component(photo, strength):
     proposal = propose(strength[None], 1.1)
-    ax = plots.show_mask(photo, proposal, scale=3)
+    ax = plots.plot_mask(photo, proposal, scale=3)
     component = proposal.component[0].nonzero()
     top, left = component.min(dim=0).values * 20
     bottom, right = (component.max(dim=0).values + 1) * 20
-    assert rectangles(ax) == [((top, left, bottom, right), pictures.view_colour("scale 3"))]
+    assert rectangles(ax) == [((top, left, bottom, right), drawing.output_color("scale 3"))]
 
 
 def test_likeliest_classes_and_the_true_one():
@@ -197,10 +197,10 @@ def test_likeliest_classes_and_the_true_one():
         "scale 2": torch.tensor([0.2, 0.1, 0.7, 0]),
     }
     classes = ["001.Black_bird", "robin", "tit", "wren"]
-    table = stories.top_classes(views, classes, label=3, count=2)
+    table = images.top_classes(views, classes, label=3, count=2)
     assert table["class"].unique().tolist() == ["tit", "wren ✓"]
     assert table["probability"].tolist() == pytest.approx([0.3, 0.7, 0.1, 0])
-    ax = plots.show_probabilities(views, classes, label=0, count=4)
+    ax = plots.plot_probabilities(views, classes, label=0, count=4)
     assert [text.get_text() for text in ax.get_yticklabels()][:2] == ["tit", "Black bird ✓"]
     widths = sorted(round(bar.get_width(), 3) for bar in ax.patches if bar.get_width() > 0)
     assert widths == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7])
@@ -212,23 +212,23 @@ def test_story_of_any_number_of_scales(backbone_of, images, scales):
     with torch.no_grad():
         looks = list(model.eval().scales(images(2)))
     pixels = torch.zeros(3, 48, 64, dtype=torch.uint8)
-    axes = plots.show_story(looks, pixels, MEAN_STD, ["a", "b", "c"], label=1, index=1)
-    assert len(axes) == plots.story_columns(scales) == 2 + 3 * (scales - 1)
+    axes = plots.plot_recursion(looks, pixels, MEAN_STD, ["a", "b", "c"], label=1, index=1)
+    assert len(axes) == plots.recursion_columns(scales) == 2 + 3 * (scales - 1)
     boxes = [tuple((2 * look.boxes[1]).round(decimals=4).tolist()) for look in looks[1:]]
     drawn = [box for box, _ in rectangles(axes[0])]
     assert np.allclose(drawn, boxes, atol=1e-3) and len(drawn) == scales - 1
-    assert len(plots.show_story(looks, pixels, MEAN_STD)) == 1 + 3 * (scales - 1)
+    assert len(plots.plot_recursion(looks, pixels, MEAN_STD)) == 1 + 3 * (scales - 1)
 
 
 def test_build_up_has_one_map_per_block(photo):
-    axes = list(plots.show_build_up(torch.rand(7, 3, 4), photo))
+    axes = list(plots.plot_strength_per_block(torch.rand(7, 3, 4), photo))
     titles = [ax.get_title(loc="left") for ax in axes]
     assert titles[:7] == [f"block {n}" for n in range(1, 8)]
 
 
 def test_samples_show_every_class_in_turn(tmp_path):
     table = load_table("folder", draw_photos(tmp_path / "photos"), 0.2)
-    axes = plots.show_samples(table, rows=1, columns=3)
+    axes = plots.plot_samples(table, rows=1, columns=3)
     assert sorted(ax.get_title(loc="left") for ax in axes.flat) == ["bird 0", "bird 1", "bird 2"]
 
 
@@ -250,7 +250,7 @@ def test_learning_curves_show_the_log(metrics):
 
 def test_ablation_draws_mean_and_interval():
     rows = [(n, view, 60 + n, 2.0, 3) for n in (1, 2) for view in ("scale 1", "mean softmax")]
-    summary = pd.DataFrame(rows, columns=["scales", "scale", "mean", "half_width", "runs"])
+    summary = pd.DataFrame(rows, columns=["scales", "output", "mean", "half_width", "runs"])
     ax = plots.plot_ablation(summary, "scales")
     ends = [sorted(y for _, y in segment) for c in ax.collections for segment in c.get_segments()]
     assert sorted(ends) == [[59, 63], [59, 63], [60, 64], [60, 64]]
@@ -264,7 +264,7 @@ def test_ablation_draws_mean_and_interval():
 
 
 def test_differences_draw_their_own_interval_and_name_seeds_where_several():
-    columns = ["method", "scale", "seed", "difference", "low", "high"]
+    columns = ["method", "output", "seed", "difference", "low", "high"]
     rows = [
         ("TransFG", "scale 1", 0, 2.0, -1.0, 4.5),
         ("RAMS-Trans", "scale 2", 1, -3.0, -5.0, 0.0),
@@ -281,7 +281,7 @@ def test_differences_draw_their_own_interval_and_name_seeds_where_several():
 
 def test_threshold_curves_and_stored_accuracies():
     curve = pd.DataFrame({"threshold": [0.0, 1.0], "area": [1.0, 0.4], "iou": [0.2, 0.7]})
-    accuracy = pd.DataFrame({"threshold": [1.0], "scale": ["scale 2"], "top1": [80.0]})
+    accuracy = pd.DataFrame({"threshold": [1.0], "output": ["scale 2"], "top1": [80.0]})
     ax = plots.plot_threshold(curve, mark=1.0, accuracy=accuracy)
     lines = {line.get_label(): line.get_ydata() for line in ax.lines}
     assert lines["area of the box (share of the image)"].tolist() == [1, 0.4]
@@ -299,7 +299,7 @@ def test_heat_map_annotates_means():
 
 def test_confusion_counts_every_image_once(predictions):
     counts = figures.confusion_counts(predictions, 3, "scale 2")
-    rows = predictions[predictions["scale"] == "scale 2"]
+    rows = predictions[predictions["output"] == "scale 2"]
     for true in range(3):
         for given in range(3):
             wanted = sum(
@@ -313,7 +313,7 @@ def test_confusion_counts_every_image_once(predictions):
 
 def test_reliability_shows_the_calibration_error(predictions):
     ax = plots.plot_reliability(predictions, "scale 1", bins=10)
-    rows = predictions[predictions["scale"] == "scale 1"]
+    rows = predictions[predictions["output"] == "scale 1"]
     error = 100 * expected_calibration_error(rows["confidence"], rows["rank"] == 0)
     assert f"{error:.1f} points" in ax.get_title(loc="left")
     x, y = ax.collections[0].get_offsets().T

@@ -26,7 +26,7 @@ def test_photos_are_predicted_as_in_the_test_of_the_run(trained):
     expected = pd.read_csv(run / "predictions_best.csv")
     found = predict_paths(run, [photos / "test"], batch_size=4)
     assert len(found) == len(expected) == 15 * 4
-    both = found.merge(expected, on=["path", "scale"], suffixes=("", "_expected"))
+    both = found.merge(expected, on=["path", "output"], suffixes=("", "_expected"))
     assert both["class_name"].tolist() == [f"bird {number}" for number in both["prediction"]]
     assert both["probability"].to_numpy() == pytest.approx(both["confidence"].to_numpy(), abs=1e-3)
     sides = ["top", "left", "bottom", "right"]

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The road that data take. Nothing here needs, directly or through others, what stands after it.
 ORDER = """
 errors files recipes config processes data weights attention strength regions dppm backbone looks
-transfg model evaluation localisation runs training plots experiments explorer __main__
+transfg model evaluation localization runs training plots experiments explorer __main__
 """.split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}

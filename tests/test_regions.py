@@ -20,8 +20,8 @@ from ramslib.regions import (
     crop_and_resize,
     label_components,
     largest_component,
-    map_boxes,
     patch_mask,
+    rescale_boxes,
 )
 
 GRIDS = st.tuples(st.integers(1, 20), st.integers(1, 20))
@@ -228,7 +228,7 @@ COORDINATES = st.lists(st.integers(0, 30), min_size=4, max_size=4)
 
 @given(COORDINATES, COORDINATES, st.integers(1, 40), st.integers(1, 40))
 def test_mapped_boxes_equal_the_loops(box, frame, height, width):
-    mapped = map_boxes(torch.tensor([box]), (height, width), torch.tensor([frame]))
+    mapped = rescale_boxes(torch.tensor([box]), (height, width), torch.tensor([frame]))
     expected = reference.place(box, (height, width), frame)
     assert mapped.dtype == torch.float32
     np.testing.assert_allclose(mapped[0], expected, rtol=1e-5, atol=1e-3)
@@ -240,7 +240,7 @@ def test_mapped_boxes_equal_the_loops(box, frame, height, width):
 def test_patch_boxes_map_to_whole_pixels(grid, size):
     rows, columns = (torch.arange(count + 1) for count in grid)
     boxes = torch.cartesian_prod(rows, columns).repeat(1, 2)
-    mapped = map_boxes(boxes, grid, torch.tensor([0.0, 0.0, *size]))
+    mapped = rescale_boxes(boxes, grid, torch.tensor([0.0, 0.0, *size]))
     steps = torch.tensor([size[0] // grid[0], size[1] // grid[1]] * 2)
     assert torch.equal(mapped, (boxes * steps).float())
 

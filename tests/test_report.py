@@ -62,7 +62,7 @@ def test_the_page_says_what_the_files_say(run, page):
         assert f"{row.top1:.1f} ± {row.standard_error:.1f}" in page.text
     for word in ("a run", "3 classes, 18 train, 6 validation, 15 test images", "threshold 1.25"):
         assert word in page.text
-    assert "test_vit" in page.text and "random initialisation" in page.text
+    assert "test_vit" in page.text and "random initialization" in page.text
     assert "epochs=2" in page.text, "the command that trains it again"
     assert re.search(r"torch \d+\.\d+", page.text) and "Surest" in page.text
 
@@ -92,7 +92,7 @@ def test_a_run_without_its_photos_still_has_a_page(run, tmp_path):
 
 def test_one_scale_and_no_mistake(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "perfect")
-    predictions = pd.read_csv(copy / "predictions_last.csv").query("scale == 'scale 1'")
+    predictions = pd.read_csv(copy / "predictions_last.csv").query("output == 'scale 1'")
     predictions = predictions.assign(prediction=predictions["label"], rank=0)
     predictions.to_csv(copy / "predictions_last.csv", index=False)
     assert "every test image was right" in Page(write_report(copy).read_text()).text

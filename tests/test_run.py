@@ -18,14 +18,14 @@ from ramslib.config import Config
 from ramslib.data.datasets import fingerprint, load_table
 from ramslib.errors import InputError
 from ramslib.model import build_model
-from ramslib.runs.checkpoint import Progress, save_checkpoint
+from ramslib.runs.checkpoint import TrainState, save_checkpoint
 from ramslib.runs.results import write_results
 from ramslib.runs.run import (
-    Journal,
+    MetricsLogger,
     check_run,
-    claimed,
     is_finished,
     load,
+    lock_run,
     open_run,
     read_metrics,
     read_run,
@@ -44,7 +44,7 @@ def made(tmp_path):
     run.mkdir()
     open_run(run, config, table, "random weights")
     torch.manual_seed(3)
-    save_checkpoint(run / "last.safetensors", Progress(5), build_model(config, 3)[0])
+    save_checkpoint(run / "last.safetensors", TrainState(5), build_model(config, 3)[0])
     return config, table, run
 
 
@@ -82,7 +82,9 @@ def test_odd_names_survive(tmp_path):
     assert description["classes"] == sorted(names)
     assert read["path"].tolist() == table["path"].tolist()
     assert read["class_name"].tolist() == table["class_name"].tolist()
-    predictions = pd.DataFrame({"path": table["path"], "label": table["label"], "scale": "scale 1"})
+    predictions = pd.DataFrame(
+        {"path": table["path"], "label": table["label"], "output": "scale 1"}
+    )
     predictions = predictions.assign(rank=0, confidence=0.5, true_probability=0.5)
     facts = {"epochs": 1, "best_epoch": 1, "train_seconds": 2.0, "processes": 1}
     write_results(tmp_path / "run", {"last": predictions}, facts)
@@ -155,17 +157,17 @@ def test_loading_gives_the_model_that_was_saved(made):
 
 def test_the_journal_forgets_what_came_after_and_what_was_cut(tmp_path):
     rows = [{"step": step, "split": "train", "loss": step / 3} for step in range(1, 6)]
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLogger(tmp_path, 0)
     journal.write(rows[:2])
     journal.write(rows[2:])
     pd.testing.assert_frame_equal(read_metrics(tmp_path), pd.DataFrame(rows))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "spl')
     assert len(read_metrics(tmp_path)) == 5
-    Journal(tmp_path, 3).write(rows[3:4])
+    MetricsLogger(tmp_path, 3).write(rows[3:4])
     text = "".join(json.dumps(row) + "\n" for row in rows[:4])
     assert (tmp_path / "metrics.jsonl").read_text() == text
-    Journal(tmp_path, 0)
+    MetricsLogger(tmp_path, 0)
     assert read_metrics(tmp_path).empty
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
@@ -176,10 +178,10 @@ def test_the_journal_forgets_what_came_after_and_what_was_cut(tmp_path):
 def test_tensorboard_gets_the_rows_of_the_log_once(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     rows = [{"step": step, "split": "train", "loss": step / 2} for step in range(1, 5)]
-    Journal(tmp_path, 0).write(rows)
-    journal = Journal(tmp_path, 2)
+    MetricsLogger(tmp_path, 0).write(rows)
+    journal = MetricsLogger(tmp_path, 2)
     journal.write(rows[2:])
-    journal.write([{"step": 4, "split": "validation", "scale": "scale 1", "top1": 50.0}])
+    journal.write([{"step": 4, "split": "validation", "output": "scale 1", "top1": 50.0}])
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (row["step"], row["loss"]) for row in rows
@@ -191,19 +193,19 @@ def test_one_training_at_a_time_holds_a_folder(tmp_path):
     run = tmp_path / "deep" / "run"
     with held_elsewhere(run) as other:
         with pytest.raises(InputError, match="run: another training works there; wait"):
-            with claimed(run, patience=0.2):
+            with lock_run(run, patience=0.2):
                 pass
         (run / ".last.safetensors.1.part").touch()
         threading.Timer(0.3, other.kill).start()
         started = time.monotonic()
-        with claimed(run, patience=20):
+        with lock_run(run, patience=20):
             assert time.monotonic() - started < 5
             assert not list(run.glob(".*.part"))
 
 
 def test_a_folder_that_cannot_be_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"), claimed(tmp_path / "file" / "run"):
+    with pytest.raises(InputError, match="cannot be written"), lock_run(tmp_path / "file" / "run"):
         pass
     with pytest.raises(InputError, match="not the folder of a run"):
         read_run(tmp_path)

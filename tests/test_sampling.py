@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramslib.config import Config
+from ramslib.distributed import Processes
 from ramslib.errors import InputError
-from ramslib.processes import Processes
 from ramslib.training.sampling import (
     batch_keys,
     check_shares,
@@ -27,8 +27,8 @@ LABELS = torch.arange(11) % 3
 @st.composite
 def trainings(draw):
     """A configuration, labels of images and a number of processes that fit together."""
-    world, accumulate, share = (draw(st.integers(1, 4)) for _ in range(3))
-    config = Config(batch_size=world * accumulate * share, accumulate=accumulate)
+    world, grad_accum_steps, share = (draw(st.integers(1, 4)) for _ in range(3))
+    config = Config(batch_size=world * grad_accum_steps * share, grad_accum_steps=grad_accum_steps)
     images = draw(st.integers(config.batch_size, 4 * config.batch_size + 5))
     labels = torch.tensor(draw(st.lists(st.integers(0, 6), min_size=images, max_size=images)))
     sampling = draw(st.sampled_from(["stratified", "random"]))
@@ -43,12 +43,12 @@ def test_processes_and_micro_batches_share_the_batch_of_one(training):
     shares = [
         list(micro_batches(config, labels, steps, Processes(rank, world))) for rank in range(world)
     ]
-    assert {len(share) for share in shares} == {len(steps) * config.accumulate}
+    assert {len(share) for share in shares} == {len(steps) * config.grad_accum_steps}
     assert {len(batch) for share in shares for batch in share} == {
-        config.batch_size // config.accumulate // world
+        config.batch_size // config.grad_accum_steps // world
     }
     for step in steps:
-        own = slice(step * config.accumulate, (step + 1) * config.accumulate)
+        own = slice(step * config.grad_accum_steps, (step + 1) * config.grad_accum_steps)
         seen = [key for share in shares for batch in share[own] for key in batch]
         assert sorted(seen) == sorted(batch_keys(config, labels, step))
 
@@ -103,7 +103,7 @@ def test_equal_classes_are_equal_in_every_batch():
 
 
 def test_resuming_at_any_step_sees_what_was_left():
-    config, processes = Config(batch_size=4, accumulate=2), Processes(1, 2)
+    config, processes = Config(batch_size=4, grad_accum_steps=2), Processes(1, 2)
     whole = list(micro_batches(config, LABELS, range(9), processes))
     for step in range(9):
         assert list(micro_batches(config, LABELS, range(step, 9), processes)) == whole[2 * step :]
@@ -123,8 +123,8 @@ def test_batches_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="batch_size 16 exceeds the 9 training images; use .*=4 "):
         steps_per_epoch(Config(batch_size=16), 9)
     with pytest.raises(InputError, match="16 does not divide among 3 processes .* multiple of 6"):
-        check_shares(Config(batch_size=16, accumulate=2), Processes(0, 3))
-    check_shares(Config(batch_size=18, accumulate=2), Processes(0, 3))
+        check_shares(Config(batch_size=16, grad_accum_steps=2), Processes(0, 3))
+    check_shares(Config(batch_size=18, grad_accum_steps=2), Processes(0, 3))
 
 
 def test_steps_decide_the_length_where_they_are_given():

@@ -29,7 +29,7 @@ def pretend(config, run, seconds=0.05):
     with open(run.parent / "begun.txt", "a") as file:
         file.write(f"{run.name} {os.getpid()}\n")
     time.sleep(seconds)
-    pd.DataFrame({"weights": ["last"], "top1": [50.0]}).to_csv(run / "results.csv", index=False)
+    pd.DataFrame({"checkpoint": ["last"], "top1": [50.0]}).to_csv(run / "results.csv", index=False)
 
 
 def pretend_together(config, run):
@@ -205,7 +205,7 @@ def in_this_process(monkeypatch):
 def test_the_command_trains_a_grid_and_leaves_one_table(tmp_path, in_this_process, capsys):
     photos = draw_photos(tmp_path / "photos")
     words = ["sweep", "--out", str(tmp_path / "sweep"), "--preset", "tiny", "data=folder"]
-    words += [f"root={photos}", "image_size=32,32", "source_size=none", "epochs=1", "batch_size=6"]
+    words += [f"root={photos}", "image_size=32,32", "highres_size=none", "epochs=1", "batch_size=6"]
     words += ["scales=1", "scales=2", "seed=3", "seed=4", "workers=0"]
     assert main(words) == 0
     table = pd.read_csv(tmp_path / "sweep" / "results.csv")

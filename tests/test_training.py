@@ -31,13 +31,13 @@ import ramslib.training.learner
 import ramslib.training.trainer
 from ramslib.errors import InputError
 from ramslib.runs.run import load
-from ramslib.training.launch import changed_settings, command, how_far
+from ramslib.training.launch import command, overrides, progress_line
 from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
 ONE |= {"dropout": 0.1}
-TWO = {"workers": 1, "optimizer": "momentum", "accumulate": 2, "batch_size": 8, "epochs": 6}
+TWO = {"workers": 1, "optimizer": "momentum", "grad_accum_steps": 2, "batch_size": 8, "epochs": 6}
 TWO |= {"augment": "rand-m9-mstd0.5"}
 
 
@@ -80,18 +80,18 @@ def test_a_finished_run_stays_and_another_configuration_is_refused(photos, tmp_p
 
 
 def test_it_says_how_far_it_is(photos, tmp_path):
-    assert how_far(tmp_path) == "starting"
+    assert progress_line(tmp_path) == "starting"
     run = train(tiny_config(photos, epochs=2), tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]))
     speed = statistics.median(json.loads(line)["images_per_second"] for line in lines[:3])
     left = f"about {(8 - 3) * 6 / speed:.0f} s left"
-    assert how_far(run) == f"step 3 of 8, {speed:.3g} images/s, {left}"
+    assert progress_line(run) == f"step 3 of 8, {speed:.3g} images/s, {left}"
 
 
 def test_the_bar_shows_images_per_second_and_time_left_on_a_terminal(photos, tmp_path):
     """In files there is none."""
-    words = ["train", "--run", tmp_path / "run", *changed_settings(tiny_config(photos, epochs=1))]
+    words = ["train", "--run", tmp_path / "run", *overrides(tiny_config(photos, epochs=1))]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     child = subprocess.Popen(command(words), stdout=theirs, stderr=theirs, cwd=ROOT)
@@ -107,7 +107,7 @@ def test_the_bar_shows_images_per_second_and_time_left_on_a_terminal(photos, tmp
 
 def test_early_stopping_keeps_the_best(photos, tmp_path):
     run = train(tiny_config(photos, epochs=40, patience=2), tmp_path / "run")
-    rows = [row for row in read_log(run) if row.get("scale") == "mean logits"]
+    rows = [row for row in read_log(run) if row.get("output") == "mean logits"]
     top1 = [row["top1"] for row in rows]
     best = top1.index(max(top1)) + 1
     assert len(top1) == best + 2 < 40
@@ -177,13 +177,15 @@ def test_what_a_batch_cannot_be_is_refused(photos, tmp_path):
     with pytest.raises(InputError, match="batch_size 50 exceeds the 24 training images"):
         train(tiny_config(photos, batch_size=50), tmp_path / "run")
     with pytest.raises(InputError, match="batch_size 6 does not divide among 1 processes with 4"):
-        train(tiny_config(photos, accumulate=4), tmp_path / "run")
+        train(tiny_config(photos, grad_accum_steps=4), tmp_path / "run")
 
 
 def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    claimed = ramslib.training.trainer.claimed
-    monkeypatch.setattr(ramslib.training.trainer, "claimed", lambda run: claimed(run, patience=0.3))
+    lock_run = ramslib.training.trainer.lock_run
+    monkeypatch.setattr(
+        ramslib.training.trainer, "lock_run", lambda run: lock_run(run, patience=0.3)
+    )
     with held_elsewhere(run), pytest.raises(InputError, match="another training works there"):
         train(tiny_config(photos), run)
 
@@ -263,7 +265,7 @@ def test_two_processes_follow_the_curve_of_one(two_runs):
 
 def test_two_processes_predict_every_image_once_and_as_one_does(two_runs):
     one, two = (pd.read_csv(run / "predictions_last.csv") for run in two_runs[1:3])
-    assert len(two) == 15 * 4 and not two.duplicated(["path", "scale"]).any()
+    assert len(two) == 15 * 4 and not two.duplicated(["path", "output"]).any()
     pd.testing.assert_frame_equal(one, two, rtol=1e-3)
 
 

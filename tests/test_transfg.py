@@ -18,15 +18,15 @@ import ramslib.training.trainer
 from ramslib.attention import QueryKey, attention_probabilities, record_attention
 from ramslib.backbone import overlap_patches, patch_grid
 from ramslib.config import Config
-from ramslib.data.transforms import View
+from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
 from ramslib.model import MODELS, build_model
 from ramslib.runs.export import Pixels, export_model
 from ramslib.runs.run import load
-from ramslib.training.optimisation import backward_scales, create_optimizer
+from ramslib.training.optimization import backward_scales, create_optimizer
 from ramslib.training.trainer import train
-from ramslib.transfg import TransFG, contrastive_loss, select_patches, take_patches
+from ramslib.transfg import TransFG, contrastive_loss, gather_tokens, select_parts
 
 CLASSES = 5
 FITS = ["vit", "qk_norm", "clip", "dinov2", "dinov2_registers", "deit3", "eva", "distilled"]
@@ -106,17 +106,17 @@ def test_chosen_patches_are_those_of_full_products(seed, depth, registers):
     maps = [attention_probabilities(block).numpy() for block in blocks]
     expected = [reference.chosen_patches([m[image] for m in maps], (2, 3)) for image in range(2)]
     with torch.autocast("cpu", torch.bfloat16):  # choices do not depend on the training's precision
-        assert select_patches(blocks, (2, 3)).tolist() == expected
+        assert select_parts(blocks, (2, 3)).tolist() == expected
 
 
 def test_a_tie_goes_to_the_first_patch():
     block = QueryKey(torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4), None, 1.0)
-    assert select_patches([block, block], (2, 3)).tolist() == [[0, 0]]
+    assert select_parts([block, block], (2, 3)).tolist() == [[0, 0]]
 
 
 def test_patches_are_taken_in_the_order_of_the_heads_even_twice():
     tokens = torch.arange(8.0)[None, :, None].repeat(2, 1, 3)
-    taken = take_patches(tokens, torch.tensor([[5, 0, 0], [2, 1, 3]]), (2, 3))
+    taken = gather_tokens(tokens, torch.tensor([[5, 0, 0], [2, 1, 3]]), (2, 3))
     assert taken[..., 0].tolist() == [[0, 1, 7, 2, 2], [0, 1, 4, 3, 5]]
 
 
@@ -241,7 +241,7 @@ def tiny(**changes):
 
 def test_a_configuration_reaches_the_model():
     settings = {"patch_stride": 8, "contrastive_weight": 0.5, "contrastive_margin": 0.2}
-    model, origin = build_model(tiny(normalise="imagenet", drop_path=0.2, **settings), 7)
+    model, origin = build_model(tiny(normalization="imagenet", drop_path=0.2, **settings), 7)
     assert isinstance(model, TransFG) and "random" in origin and set(MODELS) == {"rams", "transfg"}
     assert (model.grid, model.num_scales, model.contrastive_weight) == ((3, 3), 1, 0.5)
     assert model.contrastive_margin == 0.2 and model.mean_std[0] == (0.485, 0.456, 0.406)
@@ -287,27 +287,27 @@ def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
         assert "at step 1 of 6" in refused(train, config, tmp_path / "cut")
     same_run(run, train(config, tmp_path / "cut"))
     stored = pd.read_csv(run / "predictions_last.csv")
-    assert set(stored["scale"]) == {"scale 1"} and len(stored) == 15
+    assert set(stored["output"]) == {"scale 1"} and len(stored) == 15
     assert stored[["top", "left"]].notna().all().all()
     model = load(run, "last")
     assert isinstance(model, TransFG) and not model.training
     table = pd.read_csv(run / "table.csv").query("split == 'test'").reset_index(drop=True)
-    again = predict(model, table, View(48, config.crop_fraction), batch_size=4)
+    again = predict(model, table, ImageTransform(48, config.crop_fraction), batch_size=4)
     assert again["prediction"].tolist() == stored["prediction"].tolist()
     assert "TransFG on folder" in (run / "README.md").read_text()
 
 
 def test_two_processes_train_it_with_micro_batches_and_mixed_precision(photos, tmp_path):
-    options = {"epochs": 1, "batch_size": 8, "accumulate": 2, "amp": "bf16"}
+    options = {"epochs": 1, "batch_size": 8, "grad_accum_steps": 2, "amp": "bf16"}
     config = tiny_config(photos, model="transfg", **options)
     code, output = finish_training(config, tmp_path / "run", processes=2)
     assert code == 0, output
     losses = [row["loss"] for row in read_log(tmp_path / "run") if row["split"] == "train"]
     assert len(losses) == 2 and np.isfinite(losses).all()
     results = pd.read_csv(tmp_path / "run" / "results.csv")
-    assert set(results["images"]) == {15} and set(results["scale"]) == {"scale 1"}
+    assert set(results["images"]) == {15} and set(results["output"]) == {"scale 1"}
 
 
 def test_blocks_whose_tokens_are_exchanged_are_not_computed_again():
-    config = tiny_config(".", model="transfg", scales=1, checkpointing=True)
-    assert "use checkpointing=False" in refused(build_model, config, 5)
+    config = tiny_config(".", model="transfg", scales=1, grad_checkpointing=True)
+    assert "use grad_checkpointing=False" in refused(build_model, config, 5)

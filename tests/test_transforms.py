@@ -13,14 +13,20 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from ramslib.data.annotations import image_size
-from ramslib.data.transforms import ImageDataset, View, isolated_random, open_image, prepare
+from ramslib.data.transforms import (
+    ImageDataset,
+    ImageTransform,
+    open_image,
+    prepare,
+    temporary_seed,
+)
 from ramslib.errors import InputError
 
 ORIENTATION = 0x0112
 
 
 def picture(width=40, height=30, seed=0):
-    """A smooth colour picture without symmetry."""
+    """A smooth color picture without symmetry."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -44,7 +50,7 @@ def difference(first, second):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr"])
 def test_modes_show_the_same_picture(tmp_path, mode):
-    grey = mode in ("1", "L", "LA")
+    gray = mode in ("1", "L", "LA")
     original = picture().convert(mode if mode != "P" else "RGB")
     if mode == "P":
         original = original.quantize(16)
@@ -52,7 +58,7 @@ def test_modes_show_the_same_picture(tmp_path, mode):
     original.save(path)
     found = open_image(path)
     assert found.mode == "RGB" and found.size == (40, 30)
-    expected = original.convert("L").convert("RGB") if grey else original.convert("RGB")
+    expected = original.convert("L").convert("RGB") if gray else original.convert("RGB")
     assert difference(found, expected) == 0
 
 
@@ -64,10 +70,10 @@ def test_formats(tmp_path, suffix):
 
 def test_jpeg_in_cmyk_and_grey(tmp_path):
     picture().convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    picture().convert("L").save(tmp_path / "grey.jpg", quality=100)
+    picture().convert("L").save(tmp_path / "gray.jpg", quality=100)
     assert difference(open_image(tmp_path / "cmyk.jpg"), picture()) < 30
     expected = picture().convert("L").convert("RGB")
-    assert difference(open_image(tmp_path / "grey.jpg"), expected) < 8
+    assert difference(open_image(tmp_path / "gray.jpg"), expected) < 8
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -142,7 +148,7 @@ def test_damaged_exif_is_ignored(tmp_path):
 
 def test_one_pixel(tmp_path):
     Image.new("L", (1, 1), 77).save(tmp_path / "file.png")
-    view = View((6, 9))(open_image(tmp_path / "file.png"))
+    view = ImageTransform((6, 9))(open_image(tmp_path / "file.png"))
     assert view.shape == (3, 6, 9) and (view == 77).all()
 
 
@@ -192,14 +198,14 @@ def test_large_jpeg_is_decoded_smaller_only_where_that_will_do(tmp_path, monkeyp
     assert open_image(path, at_least=200).size == (200, 400)
     assert open_image(path, at_least=50).size == (50, 100)
     table = pd.DataFrame({"path": [str(path)], "label": [0]})
-    item = ImageDataset(table, View((20, 30)))[0]
+    item = ImageDataset(table, ImageTransform((20, 30)))[0]
     assert item["size"].tolist() == [800, 400]
     seen = []
-    monkeypatch.setattr(View, "__call__", lambda view, image: seen.append(image.size))
-    ImageDataset(table, View((40, 50), 1.0))[0]
+    monkeypatch.setattr(ImageTransform, "__call__", lambda view, image: seen.append(image.size))
+    ImageDataset(table, ImageTransform((40, 50), 1.0))[0]
     assert seen == [(100, 200)]
     monkeypatch.undo()
-    whole = View((20, 30))(open_image(path))
+    whole = ImageTransform((20, 30))(open_image(path))
     assert (item["source"].int() - whole.int()).abs().max() <= 6
 
 
@@ -215,17 +221,17 @@ def test_test_view_is_torchvisions(tmp_path):
         ]
     )
     image = picture(123, 77)
-    assert torch.equal(View((60, 75), crop_fraction=0.75)(image), reference(image))
+    assert torch.equal(ImageTransform((60, 75), crop_fraction=0.75)(image), reference(image))
 
 
 def test_papers_sizes():
-    assert View(448, 448 / 600).resized == (600, 600)
-    assert View(224, 0.5).resized == (448, 448)
-    assert View(304, 304 / 400).resized == (400, 400)
+    assert ImageTransform(448, 448 / 600).resized == (600, 600)
+    assert ImageTransform(224, 0.5).resized == (448, 448)
+    assert ImageTransform(304, 304 / 400).resized == (400, 400)
 
 
 def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
-    image, view = picture(90, 70), View(24, 0.5, train=True)
+    image, view = picture(90, 70), ImageTransform(24, 0.5, train=True)
     resized = image.resize((48, 48), Image.Resampling.BILINEAR)
     pictures = [np.asarray(resized), np.asarray(ImageOps.mirror(resized))]
     windows = {
@@ -234,7 +240,7 @@ def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
         for top in range(25)
         for left in range(25)
     }
-    with isolated_random(0):
+    with temporary_seed(0):
         seen = [windows[view(image).permute(1, 2, 0).numpy().tobytes()] for _ in range(400)]
     flips, tops, lefts = map(np.array, zip(*seen, strict=True))
     assert 150 < flips.sum() < 250
@@ -243,8 +249,8 @@ def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
 
 def test_no_augmentation_is_the_test_view():
     image = picture()
-    view = View(16, train=True, augment="none")
-    assert torch.equal(view(image), View(16)(image)) and not view.is_random
+    view = ImageTransform(16, train=True, augment="none")
+    assert torch.equal(view(image), ImageTransform(16)(image)) and not view.is_random
 
 
 @pytest.mark.parametrize("augment", ["autoaugment", "rand", "rand-m9-mstd0.5", "rand-n3-m7-inc1"])
@@ -252,9 +258,9 @@ def test_augmentations_change_pixels_and_keep_the_shape(augment):
     image = picture(90, 70)
     views = {}
     for name in ("flip", augment):
-        view = View(24, train=True, augment=name)
+        view = ImageTransform(24, train=True, augment=name)
         for seed in range(8):
-            with isolated_random(seed):
+            with temporary_seed(seed):
                 views[name, seed] = view(image)
     assert all(view.shape == (3, 24, 24) and view.dtype == torch.uint8 for view in views.values())
     same = [torch.equal(views["flip", seed], views[augment, seed]) for seed in range(8)]
@@ -263,13 +269,13 @@ def test_augmentations_change_pixels_and_keep_the_shape(augment):
 
 @pytest.mark.parametrize("augment", ["", "flips", "rand-x3", "rand-n2.5", "rand-", "augmix"])
 def test_unknown_augmentation(augment):
-    found = message(lambda: View(24, train=True, augment=augment))
+    found = message(lambda: ImageTransform(24, train=True, augment=augment))
     assert f"augment is {augment!r}; choose none, flip, autoaugment" in found
 
 
 @pytest.mark.parametrize("size,fraction", [(0, 1.0), ((3, 4, 5), 1.0), (8, 0.0), (8, 1.5)])
 def test_impossible_views(size, fraction):
-    assert "crop_fraction" in message(lambda: View(size, fraction))
+    assert "crop_fraction" in message(lambda: ImageTransform(size, fraction))
 
 
 def drawn_box(box, size=(150, 200)):
@@ -289,19 +295,19 @@ def located(view):
 @pytest.mark.parametrize("box", [(40, 60, 90, 150), (0, 0, 80, 50), (100, 10, 150, 200)])
 @pytest.mark.parametrize("size,fraction", [((120, 96), 0.8), ((300, 420), 0.75), (75, 1.0)])
 def test_boxes_are_where_the_view_shows_them(box, size, fraction):
-    view = View(size, fraction)
+    view = ImageTransform(size, fraction)
     sizes = torch.tensor([[150, 200]])
-    expected = view.to_view_boxes(torch.tensor([box]), sizes, view.size)[0]
+    expected = view.boxes_to_input(torch.tensor([box]), sizes, view.size)[0]
     found = torch.tensor(located(view(drawn_box(box))))
     assert (found - expected).abs().max() <= 0.51
 
 
 def test_boxes_in_another_frame_and_nan():
-    view = View((100, 200), 0.8)
+    view = ImageTransform((100, 200), 0.8)
     boxes = torch.tensor([[10.0, 20.0, 60.0, 90.0], [torch.nan] * 4])
     sizes = torch.tensor([[80, 120], [50, 60]])
-    found = view.to_view_boxes(boxes, sizes, view.size)
-    half = view.to_view_boxes(boxes, sizes, (50, 50))
+    found = view.boxes_to_input(boxes, sizes, view.size)
+    half = view.boxes_to_input(boxes, sizes, (50, 50))
     assert torch.allclose(half[0], found[0] * torch.tensor([0.5, 0.25, 0.5, 0.25]).double())
     assert found[1].isnan().all()
 
@@ -314,11 +320,11 @@ def test_boxes_in_another_frame_and_nan():
 )
 @settings(max_examples=100, deadline=None)
 def test_boxes_go_there_and_back(image_size, size, fraction, box):
-    view, frame = View(size, fraction), (56, 70)
+    view, frame = ImageTransform(size, fraction), (56, 70)
     boxes = torch.tensor([box], dtype=torch.float64) * torch.tensor([*frame, *frame])
     sizes = torch.tensor([image_size])
-    there = view.to_image_boxes(boxes, sizes, frame)
-    assert torch.allclose(view.to_view_boxes(there, sizes, frame), boxes)
+    there = view.boxes_to_image(boxes, sizes, frame)
+    assert torch.allclose(view.boxes_to_input(there, sizes, frame), boxes)
     assert (there >= 0).all() and (there <= torch.tensor([*image_size, *image_size])).all()
 
 
@@ -340,7 +346,7 @@ def sources(batches):
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
 def test_views_do_not_depend_on_workers(table, augment):
-    dataset = ImageDataset(table, View(16, 0.6, train=True, augment=augment), seed=3)
+    dataset = ImageDataset(table, ImageTransform(16, 0.6, train=True, augment=augment), seed=3)
     alone = sources(DataLoader(dataset, batch_size=2))
     torch.manual_seed(99)
     np.random.seed(99)
@@ -351,7 +357,7 @@ def test_views_do_not_depend_on_workers(table, augment):
 
 
 def test_epochs_and_seeds_differ_and_repeat(table):
-    view = View(16, 0.6, train=True)
+    view = ImageTransform(16, 0.6, train=True)
     dataset = ImageDataset(table, view, seed=3)
     first = sources(DataLoader(dataset))
     second = sources(DataLoader(dataset, sampler=[(1, row) for row in range(len(dataset))]))
@@ -365,25 +371,25 @@ def test_epochs_and_seeds_differ_and_repeat(table):
 
 def test_rows_differ_even_of_one_image(table):
     twelve = pd.concat([table.iloc[:1]] * 12)
-    found = sources(DataLoader(ImageDataset(twelve, View(16, 0.6, train=True))))
+    found = sources(DataLoader(ImageDataset(twelve, ImageTransform(16, 0.6, train=True))))
     assert len({source.numpy().tobytes() for source in found}) > 6
 
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
 def test_global_generators_are_left_alone(table, augment):
-    dataset = ImageDataset(table, View(16, 0.6, train=True, augment=augment))
+    dataset = ImageDataset(table, ImageTransform(16, 0.6, train=True, augment=augment))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     [dataset[row] for row in range(len(dataset))]
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert after == states
-    with pytest.raises(KeyError), isolated_random(1):
+    with pytest.raises(KeyError), temporary_seed(1):
         torch.rand(3)
         raise KeyError
     assert torch.get_rng_state().tolist() == states[2]
 
 
 def test_item(table):
-    dataset = ImageDataset(table, View(16))
+    dataset = ImageDataset(table, ImageTransform(16))
     item = dataset[4]
     assert item["source"].shape == (3, 16, 16) and item["source"].dtype == torch.uint8
     assert (item["label"], item["index"], item["size"].tolist()) == (1, 4, [40, 54])
@@ -397,7 +403,7 @@ def test_item(table):
 def test_broken_image_is_named_by_the_loader(table, tmp_path):
     (tmp_path / "broken.jpg").write_text("text")
     broken = pd.concat([table, pd.DataFrame({"path": [str(tmp_path / "broken.jpg")], "label": 0})])
-    dataset = ImageDataset(broken, View(16))
+    dataset = ImageDataset(broken, ImageTransform(16))
     with pytest.raises(InputError, match=r"broken\.jpg: not an image"):
         list(DataLoader(dataset, num_workers=0))
 
@@ -409,11 +415,11 @@ def test_prepare_equals_torchvisions_antialiased_resize():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     source = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     images, kept = prepare(source, (16, 20), mean, std)
-    normalise = v2.Normalize(mean, std)
+    normalization = v2.Normalize(mean, std)
     as_float = v2.functional.to_dtype(source, torch.float32, scale=True)
     resized = v2.functional.resize(as_float, [16, 20], antialias=True)
-    assert torch.allclose(images, normalise(resized), atol=1e-5)
-    assert torch.allclose(kept, normalise(as_float), atol=1e-6)
+    assert torch.allclose(images, normalization(resized), atol=1e-5)
+    assert torch.allclose(kept, normalization(as_float), atol=1e-6)
     assert source.dtype == torch.uint8
 
 

@@ -30,7 +30,7 @@ SMALL = {"patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
 def vit(img_size=64, num_classes=0, **options):
-    return randomise(
+    return randomize(
         VisionTransformer(img_size=img_size, num_classes=num_classes, **SMALL | options)
     )
 
@@ -38,22 +38,22 @@ def vit(img_size=64, num_classes=0, **options):
 def eva(img_size=64, num_classes=0, pooling="token"):
     options = {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "num_reg_tokens": 4}
     options |= {"global_pool": pooling, "num_classes": num_classes, "init_values": 1.0}
-    return randomise(Eva(img_size=img_size, **SMALL, **options))
+    return randomize(Eva(img_size=img_size, **SMALL, **options))
 
 
 def beit(img_size=64, num_classes=0, pooling="token"):
     options = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "global_pool": pooling}
-    return randomise(Beit(img_size=img_size, num_classes=num_classes, **SMALL, **options))
+    return randomize(Beit(img_size=img_size, num_classes=num_classes, **SMALL, **options))
 
 
 def timm_tiny(img_size=160, num_classes=0):
-    return randomise(timm.create_model("test_vit", img_size=img_size, num_classes=num_classes))
+    return randomize(timm.create_model("test_vit", img_size=img_size, num_classes=num_classes))
 
 
 FAMILIES = [vit, eva, beit, timm_tiny]
 
 
-def randomise(model):
+def randomize(model):
     """No parameter keeps a value that another model could have by construction."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
@@ -212,7 +212,7 @@ def test_zoom_is_scipys_linear_zoom(tmp_path_factory, side, height, width, regis
     target = vit((16 * height, 16 * width), depth=1, **options)
     path = tmp_path_factory.mktemp("zoom") / "a.safetensors"
     save(source.state_dict(), path, "safetensors")
-    load_pretrained(target, "tiny", str(path), position_resize="zoom")
+    load_pretrained(target, "tiny", str(path), pos_embed_resize="zoom")
     expected = zoom_reference(
         source.state_dict()["pos_embed"], 0 if registers else 1, (height, width)
     )
@@ -324,7 +324,7 @@ def test_unknown_words_and_kinds(tmp_path):
     refused(vit(), tmp_path / "missing.pth", "missing.pth", "existing file")
     (tmp_path / "a.onnx").write_bytes(b"x")
     refused(vit(), tmp_path / "a.onnx", ".safetensors")
-    refused(vit(), "none", "position_resize='cubic'", position_resize="cubic")
+    refused(vit(), "none", "pos_embed_resize='cubic'", pos_embed_resize="cubic")
 
 
 # The offline source

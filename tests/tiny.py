@@ -14,16 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ramslib.config import Config
-from ramslib.runs.run import claimed
-from ramslib.training.launch import changed_settings, command
+from ramslib.runs.run import lock_run
+from ramslib.training.launch import command, overrides
 
 ROOT = Path(__file__).parents[1]
-COLOURS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230), (210, 200, 40), (30, 200, 210)])
+COLORS = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230), (210, 200, 40), (30, 200, 210)])
 TIMINGS = ("seconds", "images_per_second")
 
 
 def draw_photos(root, classes=3, train=8, test=5, size=40):
-    """Photos of noise with a coloured patch that tells the class, as folders train and test."""
+    """Photos of noise with a colored patch that tells the class, as folders train and test."""
     noise = np.random.default_rng(0)
     for number in range(classes):
         for split, count in (("train", train), ("test", test)):
@@ -32,7 +32,7 @@ def draw_photos(root, classes=3, train=8, test=5, size=40):
             for index in range(count):
                 pixels = noise.integers(0, 255, (size, size + 8, 3), dtype=np.uint8)
                 top, left = noise.integers(0, size // 2, 2)
-                pixels[top : top + size // 2, left : left + size // 2] = COLOURS[number]
+                pixels[top : top + size // 2, left : left + size // 2] = COLORS[number]
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     return Path(root)
 
@@ -42,7 +42,7 @@ def tiny_config(root, **changes):
     settings = {"data": "folder", "root": str(root), "backbone": "test_vit", "pretrained": "none"}
     settings |= {
         "image_size": 32,
-        "source_size": 48,
+        "highres_size": 48,
         "frozen_blocks": 3,
         "validation_fraction": 0.2,
     }
@@ -52,7 +52,7 @@ def tiny_config(root, **changes):
 
 def start_training(config, run, processes=1):
     """Start the command that a shell takes, in a process group of its own; it prints to a file."""
-    arguments = ["train", "--run", run, "--save-every", 0, *changed_settings(config)]
+    arguments = ["train", "--run", run, "--save-every", 0, *overrides(config)]
     with open(f"{run}.log", "w") as log:
         return subprocess.Popen(
             command(arguments, processes),
@@ -86,7 +86,7 @@ def held_elsewhere(run):
 
 
 def _hold(run, holding):
-    with claimed(run):
+    with lock_run(run):
         holding.set()
         time.sleep(60)
 

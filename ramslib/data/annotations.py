@@ -144,7 +144,7 @@ def is_file(entry: os.DirEntry) -> bool:
 
 
 def check_classes(table: pd.DataFrame, names: Sequence[str], home: str) -> None:
-    """Refuse classes that nothing can be learnt about."""
+    """Refuse classes that nothing can be learned about."""
     without = set(range(len(names))) - set(table["label"][table["split"] == "train"])
     if without:
         raise InputError(
@@ -153,7 +153,7 @@ def check_classes(table: pd.DataFrame, names: Sequence[str], home: str) -> None:
         )
 
 
-def find_home(root: Path | str, marker: str, *subfolders: str) -> str:
+def find_root(root: Path | str, marker: str, *subfolders: str) -> str:
     """Where ``marker`` lies: in ``root`` or in the folder that the official archive makes there."""
     root = os.path.abspath(os.path.expanduser(root))
     for home in (root, *(f"{root}/{name}" for name in subfolders)):

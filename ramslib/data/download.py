@@ -27,8 +27,8 @@ from ramslib.errors import InputError
 
 SOURCES = Path(__file__).with_name("sources.toml")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
-SWELL = 100  # an archive holds at most so many times its own size, or
-LITTLE = 2**30  # so many bytes
+MAX_EXPANSION = 100  # an archive holds at most so many times its own size, or
+MIN_LIMIT = 2**30  # so many bytes
 CHUNK = 2**20
 
 
@@ -151,7 +151,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Raises:
         InputError: it is broken, holds anything but files and folders below its own folder, or more
-            than the disk or `SWELL` allow, or what it holds is there already.
+            than the disk or `MAX_EXPANSION` allow, or what it holds is there already.
     """
     parts = folder / f".{archive.name}.unpacking"
     shutil.rmtree(parts, ignore_errors=True)  # of a call that was killed
@@ -170,7 +170,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _write_members(archive: Path, folder: Path) -> None:
-    room = min(max(SWELL * _size(archive), LITTLE), shutil.disk_usage(folder).free)
+    room = min(max(MAX_EXPANSION * _size(archive), MIN_LIMIT), shutil.disk_usage(folder).free)
     for name, size, content in tqdm(_members(archive), archive.name, unit=" files"):
         windows = PureWindowsPath(name)
         if windows.anchor or ".." in windows.parts or PurePosixPath(name).is_absolute():

@@ -16,7 +16,7 @@ import pandas as pd
 from ramslib.data.annotations import (
     Annotations,
     file_errors,
-    find_home,
+    find_root,
     locate_id,
     read_by_id,
     read_mat,
@@ -30,7 +30,7 @@ from ramslib.errors import InputError
 @table_reader
 def read_cub(root: Path) -> Annotations:
     """CUB-200-2011, or any data set written in its layout; bounding_boxes.txt may be absent."""
-    home = find_home(root, "images.txt", "CUB_200_2011")
+    home = find_root(root, "images.txt", "CUB_200_2011")
     names = read_by_id(f"{home}/classes.txt", name=str)
     return _read_text_layout(home, names, names)
 
@@ -38,7 +38,7 @@ def read_cub(root: Path) -> Annotations:
 @table_reader
 def read_nabirds(root: Path) -> Annotations:
     """NABirds; labels follow the class ids in use (555 leaves of a hierarchy of 1,011 nodes)."""
-    home = find_home(root, "images.txt", "nabirds")
+    home = find_root(root, "images.txt", "nabirds")
     names = read_by_id(f"{home}/classes.txt", name=str)
     used = read_by_id(f"{home}/image_class_labels.txt", class_id=str).values()
     return _read_text_layout(home, names, set(used))
@@ -80,7 +80,7 @@ def read_parts(root: Path) -> pd.DataFrame:
 
     A layout without the folder ``parts`` has none: no rows.
     """
-    home = find_home(root, "images.txt", "CUB_200_2011", "nabirds")
+    home = find_root(root, "images.txt", "CUB_200_2011", "nabirds")
     if not os.path.isdir(f"{home}/parts"):
         return pd.DataFrame(columns=PART_COLUMNS)
     images = read_by_id(f"{home}/images.txt", path=str)
@@ -99,25 +99,25 @@ def read_parts(root: Path) -> pd.DataFrame:
 
 def read_hierarchy(root: Path) -> pd.DataFrame:
     """The tree of NABirds' classes: columns class_name, parent; a row per node but the root."""
-    home = find_home(root, "hierarchy.txt", "nabirds")
+    home = find_root(root, "hierarchy.txt", "nabirds")
     name = read_by_id(f"{home}/classes.txt", name=str).__getitem__
     rows = read_rows(f"{home}/hierarchy.txt", class_id=name, parent_id=name)
     return pd.DataFrame([row for _, row in rows], columns=["class_name", "parent"])
 
 
 @table_reader
-def read_cars(root: Path, unlabelled: bool = False) -> Annotations:
+def read_cars(root: Path, unlabeled: bool = False) -> Annotations:
     """Stanford Cars: devkit, cars_train, cars_test, cars_test_annos_withlabels.mat.
 
-    The devkit's own cars_test_annos.mat has no classes. With ``unlabelled=True`` it will do, and
+    The devkit's own cars_test_annos.mat has no classes. With ``unlabeled=True`` it will do, and
     the test images get label -1: good for predicting, not for scoring.
     """
-    home = find_home(root, "devkit/cars_train_annos.mat", "stanford_cars")
+    home = find_root(root, "devkit/cars_train_annos.mat", "stanford_cars")
     names = read_mat(f"{home}/devkit/cars_meta.mat", "class_names", str).tolist()
-    labelled = "cars_test_annos_withlabels.mat"
+    labeled = "cars_test_annos_withlabels.mat"
     tests = [
-        f"{home}/{labelled}",
-        f"{home}/devkit/{labelled}",
+        f"{home}/{labeled}",
+        f"{home}/devkit/{labeled}",
         f"{home}/devkit/cars_test_annos.mat",
     ]
     test = next((file for file in tests if os.path.exists(file)), tests[0])
@@ -129,12 +129,12 @@ def read_cars(root: Path, unlabelled: bool = False) -> Annotations:
             paths += [f"{home}/cars_{split}/{name}" for name in records["fname"]]
         if "class" in records.dtype.names:
             labels += _labels(file, records["class"], names)
-        elif split == "test" and unlabelled:
+        elif split == "test" and unlabeled:
             labels += [-1] * len(records)
         else:
             raise InputError(
                 f"{file}: {len(records):,} {split} images without a class; put the separate "
-                f"official file {labelled} into {home}, or pass unlabelled=True"
+                f"official file {labeled} into {home}, or pass unlabeled=True"
             )
         boxes.append(np.column_stack(corners) - [1, 1, 0, 0])  # pixels from 1, ends inclusive
         splits += [split] * len(records)
@@ -162,7 +162,7 @@ def read_dogs(root: Path, boxes: bool = True) -> Annotations:
     Boxes lie in one small file per image (20,580 in all), which ``boxes=False`` leaves alone; where
     an image has several dogs, the largest box counts.
     """
-    home = find_home(root, "train_list.mat", "stanford_dogs")
+    home = find_root(root, "train_list.mat", "stanford_dogs")
     images, class_ids, splits = [], [], []
     for split in ("train", "test"):
         file = f"{home}/{split}_list.mat"
@@ -200,7 +200,7 @@ def read_inaturalist(root: Path, year: int = 2017) -> Annotations:
 
     Its test labels are unpublished: its validation images are the test split here, as in papers.
     """
-    home = find_home(root, f"train{year}.json")
+    home = find_root(root, f"train{year}.json")
     names, paths, labels, splits = [], [], [], []
     for split, file in (("train", f"{home}/train{year}.json"), ("test", f"{home}/val{year}.json")):
         with file_errors(file):
@@ -227,7 +227,7 @@ def read_inaturalist(root: Path, year: int = 2017) -> Annotations:
 @table_reader
 def read_aircraft(root: Path) -> Annotations:
     """FGVC-Aircraft: 100 variants, its own train, val and test lists, images_box.txt."""
-    home = find_home(root, "variants.txt", "data", "fgvc-aircraft-2013b/data")
+    home = find_root(root, "variants.txt", "data", "fgvc-aircraft-2013b/data")
     names = [name for _, (name,) in read_rows(f"{home}/variants.txt", variant=str)]
     rank = {name: label for label, name in enumerate(names)}
     keys, labels, splits = [], [], []
@@ -251,14 +251,14 @@ def read_flowers(root: Path) -> Annotations:
     """Oxford Flowers-102: imagelabels.mat, setid.mat, jpg; class names are torchvision's."""
     from torchvision.datasets import Flowers102  # here: importing torch takes seconds
 
-    home = find_home(root, "imagelabels.mat", "flowers-102")
+    home = find_root(root, "imagelabels.mat", "flowers-102")
     file, numbers, splits = f"{home}/setid.mat", [], []
     for split, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
         numbers += read_mat(file, key, int).tolist()
         splits += [split] * (len(numbers) - len(splits))
     class_ids = read_mat(f"{home}/imagelabels.mat", "labels", int)
     if not numbers or min(numbers) < 1 or max(numbers) > len(class_ids):
-        raise InputError(f"{file}: images beyond the {len(class_ids):,} labelled; fetch it again")
+        raise InputError(f"{file}: images beyond the {len(class_ids):,} labeled; fetch it again")
     labels = _labels(f"{home}/imagelabels.mat", class_ids, Flowers102.classes)
     paths = [f"{home}/jpg/image_{number:05d}.jpg" for number in numbers]
     labels = [labels[number - 1] for number in numbers]
@@ -268,7 +268,7 @@ def read_flowers(root: Path) -> Annotations:
 @table_reader
 def read_pets(root: Path) -> Annotations:
     """Oxford-IIIT Pets: annotations/trainval.txt, test.txt, images. It boxes heads: unread."""
-    home = find_home(root, "annotations/trainval.txt", "oxford-iiit-pet")
+    home = find_root(root, "annotations/trainval.txt", "oxford-iiit-pet")
     images, class_ids, splits = [], [], []
     for split, name in (("train", "trainval"), ("test", "test")):
         file = f"{home}/annotations/{name}.txt"

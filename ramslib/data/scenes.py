@@ -1,6 +1,6 @@
 """Scenes drawn by code, of which the diagnostic set is made.
 
-A scene is a bird on a branch above stones and grass. Pose, size, place, colours, light and clutter
+A scene is a bird on a branch above stones and grass. Pose, size, place, colors, light and clutter
 vary and say nothing about the species. Species differ only in the sign on a badge on the wing
 (about 5 % of the image side, equal ink for every sign); stones carry badges of random species. So a
 look at low resolution cannot read the sign, and a second look at the wrong place misleads.
@@ -32,8 +32,8 @@ def _smooth(points: np.ndarray) -> np.ndarray:
     return points
 
 
-def _disc(centre: complex, radius: float, steps: int = 48) -> np.ndarray:
-    return centre + radius * np.exp(2j * np.pi * np.arange(steps) / steps)
+def _disc(center: complex, radius: float, steps: int = 48) -> np.ndarray:
+    return center + radius * np.exp(2j * np.pi * np.arange(steps) / steps)
 
 
 def _ribbon(spine, widths) -> np.ndarray:
@@ -85,7 +85,7 @@ def _pose_bird(rng, width: int, height: int) -> list[tuple[str, np.ndarray]]:
     left, top, right, bottom = _bounds(bird)
     across, down = width / (right - left), height / (bottom - top)
     scale = min(rng.uniform(0.38, 0.55) * np.sqrt(across * down), 0.62 * across, 0.62 * down)
-    x = rng.uniform(0.07, 0.93 - scale / across) * width  # a centre crop of 0.875 never cuts it
+    x = rng.uniform(0.07, 0.93 - scale / across) * width  # a center crop of 0.875 never cuts it
     y = rng.uniform(0.07, 0.93 - scale / down) * height
     return [(name, (o - complex(left, top)) * scale + complex(x, y)) for name, o in bird]
 
@@ -95,16 +95,16 @@ def _bounds(bird) -> tuple[float, float, float, float]:
     return *points.min(axis=0).tolist(), *points.max(axis=0).tolist()
 
 
-def _colour(rng, hue, saturation, value) -> np.ndarray:
-    """Draw a colour from ranges of hue (degrees), saturation and value (percent)."""
+def _color(rng, hue, saturation, value) -> np.ndarray:
+    """Draw a color from ranges of hue (degrees), saturation and value (percent)."""
     h, s, v = (rng.uniform(*bounds) for bounds in (hue, saturation, value))
     return np.array(ImageColor.getrgb(f"hsv({h % 360:.1f},{s:.1f}%,{v:.1f}%)"), float)
 
 
 def _plumage(rng) -> dict[str, np.ndarray]:
     hue = rng.uniform(0, 360) + np.array([-20, 20])
-    body, wing = _colour(rng, hue, (30, 80), (50, 95)), _colour(rng, hue, (30, 70), (30, 60))
-    beak, other = _colour(rng, (25, 45), (10, 75), (35, 95)), _colour(rng, hue, (40, 90), (30, 90))
+    body, wing = _color(rng, hue, (30, 80), (50, 95)), _color(rng, hue, (30, 70), (30, 60))
+    beak, other = _color(rng, (25, 45), (10, 75), (35, 95)), _color(rng, hue, (40, 90), (30, 90))
     crown = (body, wing, 0.5 * wing, other[::-1])[rng.integers(4)]
     belly = body + (np.array([250, 240, 225]) - body) * rng.uniform(0.3, 0.9)
     plumage = {"body": body, "head": body, "belly": belly, "crown": crown, "beak": beak}
@@ -112,12 +112,12 @@ def _plumage(rng) -> dict[str, np.ndarray]:
     return plumage | {"eye": np.full(3, 25.0), "glint": np.full(3, 250.0)}
 
 
-def _fill(canvas: Image.Image, outline: np.ndarray, colour) -> None:
-    fill = tuple(np.clip(colour, 0, 255).astype(int).tolist())
+def _fill(canvas: Image.Image, outline: np.ndarray, color) -> None:
+    fill = tuple(np.clip(color, 0, 255).astype(int).tolist())
     ImageDraw.Draw(canvas).polygon([(z.real, z.imag) for z in outline.tolist()], fill=fill)
 
 
-def _paint(canvas: Image.Image, outline: np.ndarray, colour: np.ndarray, light: complex) -> None:
+def _paint(canvas: Image.Image, outline: np.ndarray, color: np.ndarray, light: complex) -> None:
     """Fill an outline, shaded as if it bulged; ``light`` is a unit vector towards the light."""
     left, top, right, bottom = (int(bound) for bound in _bounds([("", outline)]))
     mask = Image.new("L", (right - left + 3, bottom - top + 3))
@@ -127,17 +127,17 @@ def _paint(canvas: Image.Image, outline: np.ndarray, colour: np.ndarray, light: 
     bulge = coarse.transform(coarse.size, Image.Transform.AFFINE, shift)
     bulge = bulge.filter(ImageFilter.GaussianBlur(reach)).resize(mask.size, Image.BILINEAR)
     for end, where in (((15, 10, 40), mask), ((255, 246, 225), ImageChops.multiply(mask, bulge))):
-        tone = (0.75 * colour + 0.25 * np.array(end)).astype(int)
+        tone = (0.75 * color + 0.25 * np.array(end)).astype(int)
         canvas.paste(tuple(tone.tolist()), (left - 1, top - 1), where)
 
 
 def _badge(canvas: Image.Image, rng, sign: str, disc: np.ndarray) -> None:
-    centre, hue = disc.mean(), (0, 360)
-    paper, ink = _colour(rng, hue, (2, 10), (92, 100)), _colour(rng, hue, (30, 70), (8, 20))
+    center, hue = disc.mean(), (0, 360)
+    paper, ink = _color(rng, hue, (2, 10), (92, 100)), _color(rng, hue, (30, 70), (8, 20))
     _fill(canvas, disc, (paper + ink) / 2)
-    _fill(canvas, centre + 0.9 * (disc - centre), paper)
+    _fill(canvas, center + 0.9 * (disc - center), paper)
     for stroke in SIGNS[sign]:
-        _fill(canvas, centre + 0.9 * (disc[0] - centre) * stroke, ink)
+        _fill(canvas, center + 0.9 * (disc[0] - center) * stroke, ink)
 
 
 def _backdrop(rng, width: int, height: int, tones: list[np.ndarray]) -> Image.Image:
@@ -145,11 +145,11 @@ def _backdrop(rng, width: int, height: int, tones: list[np.ndarray]) -> Image.Im
     rows = np.linspace(*tones, height // 4).astype(np.uint8)[:, None]
     image = Image.fromarray(np.repeat(rows, width // 4, axis=1))
     for x, y in rng.uniform(size=(rng.integers(15, 30), 2)) * image.size:
-        glow = 0.7 * tones[rng.integers(2)] + 0.3 * _colour(rng, (0, 360), (10, 50), (20, 100))
+        glow = 0.7 * tones[rng.integers(2)] + 0.3 * _color(rng, (0, 360), (10, 50), (20, 100))
         _fill(image, _disc(complex(x, y), rng.uniform(0.02, 0.17) * image.height), glow)
     image = image.filter(ImageFilter.GaussianBlur(0.04 * image.height))
     for x, y in rng.uniform(size=(rng.integers(3, 7), 2)) * image.size:
-        green = 0.55 * tones[0] + 0.45 * _colour(rng, (40, 150), (40, 70), (35, 75))
+        green = 0.55 * tones[0] + 0.45 * _color(rng, (40, 150), (40, 70), (35, 75))
         spot, angle = complex(x, y), rng.uniform(0, 2 * np.pi)
         for _ in range(rng.integers(6, 14)):
             spot, angle = spot + 0.045 * image.height * np.exp(1j * angle), angle + 0.1
@@ -164,15 +164,15 @@ def _foreground(canvas: Image.Image, rng, tones, light: complex, bird) -> None:
     """Paint grass, stones (with misleading badges where they are clear of the bird), the branch."""
     (width, height), t = canvas.size, np.linspace(0, 1, 40)
     (left, top, right, bottom), badge = _bounds(bird), bird[-1][1] - bird[-1][1].mean()
-    green = 0.3 * tones[1] + 0.7 * _colour(rng, (55, 145), (40, 70), (25, 60))
+    green = 0.3 * tones[1] + 0.7 * _color(rng, (55, 145), (40, 70), (25, 60))
     for x in rng.uniform(-0.1, 1.1, size=rng.integers(25, 60)):
         sway, tall = rng.normal(0, 0.1), rng.uniform(0.08, 0.4)
         spine = width * (x + sway * t**2) + 1j * height * (1.02 - tall * t)
         _fill(canvas, _ribbon(spine, 0.014 * height * (1 - t) + 0.5), green * rng.uniform(0.6, 1.1))
     for x, y in rng.uniform((0, 0.72), (1, 1), size=(rng.integers(4, 9), 2)) * canvas.size:
         stone = _disc(0, rng.uniform(0.05, 0.1) * height, 9) * rng.uniform(0.8, 1.1, size=9)
-        grey = 0.3 * tones[1] + 0.7 * _colour(rng, (0, 220), (2, 20), (40, 75))
-        _paint(canvas, complex(x, y) + _smooth(stone + 0.25 * stone.real), grey, light)
+        gray = 0.3 * tones[1] + 0.7 * _color(rng, (0, 220), (2, 20), (40, 75))
+        _paint(canvas, complex(x, y) + _smooth(stone + 0.25 * stone.real), gray, light)
         if max(left - x, x - right, top - y, y - bottom) > 0.05 * height:
             disc = complex(x, y) + badge * np.exp(1j * rng.uniform(0, 2 * np.pi))
             _badge(canvas, rng, rng.choice(list(SIGNS)), disc)
@@ -180,7 +180,7 @@ def _foreground(canvas: Image.Image, rng, tones, light: complex, bird) -> None:
     slope, bow, taper, thick = rng.uniform((-0.25, -0.3, -0.3, 0.35), (0.25, 0.3, 0.3, 0.6))
     wave = width * t + 1j * height * (slope * t + bow * t**2 + 0.01 * np.sin(9 * t))
     branch = _ribbon(leg[leg.imag.argmax()] + wave, thick * np.ptp(leg.imag) * (1 + taper * t))
-    _paint(canvas, branch, _colour(rng, (15, 35), (15, 45), (30, 60)), light)
+    _paint(canvas, branch, _color(rng, (15, 35), (15, 45), (30, 60)), light)
 
 
 def _develop(canvas: Image.Image, rng, light: complex) -> Image.Image:
@@ -207,12 +207,12 @@ def draw_scene(species: int, rng: np.random.Generator, image_size=(480, 640)) ->
     """
     height, width = (FINENESS * round(side * rng.uniform(0.9, 1.1)) for side in image_size)
     light, hue = -1j * np.exp(1j * rng.uniform(-0.8, 0.8)), rng.uniform(20, 230)
-    tones = [_colour(rng, (hue - 20, hue + 20), (15, 45), v) for v in ((50, 95), (30, 70))]
-    bird, colours = _pose_bird(rng, width, height), _plumage(rng)
+    tones = [_color(rng, (hue - 20, hue + 20), (15, 45), v) for v in ((50, 95), (30, 70))]
+    bird, colors = _pose_bird(rng, width, height), _plumage(rng)
     canvas, outlines = _backdrop(rng, width, height, tones), dict(bird)
     _foreground(canvas, rng, tones, light, bird)
     for name, outline in bird[:-1]:
-        _paint(canvas, outline, colours[name], light)
+        _paint(canvas, outline, colors[name], light)
     _badge(canvas, rng, list(SIGNS)[species], outlines["mark"])
     left, top, right, bottom = (bound / FINENESS for bound in _bounds(bird))
     middles = {part: complex(outlines[part].mean() / FINENESS) for part in PARTS}

@@ -1,7 +1,7 @@
 """From an image file to the pixels that a model sees, and boxes from one to the other and back.
 
 The view is the paper's: resize to a fixed size without keeping the aspect (bilinear), then crop, at
-random with a flip in training, in the centre otherwise. It is taken once, at the resolution of the
+random with a flip in training, in the center otherwise. It is taken once, at the resolution of the
 source; `prepare` makes the input of scale 1 from it on the device, so that both show the same.
 """
 
@@ -74,7 +74,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class View:
+class ImageTransform:
     """What part of an image is looked at, and how: called on a PIL image, gives (3, H, W) uint8.
 
     Training views draw from the global generators, see `ImageDataset` for reproducible ones.
@@ -82,7 +82,7 @@ class View:
     Attributes:
         size: (H, W) of the view, or one number for both.
         crop_fraction: size / the size that the image is resized to before cropping.
-        train: random crop and flip instead of the centre crop.
+        train: random crop and flip instead of the center crop.
         augment: of training views: "flip"; "autoaugment" (ImageNet's policy, after crop and flip),
             timm's RandAugment such as "rand-m9-mstd0.5" likewise; "none": the test view.
     """
@@ -114,7 +114,7 @@ class View:
 
     @property
     def margins(self) -> tuple[int, int]:
-        """(top, left) of the centre crop in the resized image, in pixels."""
+        """(top, left) of the center crop in the resized image, in pixels."""
         return tuple(round((r - s) / 2) for r, s in zip(self.resized, self.size, strict=True))
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -133,8 +133,8 @@ class View:
             image = _augmentation(self.augment, min(self.size))(image)
         return pil_to_tensor(image)
 
-    def to_view_boxes(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
-        """Boxes in upright images, as boxes in their centre-cropped views, clipped to the view.
+    def boxes_to_input(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
+        """Boxes in upright images, as boxes in their center-cropped views, clipped to the view.
 
         Args:
             boxes: (B, 4) pixels of the upright image; NaN stays NaN.
@@ -148,7 +148,7 @@ class View:
         limit = torch.tensor([*frame, *frame], dtype=torch.float64)
         return torch.clamp(boxes * scale - shift, min=torch.zeros(4).double(), max=limit)
 
-    def to_image_boxes(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
+    def boxes_to_image(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
         """The way back: boxes in pixels of the frame, as boxes in pixels of the upright images."""
         scale, shift = self._mapping(image_sizes, frame)
         return (boxes + shift) / scale
@@ -169,8 +169,8 @@ def _augmentation(name: str, side: int):
         return v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
     if re.fullmatch(r"rand(-(m|n|mstd|mmax|p|inc)\d+(\.\d+)?)*", name):
         with suppress(ValueError):  # such as n2.5
-            colour = (124, 116, 104)  # ImageNet's mean fills what turns and shifts leave empty
-            options = {"translate_const": int(0.45 * side), "img_mean": colour}
+            color = (124, 116, 104)  # ImageNet's mean fills what turns and shifts leave empty
+            options = {"translate_const": int(0.45 * side), "img_mean": color}
             return rand_augment_transform(name, options)
     raise InputError(
         f"augment is {name!r}; choose none, flip, autoaugment or RandAugment as rand-m9-mstd0.5"
@@ -186,7 +186,7 @@ class ImageDataset(Dataset):
     given with the key, ``dataset[epoch, row]``; a row alone is of epoch 0.
     """
 
-    def __init__(self, table: pd.DataFrame, view: View, seed: int = 0):
+    def __init__(self, table: pd.DataFrame, view: ImageTransform, seed: int = 0):
         self.paths = table["path"].tolist()
         self.labels = table["label"].tolist()
         self.view, self.seed = view, seed
@@ -199,7 +199,7 @@ class ImageDataset(Dataset):
         row = range(len(self))[row]
         image, size = _open(self.paths[row], 2 * max(self.view.resized))
         if self.view.is_random:
-            with isolated_random(self.seed, epoch, row):
+            with temporary_seed(self.seed, epoch, row):
                 source = self.view(image)
         else:
             source = self.view(image)
@@ -212,7 +212,7 @@ class ImageDataset(Dataset):
 
 
 @contextmanager
-def isolated_random(*key: int) -> Iterator[None]:
+def temporary_seed(*key: int) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch (CPU) inside, and restore them after."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()
@@ -233,7 +233,7 @@ def prepare(
     mean: Sequence[float] | Tensor,
     std: Sequence[float] | Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalise a batch on its device, and shrink it to the model's input with antialiasing.
+    """Normalize a batch on its device, and shrink it to the model's input with antialiasing.
 
     Args:
         source: (B, 3, Hs, Ws) uint8.
@@ -243,7 +243,7 @@ def prepare(
 
     Returns:
         The input (B, 3, H, W), and the source (B, 3, Hs, Ws) to cut crops from, or None where the
-        sizes are equal; float32, normalised.
+        sizes are equal; float32, normalized.
     """
     mean, std = (
         torch.as_tensor(values, dtype=torch.float32, device=source.device).reshape(3, 1, 1)

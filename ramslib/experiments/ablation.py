@@ -2,7 +2,7 @@
 
 A cell is a `Config`. It trains in a folder named after everything that decides its result, so no
 finished cell runs twice, a killed one goes on, and notebooks that share a cell share its run. An
-ablation is a list of cells, `grid` or `one_at_a_time`, and a table over seeds: means (`summarise`)
+ablation is a list of cells, `grid` or `one_at_a_time`, and a table over seeds: means (`summarize`)
 or, sharper, differences to a baseline seed by seed (`paired_differences`).
 """
 
@@ -21,7 +21,7 @@ from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
 from ramslib.experiments.sweep import open_study, work
-from ramslib.runs.run import WITHOUT_EFFECT, is_finished, read_run, run_key
+from ramslib.runs.run import NON_RESULT_SETTINGS, is_finished, read_run, run_key
 from ramslib.strength import STRENGTHS
 from ramslib.training.launch import train_in_processes
 
@@ -29,10 +29,10 @@ AXES: dict[str, Sequence] = {
     "scales": (1, 2, 3, 4),
     "threshold": (0.8, 1.0, 1.2, 1.5),
     "strength": tuple(STRENGTHS),
-    "proposal": tuple(PROPOSALS),  # random and centre of equal area; all_patches, connected or not
+    "proposal": tuple(PROPOSALS),  # random and center of equal area; all_patches, connected or not
     "loss": ("first", "sum", "last", (1.0, 0.5, 0.25, 0.125)),
     "class_token": ("per_scale", "shared"),
-    "source_size": (None,),  # crops of the previous view; the base has the high resolution
+    "highres_size": (None,),  # crops of the previous view; the base has the high resolution
 }
 
 
@@ -64,26 +64,26 @@ def one_at_a_time(base: Config, **axes: Sequence) -> list[Config]:
 
 def describe(cell: Config, base: Config) -> str:
     """What a cell changes, seed apart: ``scales=3, threshold=1.2``, or ``base``."""
-    names = [name for name in Config.names() if name not in ("seed", *WITHOUT_EFFECT)]
+    names = [name for name in Config.names() if name not in ("seed", *NON_RESULT_SETTINGS)]
     pairs = [(name, getattr(cell, name)) for name in names]
     changed = [f"{name}={value}" for name, value in pairs if value != getattr(base, name)]
     return ", ".join(changed) or "base"
 
 
-def lengthen(config: Config, factor: float) -> Config:
+def scale_training(config: Config, factor: float) -> Config:
     """The same training so many times as long, in whole steps or epochs, never shorter."""
     name = "steps" if config.steps else "epochs"
     length = getattr(config, name)
     return config.replace(**{name: max(length, round(length * factor))})
 
 
-def cell_folder(config: Config, folder: Path | str) -> Path:
+def run_folder(config: Config, folder: Path | str) -> Path:
     """Where a cell's run lies: below ``folder``, named by the key of configuration and data."""
     table = load_table(config.data, config.root, config.validation_fraction, config.seed)
     return Path(folder) / run_key(config, fingerprint(table))
 
 
-def train_cells(
+def train_all(
     cells: Iterable[Config],
     folder: Path | str,
     processes: int = 1,
@@ -110,7 +110,7 @@ def train_cells(
     Raises:
         InputError: a cell failed twice; all others are finished.
     """
-    runs = {cell_folder(cell, folder): cell for cell in cells}
+    runs = {run_folder(cell, folder): cell for cell in cells}
     finished = sum(map(is_finished, runs))
     say(f"{finished} of {len(runs)} cells in {folder} are finished")
     if finished < len(runs):
@@ -126,13 +126,13 @@ def train_cells(
 
 
 def collect(
-    runs: Iterable[Path | str], weights: str = "last", base: Config | None = None
+    runs: Iterable[Path | str], checkpoint: str = "last", base: Config | None = None
 ) -> pd.DataFrame:
     """Results of finished runs: one row per run and scale, settings beside scores.
 
     Args:
         runs: folders of finished runs.
-        weights: ``last`` or ``best``.
+        checkpoint: ``last`` or ``best``.
         base: adds a column ``condition``: how each run differs from it, see `describe`.
 
     Returns:
@@ -142,12 +142,12 @@ def collect(
     rows = []
     for run in dict.fromkeys(map(Path, runs)):
         config, _, table = read_run(run)
-        results = pd.read_csv(run / "results.csv").query("weights == @weights")
+        results = pd.read_csv(run / "results.csv").query("checkpoint == @checkpoint")
         if table["top"].notna().any():
-            file = run / f"predictions_{weights}.csv"
+            file = run / f"predictions_{checkpoint}.csv"
             predictions = pd.read_csv(file, encoding_errors="surrogateescape")
-            iou = score_boxes(predictions, table).groupby("scale")["iou"].mean()
-            results = results.assign(iou=results["scale"].map(iou))
+            iou = score_boxes(predictions, table).groupby("output")["iou"].mean()
+            results = results.assign(iou=results["output"].map(iou))
         names = [name for name in Config.names() if name not in results]
         settings = {name: [getattr(config, name)] * len(results) for name in names}
         named = {"condition": describe(config, base)} if base else {}
@@ -155,7 +155,7 @@ def collect(
     return pd.concat(rows, ignore_index=True)
 
 
-def summarise(results: pd.DataFrame, by: Sequence[str], value: str = "top1") -> pd.DataFrame:
+def summarize(results: pd.DataFrame, by: Sequence[str], value: str = "top1") -> pd.DataFrame:
     """Mean of a score over seeds with its 95 % confidence interval (Student's t).
 
     Args:
@@ -204,4 +204,4 @@ def paired_differences(
         raise InputError(f"{count} of the results for {told} and one seed; name one baseline")
     pairs = results.merge(reference, on=shared, suffixes=("", "_baseline"))
     difference = pairs[value] - pairs[f"{value}_baseline"]
-    return summarise(pairs.assign(difference=difference), by, "difference")
+    return summarize(pairs.assign(difference=difference), by, "difference")

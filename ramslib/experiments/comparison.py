@@ -2,7 +2,7 @@
 
 Two methods that are tested on the same images share the images' difficulty, so their difference is
 told far better by pairs than by two accuracies: over images within a seed
-(`paired_image_differences`), and over seeds by `ablation.summarise` of those differences.
+(`paired_image_differences`), and over seeds by `ablation.summarize` of those differences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from scipy import stats
 
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.experiments.ablation import cell_folder, collect, lengthen, train_cells
+from ramslib.experiments.ablation import collect, run_folder, scale_training, train_all
 
 METHODS: dict[str, dict] = {  # name: settings that differ from those all methods share
     "plain ViT": {"model": "vit"},
     "TransFG": {"model": "transfg"},
     "RAMS-Trans": {"model": "rams", "scales": 2},
-    "RAMS-Trans, crop of the view": {"model": "rams", "scales": 2, "source_size": None},  # paper
+    "RAMS-Trans, crop of the view": {"model": "rams", "scales": 2, "highres_size": None},  # paper
 }
 BASELINE = "plain ViT"
-COMPARED = ["budget", "weights", "method", "seed"]  # what tells one evaluated model from another
+COMPARED = ["budget", "checkpoint", "method", "seed"]  # what tells one evaluated model from another
 
 # Hu et al., "RAMS-Trans", ACM Multimedia 2021, Table 1: CUB-200-2011, accuracy in percent.
 PUBLISHED = {
@@ -79,7 +79,7 @@ def plan_methods(
     return {name: [base.replace(**METHODS[name], seed=seed) for seed in seeds] for name in names}
 
 
-def equal_time(plan: Mapping[str, Sequence[Config]], results: pd.DataFrame) -> dict:
+def match_training_time(plan: Mapping[str, Sequence[Config]], results: pd.DataFrame) -> dict:
     """The same plan, each method for as many epochs as fit into the slowest method's time.
 
     Args:
@@ -88,7 +88,10 @@ def equal_time(plan: Mapping[str, Sequence[Config]], results: pd.DataFrame) -> d
     """
     seconds = results.groupby("method")["train_seconds"].mean()
     factors = seconds.max() / seconds
-    return {name: [lengthen(cell, factors[name]) for cell in cells] for name, cells in plan.items()}
+    return {
+        name: [scale_training(cell, factors[name]) for cell in cells]
+        for name, cells in plan.items()
+    }
 
 
 def compare(
@@ -108,11 +111,11 @@ def compare(
     Returns:
         `ablation.collect` of the last and of the best epoch, with ``method`` and ``budget``.
     """
-    train_cells([cell for cells in plan.values() for cell in cells], folder, processes)
+    train_all([cell for cells in plan.values() for cell in cells], folder, processes)
     tables = []
     for name, cells in plan.items():
-        runs = [cell_folder(cell, folder) for cell in cells]
-        both = [collect(runs, weights) for weights in ("last", "best")]
+        runs = [run_folder(cell, folder) for cell in cells]
+        both = [collect(runs, checkpoint) for checkpoint in ("last", "best")]
         tables.append(pd.concat(both).assign(method=name, budget=budget))
     return pd.concat(tables, ignore_index=True)
 
@@ -125,15 +128,15 @@ def differences(results: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
         folder: where its runs lie.
 
     Returns:
-        The keys ``budget, weights, method, seed`` and the columns of `paired_image_differences`.
+        The keys ``budget, checkpoint, method, seed`` and the columns of `paired_image_differences`.
     """
     runs = results.drop_duplicates(COMPARED).set_index(COMPARED)["run"]
     pairs = {}
     for key, run in runs.items():
-        budget, weights, method, seed = key
+        budget, checkpoint, method, seed = key
         if method != BASELINE:
-            both = run, runs[budget, weights, BASELINE, seed]
-            files = (Path(folder, name, f"predictions_{weights}.csv") for name in both)
+            both = run, runs[budget, checkpoint, BASELINE, seed]
+            files = (Path(folder, name, f"predictions_{checkpoint}.csv") for name in both)
             tables = [pd.read_csv(file, encoding_errors="surrogateescape") for file in files]
             pairs[key] = paired_image_differences(*tables)
     return pd.concat(pairs, names=COMPARED).reset_index(COMPARED).reset_index(drop=True)
@@ -161,33 +164,33 @@ def paired_image_differences(
     """
     other = _correct(baseline, baseline_scale)
     rows = []
-    for scale in predictions["scale"].unique():
+    for scale in predictions["output"].unique():
         one = _correct(predictions, scale)
         if not one.index.sort_values().equals(other.index.sort_values()):
             raise InputError("two models tested on different images; compare runs of one data set")
         other = other.reindex(one.index)
         better, worse = int((one & ~other).sum()), int((other & ~one).sum())
-        rows.append({"scale": scale, "images": len(one)} | _paired(better, worse, len(one)))
+        rows.append({"output": scale, "images": len(one)} | _paired(better, worse, len(one)))
     return pd.DataFrame(rows)
 
 
 def _correct(predictions: pd.DataFrame, scale: str) -> pd.Series:
     """Whether each image, by path and label, is told right at one view."""
-    rows = predictions[predictions["scale"] == scale]
+    rows = predictions[predictions["output"] == scale]
     return (rows.set_index(["path", "label"])["rank"] == 0).rename("correct")
 
 
 def _paired(better: int, worse: int, images: int) -> dict[str, float]:
     """Statistics of a sample of pairs, from the numbers of those that only one side gets right."""
     difference, deviation = _mean_and_error(better, worse, images)
-    centre, error = _mean_and_error(better + 0.5, worse + 0.5, images + 2)  # Agresti and Min
+    center, error = _mean_and_error(better + 0.5, worse + 0.5, images + 2)  # Agresti and Min
     reach = stats.norm.ppf(0.975) * error
     decided = better + worse
     return {
         "difference": difference,
         "standard_error": deviation,
-        "low": max(-100.0, centre - reach),
-        "high": min(100.0, centre + reach),
+        "low": max(-100.0, center - reach),
+        "high": min(100.0, center + reach),
         "better": better,
         "worse": worse,
         "p_value": stats.binomtest(better, decided).pvalue if decided else 1.0,

@@ -19,7 +19,7 @@ from ramslib.errors import InputError
 from ramslib.evaluation import BOX, confusions
 from ramslib.files import write_atomically
 from ramslib.runs.run import is_finished, read_metrics, read_run
-from ramslib.training.launch import changed_settings
+from ramslib.training.launch import overrides
 
 CLOSEST = 8  # pairs of classes that are mistaken for each other most often
 SPLITS = ("train", "validation", "test")
@@ -62,7 +62,7 @@ img { max-width: 100%; height: auto } pre { background: #f4f6f8; padding: .8rem;
 <p class="note">± is one standard error: how far another test set of this size would move top-1;
 other seeds move it too. The best weights are those of epoch {{ best }}, chosen on the validation
 split.</p>
-<h2>How it learnt</h2>
+<h2>How it learned</h2>
 <img src="{{ learning }}" alt="losses and validation accuracy">
 <h2>Can its probabilities be believed?</h2>
 <img src="{{ reliability }}" alt="accuracy against confidence">
@@ -125,7 +125,7 @@ def _content(
 ) -> dict:
     """What the template shows."""
     metrics, names = read_metrics(run), description["classes"]
-    view = list(dict.fromkeys(predictions["scale"]))[-1]
+    view = list(dict.fromkeys(predictions["output"]))[-1]
     pairs = confusions(predictions, names, view, CLOSEST)
     counts = table["split"].value_counts()
     return {
@@ -139,12 +139,14 @@ def _content(
         "accuracy": _accuracy(results),
         "learning": _picture(plots.plot_learning(metrics)),
         "reliability": _picture(_reliability(predictions)),
-        "pairs": pairs.map(lambda cell: plots.readable(cell) if isinstance(cell, str) else cell),
+        "pairs": pairs.map(
+            lambda cell: plots.clean_class_name(cell) if isinstance(cell, str) else cell
+        ),
         "confused": _confusion(predictions, names, view) if len(pairs) else None,
         "examples": list(_examples(predictions, table, names, view)),
         "has_boxes": table["top"].notna().any(),
         "command": shlex.join(
-            ["python", "-m", "ramslib", "train", "--run", str(run), *changed_settings(config)]
+            ["python", "-m", "ramslib", "train", "--run", str(run), *overrides(config)]
         ),
         "settings": [
             (name, getattr(config, name), getattr(config, name) != getattr(Config(), name))
@@ -156,7 +158,7 @@ def _content(
 
 def _facts(results: pd.DataFrame, metrics: pd.DataFrame) -> list[tuple[str, str]]:
     """The numbers that one looks for first."""
-    last = results[results["weights"] == "last"].iloc[-1]
+    last = results[results["checkpoint"] == "last"].iloc[-1]
     minutes, seconds = divmod(round(last["train_seconds"]), 60)
     speed = metrics["images_per_second"].median()
     return [
@@ -170,14 +172,14 @@ def _facts(results: pd.DataFrame, metrics: pd.DataFrame) -> list[tuple[str, str]
 
 def _accuracy(results: pd.DataFrame) -> pd.DataFrame:
     """The scores as text; once where the best weights are the last."""
-    results = results.drop_duplicates(results.columns.drop("weights"))
+    results = results.drop_duplicates(results.columns.drop("checkpoint"))
     top1 = [f"{r.top1:.1f} ± {r.standard_error:.1f}" for r in results.itertuples()]
-    columns = {"top5": "top-5", "mean_class": "mean per class"}
-    columns |= {"calibration_error": "calibration error", "log_loss": "log loss (nats)"}
-    table = results[["scale", "weights", "images"]].assign(**{"top-1": top1})
+    columns = {"top5": "top-5", "mean_per_class_accuracy": "mean per class"}
+    columns |= {"ece": "calibration error", "nll": "log loss (nats)"}
+    table = results[["output", "checkpoint", "images"]].assign(**{"top-1": top1})
     for name, shown in columns.items():
         table[shown] = results[name].map(
-            lambda x, form=".2f" if name == "log_loss" else ".1f": format(x, form)
+            lambda x, form=".2f" if name == "nll" else ".1f": format(x, form)
         )
     return table
 
@@ -190,7 +192,7 @@ def _versions(description: dict) -> pd.DataFrame:
 
 def _reliability(predictions: pd.DataFrame) -> Sequence[Axes]:
     """One diagram per view, side by side."""
-    views = list(dict.fromkeys(predictions["scale"]))
+    views = list(dict.fromkeys(predictions["output"]))
     axes = plots.panels(1, len(views), 2.6, 3.1)[1][0]
     for ax, view in zip(axes, views, strict=True):
         plots.plot_reliability(predictions, view, ax=ax)
@@ -199,7 +201,7 @@ def _reliability(predictions: pd.DataFrame) -> Sequence[Axes]:
 
 def _confusion(predictions: pd.DataFrame, names: Sequence[str], view: str) -> str:
     """The classes that are mistaken for each other most often, among themselves."""
-    rows = predictions[predictions["scale"] == view]
+    rows = predictions[predictions["output"] == view]
     wrong = rows[rows["rank"] > 0].groupby(["label", "prediction"]).size()
     pairs = wrong.sort_values(ascending=False).index[:CLOSEST]
     closest = sorted({label for pair in pairs for label in pair})
@@ -211,7 +213,7 @@ def _confusion(predictions: pd.DataFrame, names: Sequence[str], view: str) -> st
 
 def _examples(predictions: pd.DataFrame, table: pd.DataFrame, names: Sequence[str], view: str):
     """Rows of photos with the looked-at regions: title and picture."""
-    ranked = predictions[predictions["scale"] == view]
+    ranked = predictions[predictions["output"] == view]
     ranked = ranked.sort_values("true_probability", ascending=False, kind="stable")
     count = min(EXAMPLES, len(ranked))
     if not ranked["path"].map(lambda path: Path(path).is_file()).all():
@@ -230,13 +232,13 @@ def _photo(ax: Axes, row, looks: pd.DataFrame, table: pd.DataFrame, names: Seque
     factor = min(1.0, longest / max(photo.size))
     photo = photo.resize([max(1, round(side * factor)) for side in photo.size])
     boxes = {
-        look.scale: [factor * getattr(look, side) for side in BOX]
+        look.output: [factor * getattr(look, side) for side in BOX]
         for look in looks.dropna(subset=BOX).iloc[1:].itertuples()
     }
     annotated = table.loc[table["path"] == row.path, BOX].to_numpy(dtype=float)[0] * factor
-    said = "" if row.rank == 0 else f"\nsaid: {plots.readable(names[row.prediction])}"
-    title = f"{plots.readable(names[row.label])}, {row.true_probability:.2f}{said}"
-    plots.show_photo(photo, boxes, annotated, title, ax)
+    said = "" if row.rank == 0 else f"\nsaid: {plots.clean_class_name(names[row.prediction])}"
+    title = f"{plots.clean_class_name(names[row.label])}, {row.true_probability:.2f}{said}"
+    plots.plot_image(photo, boxes, annotated, title, ax)
 
 
 def _picture(axes: Axes | Sequence[Axes], form: str = "svg") -> str:

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, event
 
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.runs.run import claimed, is_finished
+from ramslib.runs.run import is_finished, lock_run
 
 Train = Callable[[Config, Path], object]
 Say = Callable[[str], object]
@@ -47,7 +47,7 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
         InputError: no such database, no driver for it, or the folder cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # failures are told by `work`
-    with claimed(folder, patience=300), _quiet():  # one by one, when workers start together
+    with lock_run(folder, patience=300), _quiet():  # one by one, when workers start together
         folder = folder.resolve()
         address = storage or f"sqlite:///{folder / 'sweep.db'}"
         sqlite = address.startswith("sqlite")
@@ -146,7 +146,7 @@ def _take(
         trial.set_user_attr("error", told)
         say(f"{run}: failed: {told}")
         raise
-    return float(pd.read_csv(run / "results.csv").query("weights == 'last'")["top1"].iloc[-1])
+    return float(pd.read_csv(run / "results.csv").query("checkpoint == 'last'")["top1"].iloc[-1])
 
 
 def _by_cell(study: optuna.Study) -> dict[str, list[FrozenTrial]]:

@@ -1,4 +1,4 @@
-"""The explorer's controls: sliders and menus on one side, a `looking.Choice` on the other."""
+"""The explorer's controls: sliders and menus on one side, a `looking.ProposalSettings` on the other."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ import ipywidgets as widgets
 import numpy as np
 
 from ramslib.dppm import PROPOSALS
-from ramslib.explorer.lenses import Lens
-from ramslib.explorer.looking import SINGLE, Choice, default_choice, strength_names
-from ramslib.explorer.panels import offer
+from ramslib.explorer.components import set_options
+from ramslib.explorer.lenses import LoadedModel
+from ramslib.explorer.looking import SINGLE, ProposalSettings, default_choice, strength_names
 
 SCALES = 4  # at most, in the explorer
 TOP, STEP = 4.0, 0.05  # the largest threshold, and from one to the next
@@ -22,7 +22,7 @@ NAMES = {
     "attention": "largest component (DPPM)",
     "all_patches": "all strong patches",
     "random": "same box, random place",
-    "centre": "same box, centre",
+    "center": "same box, center",
     "whole": "whole image",
 }
 
@@ -52,15 +52,15 @@ class Controls(widgets.VBox):
         self.box = widgets.Box(layout=layout)
         super().__init__([self.box])
 
-    def fit(self, lens: Lens) -> None:
+    def fit(self, lens: LoadedModel) -> None:
         """Take a lens's limits and the values it was trained with."""
         self.lens, choice = lens, default_choice(lens)
         self.quiet = True
-        offer(self.strength, [(NAMES.get(n, n), n) for n in strength_names(lens)])
-        offer(self.proposal, [(NAMES.get(n, n), n) for n in PROPOSALS])
+        set_options(self.strength, [(NAMES.get(n, n), n) for n in strength_names(lens)])
+        set_options(self.proposal, [(NAMES.get(n, n), n) for n in PROPOSALS])
         size = " × ".join(map(str, lens.view.size))
         crops = [(f"from the source, {size} px", True), ("from the view before", False)]
-        offer(self.source, crops if choice.from_source else crops[1:])
+        set_options(self.source, crops if choice.from_source else crops[1:])
         first = lens.model.backbone.blocks[0].attn
         self.block.max, self.head.max = choice.block, first.num_heads
         for number, slider in enumerate(self.thresholds):
@@ -71,9 +71,9 @@ class Controls(widgets.VBox):
         self.quiet = False
         self._changed()
 
-    def choice(self) -> Choice:
+    def choice(self) -> ProposalSettings:
         """What the controls say."""
-        return Choice(
+        return ProposalSettings(
             tuple(slider.value for slider in self.thresholds),
             self.strength.value,
             self.block.value,

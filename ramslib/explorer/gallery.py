@@ -11,12 +11,12 @@ from matplotlib.colors import to_hex
 
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
-from ramslib.explorer import survey as surveys
-from ramslib.explorer.lenses import Lens
-from ramslib.explorer.panels import encode, offer, small
-from ramslib.explorer.survey import Survey
-from ramslib.plots.figures import SCORES
-from ramslib.plots.pictures import readable
+from ramslib.explorer import validation as validations
+from ramslib.explorer.components import encode, set_options, small
+from ramslib.explorer.lenses import LoadedModel
+from ramslib.explorer.validation import CachedValidation
+from ramslib.plots.drawing import clean_class_name
+from ramslib.plots.figures import CMAP
 
 PAGE = 18  # thumbnails at once
 CLASSES = 12  # in the confusion matrix
@@ -93,11 +93,11 @@ class Surveyed(widgets.VBox):
         self.menu.observe(guard(lambda _: self.fill()), "value")
         super().__init__([self.menu, self.photos])
 
-    def use(self, lens: Lens, survey: Survey) -> None:
+    def use(self, lens: LoadedModel, survey: CachedValidation) -> None:
         """Offer what another survey can tell."""
         self.lens, self.survey = lens, None
         self.photos.show([], [], "the model has no trained classifier")
-        offer(self.menu, self._options(lens, survey))
+        set_options(self.menu, self._options(lens, survey))
         self.survey = survey
 
     def fill(self) -> None:
@@ -111,15 +111,17 @@ class Surveyed(widgets.VBox):
 class Gallery(Surveyed):
     """The surveyed photos in one of the orders of `survey.ORDERS`."""
 
-    def _options(self, lens: Lens, survey: Survey) -> list[str]:
-        return surveys.orders_of(lens, survey)
+    def _options(self, lens: LoadedModel, survey: CachedValidation) -> list[str]:
+        return validations.orders_of(lens, survey)
 
     def _draw(self, order: str) -> None:
-        rows = surveys.sort_images(self.survey, order)
-        names = self.lens.table.set_index("path")["class_name"].map(readable).map(html.escape)
-        form = "{:+.2f}, {}" if surveys.UNITS[order] == surveys.CHANGE else "{:.2f}, {}"
+        rows = validations.sort_images(self.survey, order)
+        names = (
+            self.lens.table.set_index("path")["class_name"].map(clean_class_name).map(html.escape)
+        )
+        form = "{:+.2f}, {}" if validations.UNITS[order] == validations.CHANGE else "{:.2f}, {}"
         captions = [form.format(row.value, names[row.path]) for row in rows.itertuples()]
-        meaning = f"the number is the {surveys.UNITS[order]}"
+        meaning = f"the number is the {validations.UNITS[order]}"
         self.photos.show(rows["path"].tolist(), captions, meaning)
 
 
@@ -131,13 +133,13 @@ class Confusion(Surveyed):
         self.matrix = widgets.GridBox()
         self.children = [self.menu, self.matrix, self.photos]
 
-    def _options(self, lens: Lens, survey: Survey) -> list[str]:
+    def _options(self, lens: LoadedModel, survey: CachedValidation) -> list[str]:
         self.matrix.children = []
-        return list(dict.fromkeys(survey.predictions["scale"])) if lens.classes else []
+        return list(dict.fromkeys(survey.predictions["output"])) if lens.classes else []
 
     def _draw(self, scale: str) -> None:
         classes = len(self.lens.classes)
-        counts = surveys.confusion(self.survey, classes, scale, CLASSES)
+        counts = validations.confusion(self.survey, classes, scale, CLASSES)
         shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         cells = [widgets.HTML(small("true ↓ predicted →")), *map(self._heading, counts)]
         for true, row in counts.iterrows():
@@ -149,26 +151,26 @@ class Confusion(Surveyed):
             old.close()
         self.matrix.children = cells
         some = f"; of {classes} classes those with most mistakes" if classes > CLASSES else ""
-        self.photos.show([], [], f"press a cell for its photos; colour: share of its row{some}")
+        self.photos.show([], [], f"press a cell for its photos; color: share of its row{some}")
 
     def _heading(self, label: int) -> widgets.HTML:
-        name = html.escape(readable(self.lens.classes[label]))
+        name = html.escape(clean_class_name(self.lens.classes[label]))
         return widgets.HTML(f'<div class="rams-class" title="{name}">{name}</div>')
 
     def _cell(self, true: int, given: int, count: int, share: float) -> widgets.Button:
-        names = [readable(self.lens.classes[label]) for label in (true, given)]
+        names = [clean_class_name(self.lens.classes[label]) for label in (true, given)]
         button = widgets.Button(
             description=str(count or ""),
             tooltip=f"{count} × {names[0]} taken for {names[1]}",
             layout=widgets.Layout(width="auto", height="26px", margin="0", padding="0"),
             disabled=not count,
         )
-        button.style.button_color = to_hex(colormaps[SCORES](share)) if count else "#f2f2f2"
+        button.style.button_color = to_hex(colormaps[CMAP](share)) if count else "#f2f2f2"
         button.style.text_color = "black" if share > 0.55 else "white"
         button.on_click(self.guard(lambda _: self._open(true, given, button.tooltip)))
         return button
 
     def _open(self, true: int, given: int, meaning: str) -> None:
-        paths = surveys.images_of(self.survey, true, given, self.menu.value)
+        paths = validations.images_of(self.survey, true, given, self.menu.value)
         names = [html.escape(Path(path).name) for path in paths]
         self.photos.show(paths, names, html.escape(meaning))

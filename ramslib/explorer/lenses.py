@@ -12,7 +12,7 @@ from torch import Tensor
 from ramslib.backbone import count_class_tokens
 from ramslib.config import Config
 from ramslib.data.annotations import image_size
-from ramslib.data.transforms import View, open_image, prepare
+from ramslib.data.transforms import ImageTransform, open_image, prepare
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.run import is_finished, load, read_run, run_key
@@ -22,7 +22,7 @@ DISPLAY = 900  # pixels; the longer side of the copy of a photo that is kept to 
 
 
 @dataclass(frozen=True)
-class Lens:
+class LoadedModel:
     """A model to look through.
 
     Attributes:
@@ -37,7 +37,7 @@ class Lens:
 
     name: str
     model: RAMSTrans
-    view: View
+    view: ImageTransform
     classes: list[str]
     table: pd.DataFrame
     origin: str
@@ -52,8 +52,8 @@ class Photo(NamedTuple):
         picture: upright, at most ``DISPLAY`` pixels, to show.
         size: (1, 2) height and width of the upright image.
         pixels: (3, Hs, Ws) uint8, the view of scale 1 at the highest resolution at hand.
-        images: (1, 3, H, W) the normalised input.
-        source: (1, 3, Hs, Ws) normalised, or None where it is the input.
+        images: (1, 3, H, W) the normalized input.
+        source: (1, 3, Hs, Ws) normalized, or None where it is the input.
         label: true class, or None.
         truth: (1, 4) annotated box in pixels of the upright image, NaN where unknown.
     """
@@ -83,7 +83,7 @@ def describe_run(run: Path, folder: Path | str) -> str:
     """
     config, _, _ = _read_run(run)
     try:
-        results = pd.read_csv(run / "results.csv").query("split == 'test' and weights == 'last'")
+        results = pd.read_csv(run / "results.csv").query("split == 'test' and checkpoint == 'last'")
         best = results.loc[results["top1"].idxmax()]
         score = f"{best['top1']:.1f} % at {best['scale']}"
     except (OSError, ValueError, LookupError, TypeError, NameError) as error:
@@ -101,27 +101,27 @@ def _read_run(run: Path | str) -> tuple[Config, dict, pd.DataFrame]:
     return config, description, table
 
 
-def open_run(run: Path | str, which: str = "best") -> Lens:
+def open_run(run: Path | str, checkpoint: str = "best") -> LoadedModel:
     """Look through the model of a finished run.
 
     Raises:
         InputError: no such run, its checkpoint cannot be read, or its model is another method's.
     """
     config, description, table = _read_run(run)
-    view = View(config.source_size or config.image_size, config.crop_fraction)
-    origin = f"{run}, {which} weights"
-    model = load(run, which).to(_device())
-    key = f"{run_key(config, description['data_fingerprint'])}-{which}"
-    return Lens(Path(run).name, model, view, description["classes"], table, origin, key)
+    view = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
+    origin = f"{run}, {checkpoint} weights"
+    model = load(run, checkpoint).to(_device())
+    key = f"{run_key(config, description['data_fingerprint'])}-{checkpoint}"
+    return LoadedModel(Path(run).name, model, view, description["classes"], table, origin, key)
 
 
-def open_backbone(name: str, table: pd.DataFrame, image_size=224, source_size=448) -> Lens:
+def open_backbone(name: str, table: pd.DataFrame, image_size=224, highres_size=448) -> LoadedModel:
     """Look through a pre-trained backbone alone: attention needs no training, classes do.
 
     Raises:
         InputError: see `create_backbone`.
     """
-    sizes = {"image_size": image_size, "source_size": source_size}
+    sizes = {"image_size": image_size, "highres_size": highres_size}
     config = Config().replace(backbone=name, class_token="shared", strength="rollout_mean", **sizes)
     stored = cache_folder() / f"{name}.safetensors"
     pretrained = str(stored) if stored.exists() else "auto"
@@ -129,16 +129,16 @@ def open_backbone(name: str, table: pd.DataFrame, image_size=224, source_size=44
     model, origin = build_model(config.replace(pretrained=pretrained), classes)
     if count_class_tokens(model.backbone):
         model.strength = "last_class"
-    view = View(source_size, config.crop_fraction)
+    view = ImageTransform(highres_size, config.crop_fraction)
     model = model.eval().to(_device())
-    return Lens(name, model, view, [], table, origin, run_key(config, origin))
+    return LoadedModel(name, model, view, [], table, origin, run_key(config, origin))
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_photo(lens: Lens, path: Path | str, label: int | None = None, truth=None) -> Photo:
+def open_photo(lens: LoadedModel, path: Path | str, label: int | None = None, truth=None) -> Photo:
     """Read a photo for a lens.
 
     Args:
@@ -148,7 +148,7 @@ def open_photo(lens: Lens, path: Path | str, label: int | None = None, truth=Non
         truth: annotated box in pixels of the upright image, if known.
 
     Raises:
-        InputError: not a readable image, or one without a patch's worth of pixels.
+        InputError: not a clean_class_name image, or one without a patch's worth of pixels.
     """
     model, view = lens.model, lens.view
     image, size = open_image(path, 2 * max(view.resized)), image_size(path)

@@ -1,9 +1,9 @@
 """The explorer's numbers: a photo is recorded once, and what a control changes is computed from it.
 
 `record` runs one scale and keeps query and key of every block; from that, `choose` derives
-strength, mask, component, box and crop for any `Choice` of controls without another forward pass.
+strength, mask, component, box and crop for any `ProposalSettings` of controls without another forward pass.
 Only what a next scale makes of its crop needs one: `follow` runs the scales whose crop has changed.
-The steps themselves are the library's (`model`, `strength`, `dppm`, `localisation`); no widgets.
+The steps themselves are the library's (`model`, `strength`, `dppm`, `localization`); no widgets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ramslib.attention import QueryKey, record_attention
 from ramslib.backbone import count_class_tokens
-from ramslib.dppm import Proposal, drawn_by_row, propose
+from ramslib.dppm import Proposal, propose, seed_random_proposals
 from ramslib.evaluation import BOX
-from ramslib.explorer.lenses import Lens, Photo
-from ramslib.localisation import Strengths, regions, score_regions
+from ramslib.explorer.lenses import LoadedModel, Photo
+from ramslib.localization import StrengthMaps, regions, score_regions
 from ramslib.regions import box_area, box_iou, label_components
 from ramslib.strength import STRENGTHS, attention_strength
 
@@ -27,7 +27,7 @@ SINGLE = ("single_block", "single_head")  # strengths beside those of the regist
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProposalSettings:
     """What the controls say.
 
     Attributes:
@@ -55,7 +55,7 @@ class Choice:
 
 
 @dataclass(eq=False)
-class Seen:
+class RecordedScale:
     """One recorded scale: its view, where it lies in input pixels, logits, and all attention."""
 
     view: Tensor
@@ -67,7 +67,7 @@ class Seen:
 
 
 class Region(NamedTuple):
-    """What the next scale will look at: the tensors of `model.Look`, and the crop itself."""
+    """What the next scale will look at: the tensors of `model.ScaleOutput`, and the crop itself."""
 
     strength: Tensor
     proposal: Proposal
@@ -75,10 +75,10 @@ class Region(NamedTuple):
     boxes: Tensor
 
 
-def default_choice(lens: Lens) -> Choice:
+def default_choice(lens: LoadedModel) -> ProposalSettings:
     """The controls as the model was trained."""
     model = lens.model
-    return Choice(
+    return ProposalSettings(
         thresholds=model.thresholds or (1.0,),
         strength=model.strength,
         block=len(model.backbone.blocks),
@@ -88,19 +88,19 @@ def default_choice(lens: Lens) -> Choice:
     )
 
 
-def strength_names(lens: Lens) -> list[str]:
+def strength_names(lens: LoadedModel) -> list[str]:
     """The strengths that this backbone has: those of a class token need one."""
     has_token = count_class_tokens(lens.model.backbone) > 0
     return [name for name in STRENGTHS if has_token or not name.endswith("_class")] + list(SINGLE)
 
 
 @torch.inference_mode()
-def record(lens: Lens, view: Tensor, boxes: Tensor, scale: int) -> Seen:
+def record(lens: LoadedModel, view: Tensor, boxes: Tensor, scale: int) -> RecordedScale:
     """Run one scale and keep its attention; further scales than trained look as the last one.
 
     Args:
         lens: the model.
-        view: (1, 3, H, W) normalised.
+        view: (1, 3, H, W) normalized.
         boxes: (1, 4) where it lies, in input pixels.
         scale: 0 for scale 1.
     """
@@ -108,16 +108,16 @@ def record(lens: Lens, view: Tensor, boxes: Tensor, scale: int) -> Seen:
     scale = min(scale, model.num_scales - 1)
     with record_attention(model.backbone) as blocks:
         logits, _ = model.look(view, scale)
-    return Seen(view, boxes, logits, blocks, scale if model.per_scale_token else 0)
+    return RecordedScale(view, boxes, logits, blocks, scale if model.per_scale_token else 0)
 
 
-def first_look(lens: Lens, photo: Photo) -> Seen:
+def run_first_scale(lens: LoadedModel, photo: Photo) -> RecordedScale:
     """Scale 1: the whole view."""
     whole = torch.tensor([[0.0, 0.0, *lens.model.image_size]], device=photo.images.device)
     return record(lens, photo.images, whole, 0)
 
 
-def strength_of(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
+def strength_of(lens: LoadedModel, seen: RecordedScale, choice: ProposalSettings) -> Tensor:
     """Attention strength (1, h, w) as the controls choose it; each is computed once per look."""
     key = choice.read()
     if key not in seen.strengths:
@@ -130,7 +130,7 @@ def strength_of(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
     return seen.strengths[key]
 
 
-def _row_name(lens: Lens) -> str:
+def _row_name(lens: LoadedModel) -> str:
     """The strength that reads a single block: the class token's row where there is one."""
     return "last_class" if count_class_tokens(lens.model.backbone) else "rollout_mean"
 
@@ -144,7 +144,9 @@ def _one_head(block: QueryKey, head: int) -> QueryKey:
 
 
 @torch.inference_mode()
-def choose(lens: Lens, photo: Photo, seen: Seen, choice: Choice, number: int = 0) -> Region:
+def choose(
+    lens: LoadedModel, photo: Photo, seen: RecordedScale, choice: ProposalSettings, number: int = 0
+) -> Region:
     """What a look proposes to the next one, from what was recorded: no forward pass.
 
     Args:
@@ -156,14 +158,18 @@ def choose(lens: Lens, photo: Photo, seen: Seen, choice: Choice, number: int = 0
     """
     strength = strength_of(lens, seen, choice)
     threshold = choice.thresholds[min(number, len(choice.thresholds) - 1)]
-    with drawn_by_row([number]):  # the random proposal stays where it is while controls move
+    with seed_random_proposals(
+        [number]
+    ):  # the random proposal stays where it is while controls move
         proposal = propose(strength, threshold, choice.proposal)
     source = photo.source if choice.from_source else None
-    crop, boxes = lens.model.amplify(seen.view, source, seen.boxes, proposal.patch_boxes)
+    crop, boxes = lens.model.crop_region(seen.view, source, seen.boxes, proposal.patch_boxes)
     return Region(strength, proposal, crop, boxes)
 
 
-def follow(lens: Lens, photo: Photo, seen: Sequence[Seen], choice: Choice) -> list[Seen]:
+def follow(
+    lens: LoadedModel, photo: Photo, seen: Sequence[RecordedScale], choice: ProposalSettings
+) -> list[RecordedScale]:
     """All looks that the controls ask for; those whose crop is as before are not run again."""
     looks = [seen[0]]
     for number in range(choice.scales - 1):
@@ -174,12 +180,12 @@ def follow(lens: Lens, photo: Photo, seen: Sequence[Seen], choice: Choice) -> li
     return looks
 
 
-def photo_boxes(lens: Lens, photo: Photo, boxes: Tensor) -> Tensor:
+def photo_boxes(lens: LoadedModel, photo: Photo, boxes: Tensor) -> Tensor:
     """Boxes (B, 4) in input pixels, as boxes in pixels of the upright photo."""
-    return lens.view.to_image_boxes(boxes.cpu(), photo.size, lens.model.image_size)
+    return lens.view.boxes_to_image(boxes.cpu(), photo.size, lens.model.image_size)
 
 
-def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
+def measure(lens: LoadedModel, photo: Photo, region: Region) -> dict[str, float]:
     """The numbers of a region.
 
     Returns:
@@ -201,11 +207,15 @@ def measure(lens: Lens, photo: Photo, region: Region) -> dict[str, float]:
 
 
 def threshold_curve(
-    lens: Lens, photo: Photo, seen: Seen, choice: Choice, thresholds: Sequence[float]
+    lens: LoadedModel,
+    photo: Photo,
+    seen: RecordedScale,
+    choice: ProposalSettings,
+    thresholds: Sequence[float],
 ) -> pd.DataFrame:
     """What any threshold of scale 1 does to this photo, from what was recorded.
 
-    The photo is a set of equal images, each with its own threshold, for `localisation` to score.
+    The photo is a set of equal images, each with its own threshold, for `localization` to score.
 
     Returns:
         One row per threshold: ``threshold, area`` (share of the photo), and ``iou`` if annotated.
@@ -213,14 +223,18 @@ def threshold_curve(
     count, strength = len(thresholds), strength_of(lens, seen, choice).cpu()
     table = pd.DataFrame(photo.truth.tolist() * count, columns=BOX).assign(path=photo.path)
     sizes, maps = photo.size.repeat(count, 1), {"": strength.repeat(count, 1, 1)}
-    copies = Strengths(maps, table, lens.view, sizes, lens.model.image_size)
+    copies = StrengthMaps(maps, table, lens.view, sizes, lens.model.image_size)
     boxes = regions(copies, "", torch.tensor(thresholds), choice.proposal)
     scores = score_regions(boxes, copies)[["area", "iou"]].dropna(axis=1)
     return pd.DataFrame({"threshold": thresholds}).join(scores)
 
 
 def probability_curve(
-    lens: Lens, photo: Photo, seen: Seen, choice: Choice, thresholds: Sequence[float]
+    lens: LoadedModel,
+    photo: Photo,
+    seen: RecordedScale,
+    choice: ProposalSettings,
+    thresholds: Sequence[float],
 ) -> Iterator[float]:
     """Probability that scale 2 gives the true class, threshold by threshold of scale 1.
 
@@ -238,7 +252,7 @@ def probability_curve(
         yield known[box]
 
 
-def build_up(lens: Lens, seen: Seen, choice: Choice) -> Tensor:
+def strength_per_block(lens: LoadedModel, seen: RecordedScale, choice: ProposalSettings) -> Tensor:
     """The strength (L, h, w) if the network ended after each block; single ones, block by block."""
     name = _row_name(lens) if choice.strength in SINGLE else choice.strength
     depths = range(1, len(seen.blocks) + 1)

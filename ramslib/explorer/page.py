@@ -24,11 +24,17 @@ from ramslib.data.annotations import TABLE_COLUMNS
 from ramslib.data.datasets import load_table
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX
-from ramslib.explorer.browsing import Browser
+from ramslib.explorer.browser import ImageBrowser
+from ramslib.explorer.components import (
+    STYLE,
+    BackgroundWorker,
+    probability_bars,
+    set_options,
+    small,
+)
 from ramslib.explorer.controls import Controls
-from ramslib.explorer.explaining import Explaining
 from ramslib.explorer.lenses import (
-    Lens,
+    LoadedModel,
     Photo,
     describe_run,
     find_runs,
@@ -36,10 +42,18 @@ from ramslib.explorer.lenses import (
     open_photo,
     open_run,
 )
-from ramslib.explorer.looking import Choice, Seen, choose, first_look, follow, measure, photo_boxes
-from ramslib.explorer.panels import STYLE, Later, bars, offer, small
+from ramslib.explorer.looking import (
+    ProposalSettings,
+    RecordedScale,
+    choose,
+    follow,
+    measure,
+    photo_boxes,
+    run_first_scale,
+)
 from ramslib.explorer.rows import Row
-from ramslib.plots.stories import probabilities_of, top_classes
+from ramslib.explorer.tabs import AnalysisTabs
+from ramslib.plots.images import probabilities_of, top_classes
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
@@ -53,14 +67,17 @@ class Explorer:
         data: which reader, see `load_table`.
         root: folder of the data set; photos of other folders and uploads work without one.
         out: folder below which finished runs are found and surveys are stored.
-        lens: what to look through first: a `Lens`, a run's folder or timm's name of a backbone; the
+        lens: what to look through first: a `LoadedModel`, a run's folder or timm's name of a backbone; the
             newest run of several scales by default, or else a pre-trained backbone.
     """
 
     def __init__(self, data="diagnostic", root="data/diagnostic", out="runs", lens=None):
         self.out, self.lock, self.seconds = Path(out), threading.RLock(), deque(maxlen=1000)
         self.lens, self.photo, self.seen, self.table = None, None, [], _no_images()
-        self.later, self.threads = Later(self.lock, self.complain), torch.get_num_threads()
+        self.later, self.threads = (
+            BackgroundWorker(self.lock, self.complain),
+            torch.get_num_threads(),
+        )
         self._build()
         self.guard(self._read_table)(data, root)
         self.guard(self._offer_models)(lens)
@@ -80,10 +97,10 @@ class Explorer:
         self.message, self.notice, self.scores = (widgets.HTML() for _ in range(3))
         self.controls = Controls(self.guard(self._moved))
         self.rows = [Row(number, slider) for number, slider in enumerate(self.controls.thresholds)]
-        self.browser = Browser(_no_images(), self._pick, self.guard)
-        later = Later(self.lock, self.complain, delay=0)
+        self.browser = ImageBrowser(_no_images(), self._pick, self.guard)
+        later = BackgroundWorker(self.lock, self.complain, delay=0)
         parts = self.guard, later, self.out / "explorer", self._moved
-        self.tabs = Explaining(self.guard(self.browser.pick_path), *parts)
+        self.tabs = AnalysisTabs(self.guard(self.browser.pick_path), *parts)
         self.stage = widgets.VBox(self.rows)
         main = [self.controls, self.stage, self.scores, self.tabs]
         main = widgets.VBox(main, layout=widgets.Layout(flex="1 1 0", min_width="0"))
@@ -128,7 +145,7 @@ class Explorer:
     def _read_table(self, data: str, root: Path | str) -> None:
         self.table = load_table(data, root)
 
-    def _offer_models(self, first: Lens | str | None) -> None:
+    def _offer_models(self, first: LoadedModel | str | None) -> None:
         """List the finished runs, newest first, and what is always there; choose the first."""
         options, refused = [], []
         for run in find_runs(self.out):
@@ -138,12 +155,12 @@ class Explorer:
                 refused.append(f"not offered: {html.escape(str(error))}")
         options += [(f"{name}, pre-trained, no classes", name) for name in BACKBONES]
         self.notice.value = small("<br>".join(refused))
-        offer(self.models, options)
+        set_options(self.models, options)
         known = [value for _, value in options if value == str(first)]
         several = [value for text, value in options if "(1 scale," not in text]
         self.models.value = (known or several)[0]
 
-    def _load(self, model: Lens | str) -> None:
+    def _load(self, model: LoadedModel | str) -> None:
         """Look through a run, by its folder, or a backbone, by its timm name."""
         if not model:
             return
@@ -171,7 +188,7 @@ class Explorer:
         """Look at a photo; if it cannot be opened, the one before stays."""
         if self.lens is not None:
             photo = open_photo(self.lens, path, label, truth)
-            self.seen, self.photo = [first_look(self.lens, photo)], photo
+            self.seen, self.photo = [run_first_scale(self.lens, photo)], photo
             self.say("")
             self._moved()
 
@@ -188,7 +205,7 @@ class Explorer:
             looks = self.lens, self.photo, self.seen, choice
             self.later(partial(self._catch_up, looks, explain))
 
-    def _draw(self, choice: Choice) -> bool:
+    def _draw(self, choice: ProposalSettings) -> bool:
         """Draw all that is known by now; returns whether the last scale is among it."""
         seen, is_fresh = self.seen[:1], True
         boxes = {"scale 1": photo_boxes(self.lens, self.photo, seen[0].boxes)[0].tolist()}
@@ -209,17 +226,19 @@ class Explorer:
         self._draw_scores(seen, is_fresh)
         return is_fresh
 
-    def _draw_scores(self, seen: list[Seen], is_fresh: bool) -> None:
+    def _draw_scores(self, seen: list[RecordedScale], is_fresh: bool) -> None:
         """Class probabilities of the looks that are known."""
         text = "attention only: this backbone has no trained classifier"
         if self.lens.classes:
             shown = self.lens.classes, self.photo.label, CLASSES
-            text = bars(top_classes(probabilities_of(seen), *shown))
+            text = probability_bars(top_classes(probabilities_of(seen), *shown))
         text += "" if is_fresh else small("computing the next scale …")
         self.scores.value = f'<div class="rams-title">class probabilities</div>{text}'
 
     def _catch_up(
-        self, looks: tuple[Lens, Photo, list[Seen], Choice], explain: Callable | None
+        self,
+        looks: tuple[LoadedModel, Photo, list[RecordedScale], ProposalSettings],
+        explain: Callable | None,
     ) -> Iterator[Callable]:
         """Beside the page: run the scales that have changed, then explain."""
         torch.set_num_threads(self.threads)
@@ -227,7 +246,7 @@ class Explorer:
         yield partial(self._arrived, seen)
         yield from explain() if explain else ()
 
-    def _arrived(self, seen: list[Seen]) -> None:
+    def _arrived(self, seen: list[RecordedScale]) -> None:
         self.seen = seen
         self._draw(self.controls.choice())
 

@@ -9,34 +9,34 @@ from PIL import Image
 from torch import Tensor
 
 from ramslib.evaluation import BOX
-from ramslib.explorer.lenses import Lens, Photo
-from ramslib.explorer.looking import Choice, Region, Seen
-from ramslib.explorer.panels import Panel, fit
-from ramslib.plots.pictures import (
-    HEAT,
-    TRUTH,
-    paint_box,
-    paint_mask,
-    paint_strength,
+from ramslib.explorer.components import Panel, fit
+from ramslib.explorer.lenses import LoadedModel, Photo
+from ramslib.explorer.looking import ProposalSettings, RecordedScale, Region
+from ramslib.plots.drawing import (
+    ANNOTATION_COLOR,
+    HEATMAP_CMAP,
+    draw_box,
+    draw_mask,
+    draw_strength,
+    output_color,
     relative_strength,
     to_picture,
-    view_colour,
 )
-from ramslib.regions import map_boxes
+from ramslib.regions import rescale_boxes
 
-_STOPS = ", ".join(to_hex(colour) for colour in colormaps[HEAT](np.linspace(0, 1, 9)))
+_STOPS = ", ".join(to_hex(color) for color in colormaps[HEATMAP_CMAP](np.linspace(0, 1, 9)))
 
 
 class Row(widgets.VBox):
-    """View, attention strength, patch mask and crop of one proposal, below its threshold."""
+    """ImageTransform, attention strength, patch mask and crop of one proposal, below its threshold."""
 
     def __init__(self, number: int, slider: widgets.Widget):
-        self.number, self.colour = number, view_colour(f"scale {number + 2}")
+        self.number, self.color = number, output_color(f"scale {number + 2}")
         view = f"scale {number + 1} saw" if number else "photo"
         names = (f"{what}, scale {number + 1}" for what in ("attention strength", "patch mask"))
         self.panels = [Panel(name) for name in (view, *names, f"scale {number + 2} sees")]
         self.view, self.heat, self.mask, self.crop = self.panels
-        self.base: tuple[Seen | None, Image.Image | None] = None, None
+        self.base: tuple[RecordedScale | None, Image.Image | None] = None, None
         self.photo: tuple[Photo | None, Image.Image | None] = None, None
         template = "repeat(4, minmax(0, 1fr))"
         grid = widgets.Layout(grid_template_columns=template, grid_gap="12px", width="100%")
@@ -44,12 +44,12 @@ class Row(widgets.VBox):
 
     def draw(
         self,
-        lens: Lens,
+        lens: LoadedModel,
         photo: Photo,
-        seen: Seen,
+        seen: RecordedScale,
         region: Region,
         numbers: dict,
-        choice: Choice,
+        choice: ProposalSettings,
         opacity: float,
     ) -> None:
         """Draw what has changed since the last time."""
@@ -57,12 +57,12 @@ class Row(widgets.VBox):
         read, threshold = (seen, *choice.read()), choice.thresholds[self.number]
         self.heat.show(
             (*read, opacity),
-            lambda: (paint_strength(base, strength[0], opacity), say_strength(strength[0])),
+            lambda: (draw_strength(base, strength[0], opacity), say_strength(strength[0])),
         )
         self.mask.show(
             (*read, choice.proposal, threshold),
             lambda: (
-                paint_mask(base, proposal.mask[0], proposal.component[0], self.colour),
+                draw_mask(base, proposal.mask[0], proposal.component[0], self.color),
                 say_mask(numbers, strength[0].numel(), threshold),
             ),
         )
@@ -77,13 +77,13 @@ class Row(widgets.VBox):
     def draw_photo(self, photo: Photo, boxes: dict[str, list[float]]) -> None:
         """Draw the whole photo with the boxes of all scales, in pixels of the upright photo."""
         if self.photo[0] is not photo:
-            self.photo = photo, paint_truth(photo)
+            self.photo = photo, draw_annotation(photo)
         picture, factor = self.photo[1], self.photo[1].height / float(photo.size[0, 0])
 
         def draw() -> tuple[Image.Image, str]:
             painted = picture
             for name, box in boxes.items():
-                painted = paint_box(painted, [side * factor for side in box], view_colour(name))
+                painted = draw_box(painted, [side * factor for side in box], output_color(name))
             return painted, say_photo(photo, boxes)
 
         self.view.show((picture, *map(tuple, boxes.values())), draw)
@@ -93,7 +93,7 @@ class Row(widgets.VBox):
         for panel in self.panels[not self.number :]:
             panel.stale(True)
 
-    def _base(self, lens: Lens, photo: Photo, seen: Seen) -> Image.Image:
+    def _base(self, lens: LoadedModel, photo: Photo, seen: RecordedScale) -> Image.Image:
         """The view that was looked at, at the size of the page, made once."""
         if self.base[0] is not seen:
             pixels = seen.view[0] if self.number else photo.pixels
@@ -103,35 +103,35 @@ class Row(widgets.VBox):
     def _boxed(self, base: Image.Image, region: Region) -> Image.Image:
         frame = torch.tensor([0.0, 0.0, base.height, base.width])
         grid = tuple(region.proposal.mask.shape[1:])
-        box = map_boxes(region.proposal.patch_boxes[0].cpu(), grid, frame)
-        return paint_box(base, box.tolist(), self.colour)
+        box = rescale_boxes(region.proposal.patch_boxes[0].cpu(), grid, frame)
+        return draw_box(base, box.tolist(), self.color)
 
 
-def paint_truth(photo: Photo) -> Image.Image:
+def draw_annotation(photo: Photo) -> Image.Image:
     """The upright photo at the size of the page, with its annotated box dashed."""
     picture = fit(photo.picture)
     if photo.truth.isnan().any():
         return picture
     box = photo.truth[0] * (picture.height / float(photo.size[0, 0]))
-    return paint_box(picture, box.tolist(), TRUTH, dashed=True)
+    return draw_box(picture, box.tolist(), ANNOTATION_COLOR, dashed=True)
 
 
 def say_photo(photo: Photo, boxes: dict[str, list[float]]) -> str:
     """Size of the photo and a legend of its boxes."""
     height, width = photo.size[0].tolist()
-    marks = [_mark(view_colour(name), name) for name in boxes]
-    marks += [_mark(TRUTH, "annotated")] * (not photo.truth.isnan().any())
+    marks = [_mark(output_color(name), name) for name in boxes]
+    marks += [_mark(ANNOTATION_COLOR, "annotated")] * (not photo.truth.isnan().any())
     return f"{height} × {width} px (height × width)<br>{' '.join(marks)}"
 
 
-def _mark(colour: str, name: str) -> str:
-    """A small empty box of that colour, and its name."""
-    box = f'<span class="rams-mark" style="border-color:{colour}"></span>'
+def _mark(color: str, name: str) -> str:
+    """A small empty box of that color, and its name."""
+    box = f'<span class="rams-mark" style="border-color:{color}"></span>'
     return f'<span style="white-space:nowrap">{box}{name}</span>'
 
 
 def say_strength(strength: Tensor) -> str:
-    """The colour scale, in multiples of the mean."""
+    """The color scale, in multiples of the mean."""
     largest = float(relative_strength(strength).nan_to_num().max())
     bar = f'<span class="rams-scale" style="background:linear-gradient(to right, {_STOPS})"></span>'
     return f"0 {bar} {largest:.1f} × mean"

@@ -4,6 +4,7 @@
 given, else on a new figure; `panels` makes a grid of Axes, `save` writes vector graphics.
 """
 
+from ramslib.plots.drawing import as_bytes, as_image, clean_class_name, panels, save
 from ramslib.plots.figures import (
     plot_ablation,
     plot_accuracies,
@@ -16,16 +17,15 @@ from ramslib.plots.figures import (
     plot_reliability,
     plot_threshold,
 )
-from ramslib.plots.pictures import as_bytes, as_image, panels, readable, save
-from ramslib.plots.stories import (
-    show_build_up,
-    show_mask,
-    show_photo,
-    show_probabilities,
-    show_samples,
-    show_story,
-    show_strength,
-    story_columns,
+from ramslib.plots.images import (
+    plot_image,
+    plot_mask,
+    plot_probabilities,
+    plot_recursion,
+    plot_samples,
+    plot_strength,
+    plot_strength_per_block,
+    recursion_columns,
 )
 
 __all__ = [
@@ -42,14 +42,14 @@ __all__ = [
     "plot_losses",
     "plot_reliability",
     "plot_threshold",
-    "readable",
+    "clean_class_name",
     "save",
-    "show_build_up",
-    "show_mask",
-    "show_photo",
-    "show_probabilities",
-    "show_samples",
-    "show_story",
-    "show_strength",
-    "story_columns",
+    "plot_strength_per_block",
+    "plot_mask",
+    "plot_image",
+    "plot_probabilities",
+    "plot_samples",
+    "plot_recursion",
+    "plot_strength",
+    "recursion_columns",
 ]

@@ -24,7 +24,7 @@ NUMBER = "=number"  # ends the name of a tensor that stands for a plain number
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands: the scalars of its checkpoints."""
 
     step: int = 0
@@ -38,12 +38,12 @@ class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
     tensors: dict[str, Tensor]
-    progress: Progress
+    progress: TrainState
 
 
 def save_checkpoint(
     path: Path,
-    progress: Progress,
+    progress: TrainState,
     model: nn.Module,
     optimizer: Optimizer | None = None,
     ema: nn.Module | None = None,
@@ -94,7 +94,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            progress = Progress(**json.loads((file.metadata() or {})["progress"]))
+            progress = TrainState(**json.loads((file.metadata() or {})["progress"]))
         if min(progress.step, progress.best_epoch, progress.seconds) < 0:
             raise ValueError("its progress makes no sense")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:

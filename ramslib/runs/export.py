@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ramslib.data.transforms import View, prepare
+from ramslib.classifier import ImageClassifier
+from ramslib.data.transforms import ImageTransform, prepare
 from ramslib.errors import InputError
 from ramslib.files import write_atomically
-from ramslib.looks import Recogniser
 from ramslib.runs.run import load, read_run
 
 
 class Pixels(nn.Module):
     """A model that takes a view as it comes from the file: the part that is exported."""
 
-    def __init__(self, model: Recogniser):
+    def __init__(self, model: ImageClassifier):
         super().__init__()
         self.model = model
 
@@ -28,7 +28,7 @@ class Pixels(nn.Module):
         """Look at all scales.
 
         Args:
-            pixels: (B, 3, Hs, Ws) uint8 RGB, the test view (`transforms.View`) of the photos.
+            pixels: (B, 3, Hs, Ws) uint8 RGB, the test view (`transforms.ImageTransform`) of the photos.
 
         Returns:
             ``logits_1`` .. ``logits_S`` (B, K) and ``boxes_1`` .. ``boxes_S`` (B, 4), where each
@@ -39,26 +39,28 @@ class Pixels(nn.Module):
         return named | {f"boxes_{scale + 1}": boxes for scale, boxes in enumerate(output.boxes)}
 
 
-def export_model(model: Recogniser, source_size: tuple[int, int]) -> torch.export.ExportedProgram:
+def export_model(
+    model: ImageClassifier, highres_size: tuple[int, int]
+) -> torch.export.ExportedProgram:
     """Trace a model for batches of any size.
 
     Args:
         model: in evaluation mode, on the CPU.
-        source_size: (Hs, Ws) of the views that the program will take.
+        highres_size: (Hs, Ws) of the views that the program will take.
     """
-    pixels = torch.zeros(2, 3, *source_size, dtype=torch.uint8)
+    pixels = torch.zeros(2, 3, *highres_size, dtype=torch.uint8)
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1, max=4096)}}
     with torch.no_grad():
         return torch.export.export(Pixels(model).eval(), (pixels,), dynamic_shapes=shapes)
 
 
-def export_run(run: Path | str, path: Path | str, which: str = "best") -> Path:
+def export_run(run: Path | str, path: Path | str, checkpoint: str = "best") -> Path:
     """Write the model of a run as one file.
 
     Args:
         run: the run's folder.
         path: the new file, ``.pt2``.
-        which: ``best`` or ``last`` weights.
+        checkpoint: ``best`` or ``last`` weights.
 
     Raises:
         InputError: no such run, a file that exists, or another ending.
@@ -67,6 +69,8 @@ def export_run(run: Path | str, path: Path | str, which: str = "best") -> Path:
     if path.suffix != ".pt2" or path.exists():
         raise InputError(f"{path}: give a new file that ends in .pt2")
     config, _, _ = read_run(run)
-    program = export_model(load(run, which), View(config.source_size or config.image_size).size)
+    program = export_model(
+        load(run, checkpoint), ImageTransform(config.highres_size or config.image_size).size
+    )
     write_atomically(path, partial(torch.export.save, program))
     return path

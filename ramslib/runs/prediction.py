@@ -10,13 +10,13 @@ import pandas as pd
 from PIL import ImageDraw
 
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
-from ramslib.data.transforms import View, open_image
+from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, predict
 from ramslib.files import write_atomically
 from ramslib.runs.run import load, read_run
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # of scales 2, 3, ..; safe for all eyes
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # of scales 2, 3, ..; safe for all eyes
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -47,14 +47,14 @@ def _photos(folder: Path) -> list[Path]:
 
 
 def predict_paths(
-    run: Path | str, paths: Sequence[str | Path], which: str = "best", batch_size: int = 16
+    run: Path | str, paths: Sequence[str | Path], checkpoint: str = "best", batch_size: int = 16
 ) -> pd.DataFrame:
     """Classify photos with a trained run.
 
     Args:
         run: its folder.
         paths: image files, folders or patterns.
-        which: ``best`` or ``last`` weights.
+        checkpoint: ``best`` or ``last`` weights.
         batch_size: photos per forward pass.
 
     Returns:
@@ -66,10 +66,10 @@ def predict_paths(
     """
     config, description, _ = read_run(run)
     files = pd.DataFrame({"path": [str(file) for file in find_images(paths)], "label": 0})
-    view = View(config.source_size or config.image_size, config.crop_fraction)
-    predictions = predict(load(run, which), files, view, batch_size)
+    view = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
+    predictions = predict(load(run, checkpoint), files, view, batch_size)
     names = np.array(description["classes"], dtype=object)[predictions["prediction"]]
-    told = predictions[["path", "scale"]].assign(class_name=names)
+    told = predictions[["path", "output"]].assign(class_name=names)
     told["probability"] = predictions["confidence"].round(4)
     return pd.concat([told, predictions[BOX]], axis=1)
 
@@ -95,9 +95,9 @@ def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
         draw = ImageDraw.Draw(photo)
         width = max(2, round(max(photo.size) / 150))
         looks = rows.dropna(subset=BOX).iloc[1:].itertuples()
-        for colour, look in zip(COLOURS, looks, strict=False):
+        for color, look in zip(COLORS, looks, strict=False):
             box = look.left, look.top, look.right, look.bottom
-            draw.rectangle(box, outline=colour, width=width)
+            draw.rectangle(box, outline=color, width=width)
         try:
             targets[path].parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

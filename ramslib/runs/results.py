@@ -21,7 +21,7 @@ def write_results(run: Path, predictions: dict[str, pd.DataFrame], facts: dict) 
         facts: further columns of the results: epochs, seconds, processes.
     """
     scores = [
-        score(table).assign(split="test", weights=which) for which, table in predictions.items()
+        score(table).assign(split="test", checkpoint=which) for which, table in predictions.items()
     ]
     results = pd.concat(scores).assign(**facts)
     for which, table in predictions.items():
@@ -62,7 +62,7 @@ too. The test split chose nothing.
 ```python
 import ramslib
 
-model = ramslib.load("{run.name}")  # the folder; which="last" for the last weights
+model = ramslib.load("{run.name}")  # the folder; checkpoint="last" for the last weights
 ```
 
     python -m ramslib predict --run {run.name} PHOTO...
@@ -85,7 +85,7 @@ def _architecture(config: Config) -> str:
         )
     if config.scales == 1:
         return f"A plain Vision Transformer, {size}."
-    where = "a source of higher resolution" if config.source_size else "the view before"
+    where = "a source of higher resolution" if config.highres_size else "the view before"
     return (
         f"A Vision Transformer, {size}, that looks {config.scales} times (RAMS-Trans): the region "
         f"of the next look is where attention (`{config.strength}`, threshold {config.threshold}) "
@@ -94,11 +94,11 @@ def _architecture(config: Config) -> str:
 
 
 def _accuracy_table(results: pd.DataFrame) -> str:
-    lines = ["| weights | scale | images | top-1 | top-5 | mean per class | calibration error |"]
+    lines = ["| checkpoint | scale | images | top-1 | top-5 | mean per class | calibration error |"]
     lines.append("|---|---|---|---|---|---|---|")
     lines += [
-        f"| {row.weights} | {row.scale} | {row.images} | {row.top1:.1f} ± {row.standard_error:.1f} "
-        f"| {row.top5:.1f} | {row.mean_class:.1f} | {row.calibration_error:.1f} |"
+        f"| {row.checkpoint} | {row.output} | {row.images} | {row.top1:.1f} ± {row.standard_error:.1f} "
+        f"| {row.top5:.1f} | {row.mean_per_class_accuracy:.1f} | {row.ece:.1f} |"
         for row in results.itertuples()
     ]
     return "\n".join(lines)

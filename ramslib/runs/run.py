@@ -26,28 +26,28 @@ from pathlib import Path
 import pandas as pd
 
 from ramslib import __version__
+from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX
 from ramslib.files import write_atomically, write_table
-from ramslib.looks import Recogniser
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 
 # settings that say where things are or how fast they go, not what comes out
-WITHOUT_EFFECT = ("root", "workers", "checkpointing")
+NON_RESULT_SETTINGS = ("root", "workers", "grad_checkpointing")
 
 
 def run_key(config: Config, data_fingerprint: str) -> str:
     """A name for all that decides a run's result: ten hexadecimal digits."""
-    values = {k: v for k, v in asdict(config).items() if k not in WITHOUT_EFFECT}
+    values = {k: v for k, v in asdict(config).items() if k not in NON_RESULT_SETTINGS}
     text = json.dumps([values, data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @contextmanager
-def claimed(run: Path, patience: float = 20.0) -> Iterator[None]:
+def lock_run(run: Path, patience: float = 20.0) -> Iterator[None]:
     """Make a run's folder and hold it: one training at a time writes there.
 
     A killed training lets go at once, its orphans within a second.
@@ -122,7 +122,7 @@ def check_run(run: Path, config: Config, data_fingerprint: str | None = None) ->
     changed = [
         f"{name} {getattr(old, name)!r} there, {getattr(config, name)!r} here"
         for name in Config.names()
-        if name not in WITHOUT_EFFECT and getattr(old, name) != getattr(config, name)
+        if name not in NON_RESULT_SETTINGS and getattr(old, name) != getattr(config, name)
     ]
     if data_fingerprint not in (None, description["data_fingerprint"]):
         changed.append("its data differ from those given")
@@ -182,7 +182,7 @@ def read_metrics(run: Path | str) -> pd.DataFrame:
     return pd.DataFrame(_whole_rows(Path(run) / "metrics.jsonl"))
 
 
-class Journal:
+class MetricsLogger:
     """The log of a run that goes on at a step; rows after it are forgotten and logged again.
 
     Rows go to ``metrics.jsonl`` and, where TensorBoard is installed, to its files.
@@ -219,7 +219,7 @@ class Journal:
 
     def _show(self, rows: list[dict]) -> None:
         for row in rows if self.events else []:
-            place = "/".join(filter(None, (row["split"], row.get("scale"))))
+            place = "/".join(filter(None, (row["split"], row.get("output"))))
             for name, value in row.items():
                 if isinstance(value, float):
                     self.events.add_scalar(f"{place}/{name}", value, row["step"])
@@ -248,18 +248,18 @@ def _whole_rows(path: Path) -> list[dict]:
     return rows
 
 
-def load(run: Path | str, which: str = "best") -> Recogniser:
+def load(run: Path | str, checkpoint: str = "best") -> ImageClassifier:
     """The trained model of a run, in evaluation mode.
 
     Args:
         run: a run's folder.
-        which: ``best`` (by validation) or ``last``.
+        checkpoint: ``best`` (by validation) or ``last``.
 
     Raises:
-        InputError: no such run, or no readable checkpoint in it.
+        InputError: no such run, or no clean_class_name checkpoint in it.
     """
     config, description, _ = read_run(run)
-    checkpoint = read_checkpoint(Path(run) / f"{which}.safetensors")
+    checkpoint = read_checkpoint(Path(run) / f"{checkpoint}.safetensors")
     model, _ = build_model(config.replace(pretrained="none"), len(description["classes"]))
     load_module(model, checkpoint, "ema" if config.ema_decay else "model")
     return model.eval()

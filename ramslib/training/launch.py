@@ -26,7 +26,7 @@ from ramslib.runs.run import check_run, is_finished, read_metrics, read_run
 from ramslib.training.sampling import total_steps
 
 
-def usable_processes(wanted: int) -> tuple[int, str]:
+def available_processes(wanted: int) -> tuple[int, str]:
     """How many training processes this machine can run, and one sentence that says why.
 
     A process needs a GPU of its own where there are any, else a core of its own.
@@ -47,7 +47,7 @@ def _cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def changed_settings(config: Config) -> list[str]:
+def overrides(config: Config) -> list[str]:
     """The settings that differ from the defaults, as ``name=value`` for a command line."""
     default = Config()
     changed = [name for name in Config.names() if getattr(config, name) != getattr(default, name)]
@@ -156,7 +156,7 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
         InputError: the folder cannot be written.
     """
     folder = Path(folder)
-    running = attach(folder)
+    running = find_job(folder)
     if running is not None:
         return running
     try:
@@ -186,7 +186,7 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
     return Job(folder, child.pid)
 
 
-def attach(folder: Path | str) -> Job | None:
+def find_job(folder: Path | str) -> Job | None:
     """The job that runs on a folder, whoever started it; None when there is none."""
     try:
         found = json.loads((Path(folder) / "job.json").read_text())
@@ -217,7 +217,7 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def how_far(run: Path | str) -> str:
+def progress_line(run: Path | str) -> str:
     """Steps made, images per second and time left of a run, in one line."""
     metrics = read_metrics(run)
     if metrics.empty:
@@ -255,6 +255,6 @@ def train_in_processes(
     if (run / "config.json").exists():
         check_run(run, config)
     if not is_finished(run):
-        job = start(run, ["train", "--run", str(run), *changed_settings(config)], processes)
+        job = start(run, ["train", "--run", str(run), *overrides(config)], processes)
         job.follow(lambda: show(read_metrics(run)))
     return run

@@ -7,12 +7,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
+from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.transforms import prepare
-from ramslib.looks import Recogniser
-from ramslib.processes import Processes, average_gradients, sum_over_processes
-from ramslib.runs.checkpoint import Progress, read_checkpoint, restore, save_checkpoint
-from ramslib.training.optimisation import (
+from ramslib.distributed import Processes, average_gradients, sum_over_processes
+from ramslib.runs.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
+from ramslib.training.optimization import (
     AMP_TYPES,
     backward_scales,
     create_optimizer,
@@ -29,7 +29,7 @@ class Learner:
     A step is `gradients`, then `update`; between the two the caller may refuse what came out.
     """
 
-    def __init__(self, model: Recogniser, config: Config, steps: int, processes: Processes):
+    def __init__(self, model: ImageClassifier, config: Config, steps: int, processes: Processes):
         self.config, self.processes = config, processes
         freeze(model, config.frozen_blocks)
         self.model = model.to(processes.device)
@@ -47,7 +47,7 @@ class Learner:
 
         Args:
             step: its number, from 0; decides the learning rate and what is random.
-            batches: of this process, ``accumulate`` of them are taken.
+            batches: of this process, ``grad_accum_steps`` of them are taken.
             stop: whether this process was asked to stop.
 
         Returns:
@@ -57,12 +57,12 @@ class Learner:
         torch.manual_seed(step_seed(self.config, step, self.processes))
         self.model.train()
         self.schedule.step_update(step)
-        losses = sum(self._micro_batch(next(batches)) for _ in range(self.config.accumulate))
+        losses = sum(self._micro_batch(next(batches)) for _ in range(self.config.grad_accum_steps))
         asked = torch.tensor([float(stop)], device=losses.device)
         shared = sum_over_processes(torch.cat([losses, asked]), self.processes)
         average_gradients(self.model.parameters(), self.processes)
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.clip_norm or float("inf")
+        limit = self.config.clip_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return shared[:-1] / self.processes.world, norm, bool(shared[-1])
 
@@ -71,7 +71,7 @@ class Learner:
         config, device = self.config, self.processes.device
         pixels = batch["source"].to(device, non_blocking=True)
         images, source = prepare(pixels, self.model.image_size, *self.model.mean_std)
-        share = torch.tensor(1 / config.accumulate, device=device)
+        share = torch.tensor(1 / config.grad_accum_steps, device=device)
         labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]
         given = images, source, labels, self.weights, config.label_smoothing, amp
         losses = backward_scales(self.model, *given, factor=self.scaler.scale(share))
@@ -90,22 +90,22 @@ class Learner:
         group = self.optimizer.param_groups[0]
         return group["lr"] / group["lr_scale"]
 
-    def predictor(self) -> Recogniser:
+    def predictor(self) -> ImageClassifier:
         """The model that predicts: the moving average where there is one; in evaluation mode."""
         return (self.averaged or self.model).eval()
 
-    def save(self, path: Path, progress: Progress) -> None:
+    def save(self, path: Path, progress: TrainState) -> None:
         """Write a checkpoint to go on from."""
         progress.scaler = self.scaler.state_dict()
         save_checkpoint(path, progress, self.model, self.optimizer, self.averaged)
 
-    def resume(self, path: Path) -> Progress:
+    def resume(self, path: Path) -> TrainState:
         """Go on from a checkpoint; returns where it stood."""
         checkpoint = read_checkpoint(path)
         restore(checkpoint, self.model, self.optimizer, self.averaged)
         self.scaler.load_state_dict(checkpoint.progress.scaler)
         return checkpoint.progress
 
-    def take_weights(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
         """Take the weights of a checkpoint, to predict with them."""
         restore(read_checkpoint(path), self.model, ema=self.averaged)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ramslib.config import Config
+from ramslib.distributed import Processes
 from ramslib.errors import InputError
-from ramslib.processes import Processes
 
 
 def steps_per_epoch(config: Config, images: int) -> int:
@@ -75,7 +75,7 @@ def micro_batches(
     config: Config, labels: Tensor, steps: range, processes: Processes
 ) -> Iterator[list[tuple[int, int]]]:
     """The keys of every micro-batch of this process, in order."""
-    share = config.batch_size // config.accumulate
+    share = config.batch_size // config.grad_accum_steps
     for step in steps:
         keys = batch_keys(config, labels, step)
         for start in range(0, config.batch_size, share):
@@ -88,11 +88,11 @@ def check_shares(config: Config, processes: Processes) -> None:
     Raises:
         InputError: it does not.
     """
-    shares = processes.world * config.accumulate
+    shares = processes.world * config.grad_accum_steps
     if config.batch_size % shares:
         raise InputError(
             f"batch_size {config.batch_size} does not divide among {processes.world} processes "
-            f"with {config.accumulate} micro-batches each; use a multiple of {shares}"
+            f"with {config.grad_accum_steps} micro-batches each; use a multiple of {shares}"
         )
 
 

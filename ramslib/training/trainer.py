@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import ImageDataset, View
-from ramslib.errors import InputError
-from ramslib.evaluation import predict, score
-from ramslib.looks import Recogniser
-from ramslib.model import build_model
-from ramslib.processes import (
+from ramslib.data.transforms import ImageDataset, ImageTransform
+from ramslib.distributed import (
     Processes,
     first_process_first,
     load_batches,
     process_group,
     stop_request,
 )
-from ramslib.runs.checkpoint import Progress
+from ramslib.errors import InputError
+from ramslib.evaluation import predict, score
+from ramslib.model import build_model
+from ramslib.runs.checkpoint import TrainState
 from ramslib.runs.results import write_results
-from ramslib.runs.run import Journal, check_run, claimed, is_finished, open_run
+from ramslib.runs.run import MetricsLogger, check_run, is_finished, lock_run, open_run
 from ramslib.training.learner import Learner
 from ramslib.training.sampling import (
     batch_keys,
@@ -58,8 +58,8 @@ class Trainer:
         check_shares(config, processes)
         self._read_data()
         self.learner = Learner(self._build_model(resuming), config, self.total_steps, processes)
-        self.progress = self.learner.resume(self.last) if resuming else Progress()
-        self.journal = Journal(run, self.progress.step) if processes.is_first else None
+        self.progress = self.learner.resume(self.last) if resuming else TrainState()
+        self.journal = MetricsLogger(run, self.progress.step) if processes.is_first else None
 
     def _read_data(self) -> None:
         config = self.config
@@ -73,11 +73,13 @@ class Trainer:
         self.validation = parts.get("validation", table[:0])
         self.epoch_steps = steps_per_epoch(config, len(self.train))
         self.total_steps = total_steps(config, len(self.train))
-        size = config.source_size or config.image_size
-        self.test_view = View(size, config.crop_fraction)
-        self.train_view = View(size, config.crop_fraction, train=True, augment=config.augment)
+        size = config.highres_size or config.image_size
+        self.test_view = ImageTransform(size, config.crop_fraction)
+        self.train_view = ImageTransform(
+            size, config.crop_fraction, train=True, augment=config.augment
+        )
 
-    def _build_model(self, resuming: bool) -> Recogniser:
+    def _build_model(self, resuming: bool) -> ImageClassifier:
         """The model before its first step; a new run is described in its folder."""
         config = self.config.replace(pretrained="none") if resuming else self.config
         torch.manual_seed(config.seed)
@@ -142,7 +144,7 @@ class Trainer:
         return row["loss"], stopping
 
     def _check_finite(self, losses: Tensor, norm: Tensor, step: int) -> None:
-        """Stop before the weights are spoilt; infinite gradients are usual to float16's scaler."""
+        """Stop before the weights are corrupted; infinite gradients are usual to float16's scaler."""
         if losses.isfinite().all() and (norm.isfinite() or self.config.amp == "fp16"):
             return
         keys = batch_keys(self.config, self.labels, step)
@@ -169,7 +171,7 @@ class Trainer:
         seconds = round(self.progress.seconds, 2)
         place = {"step": self.progress.step, "epoch": epoch, "split": "validation"}
         self._log([place | row | {"seconds": seconds} for row in scores.to_dict("records")])
-        told = ", ".join(f"{row.scale} {row.top1:.1f} %" for row in scores.itertuples())
+        told = ", ".join(f"{row.output} {row.top1:.1f} %" for row in scores.itertuples())
         epochs = ceil(self.total_steps / self.epoch_steps)
         self._say(f"epoch {epoch} of {epochs}: validation {told}; {seconds:.0f} s")
         return scores
@@ -187,7 +189,7 @@ class Trainer:
         epochs, best_epoch = ceil(self.progress.step / self.epoch_steps), self.progress.best_epoch
         predictions = {"last": self._predict(self.test)}
         if best_epoch != epochs:
-            self.learner.take_weights(self.best)
+            self.learner.load_weights(self.best)
         best = self._predict(self.test) if best_epoch != epochs else predictions["last"]
         facts = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
         facts["train_seconds"] = round(self.progress.seconds, 1)
@@ -232,7 +234,7 @@ def train(config: Config, run: Path | str, save_every: float = 300.0) -> Path:
     with process_group() as processes, stop_request() as stop, ExitStack() as held:
         with first_process_first(processes):
             if processes.is_first:
-                held.enter_context(claimed(run))
+                held.enter_context(lock_run(run))
             trainer = Trainer(config, run, processes)
         if trainer.journal:
             held.callback(trainer.journal.close)

@@ -72,7 +72,7 @@ def load_pretrained(
     pretrained: str,
     cache: Path | None = None,
     *,
-    position_resize: str = "timm",
+    pos_embed_resize: str = "timm",
     final_norm: bool = True,
     source: OfflineSource = DINOV2_SMALL,
 ) -> str:
@@ -82,7 +82,7 @@ def load_pretrained(
         backbone: timm model called ``name``, of any image size; untouched on error.
         pretrained: where from, see the head of this module.
         cache: folder of the converted offline weights, `cache_folder` by default.
-        position_resize: ``"timm"``, or ``"zoom"``: linear with aligned corners, equal to the
+        pos_embed_resize: ``"timm"``, or ``"zoom"``: linear with aligned corners, equal to the
             ``scipy.ndimage.zoom(order=1)`` of the RAMS-Trans and TransFG releases.
         final_norm: False leaves the last LayerNorm at scale 1 and bias 0, as RAMS-Trans' release.
         source: what ``"offline"`` means.
@@ -93,13 +93,13 @@ def load_pretrained(
     Raises:
         InputError: weights that are unreachable, unreadable, altered, or of another model.
     """
-    if position_resize not in ("timm", "zoom"):
-        raise InputError(f"position_resize={position_resize!r} is unknown; use 'timm' or 'zoom'")
+    if pos_embed_resize not in ("timm", "zoom"):
+        raise InputError(f"pos_embed_resize={pos_embed_resize!r} is unknown; use 'timm' or 'zoom'")
     if pretrained == "none":
-        return f"{name}: random initialisation, no weights loaded."
+        return f"{name}: random initialization, no weights loaded."
     state, origin = _find(name, str(pretrained), Path(cache or cache_folder()), source)
     try:
-        state, notes = _fit(state, backbone, position_resize, final_norm)
+        state, notes = _fit(state, backbone, pos_embed_resize, final_norm)
     except Exception as error:  # timm's filters raise many kinds on foreign files
         reason = f"{origin} does not fit {name}: {line(error)}"
         raise InputError(f"{reason}; use weights of this model") from error

@@ -1,7 +1,7 @@
 """A whole set of images through one lens, stored, so that the explorer answers at once.
 
-`survey_images` runs the model: predictions of every image, attention strengths of scale 1, and the
-accuracy of scale 2 on a grid of thresholds. `effect_curve` then says what any threshold does to the
+`predict_validation` runs the model: predictions of every image, attention strengths of scale 1, and the
+accuracy of scale 2 on a grid of thresholds. `threshold_effect` then says what any threshold does to the
 set, and `sort_images` which photos are worth a look, without the model.
 """
 
@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score_boxes
-from ramslib.explorer.lenses import Lens
+from ramslib.explorer.lenses import LoadedModel
 from ramslib.explorer.looking import SINGLE, strength_names
 from ramslib.files import write_atomically, write_table
-from ramslib.localisation import (
-    Strengths,
+from ramslib.localization import (
+    StrengthMaps,
     accuracy_by_threshold,
     record_strengths,
     sweep_thresholds,
@@ -34,7 +34,7 @@ LIMIT = 200  # images; more are sampled, for the waiting
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class CachedValidation:
     """What was found out about a set of images.
 
     Attributes:
@@ -45,12 +45,12 @@ class Survey:
     """
 
     predictions: pd.DataFrame
-    strengths: Strengths
+    strengths: StrengthMaps
     accuracy: pd.DataFrame
     total: int
 
 
-def images_to_survey(lens: Lens) -> tuple[pd.DataFrame, int]:
+def validation_images(lens: LoadedModel) -> tuple[pd.DataFrame, int]:
     """The validation images of a lens (the test images where it has none), and how many there are.
 
     Above ``LIMIT`` the table is a sample, always the same.
@@ -61,9 +61,9 @@ def images_to_survey(lens: Lens) -> tuple[pd.DataFrame, int]:
     return sample.reset_index(drop=True), len(table)
 
 
-def stored_survey(lens: Lens, folder: Path | str) -> Survey | None:
-    """What an earlier `survey_images` stored below ``folder``, or None."""
-    table, total = images_to_survey(lens)
+def read_cached_validation(lens: LoadedModel, folder: Path | str) -> CachedValidation | None:
+    """What an earlier `predict_validation` stored below ``folder``, or None."""
+    table, total = validation_images(lens)
     home = _home(lens, table, folder)
     try:
         maps = load_file(home / "strengths.safetensors")
@@ -71,11 +71,13 @@ def stored_survey(lens: Lens, folder: Path | str) -> Survey | None:
         tables = [pd.read_csv(home / f"{name}.csv") for name in ("predictions", "accuracy")]
     except (OSError, ValueError, KeyError, SafetensorError):  # none, or damaged: made again
         return None
-    strengths = Strengths(maps, table, lens.view, sizes, lens.model.image_size)
-    return Survey(tables[0], strengths, tables[1], total)
+    strengths = StrengthMaps(maps, table, lens.view, sizes, lens.model.image_size)
+    return CachedValidation(tables[0], strengths, tables[1], total)
 
 
-def survey_images(lens: Lens, folder: Path | str, say: Callable[[str], None] = print) -> Survey:
+def predict_validation(
+    lens: LoadedModel, folder: Path | str, say: Callable[[str], None] = print
+) -> CachedValidation:
     """Run the lens over its validation images, or read what an earlier call has stored.
 
     Args:
@@ -86,27 +88,27 @@ def survey_images(lens: Lens, folder: Path | str, say: Callable[[str], None] = p
     Raises:
         InputError: an image that cannot be read, or none to survey.
     """
-    table, _ = images_to_survey(lens)
+    table, _ = validation_images(lens)
     if table.empty:
         raise InputError("no images to survey; choose a data set with a validation split")
-    if stored_survey(lens, folder) is None:
+    if read_cached_validation(lens, folder) is None:
         _run(lens, table, _home(lens, table, folder), say)
-    return stored_survey(lens, folder)
+    return read_cached_validation(lens, folder)
 
 
-def _home(lens: Lens, table: pd.DataFrame, folder: Path | str) -> Path:
+def _home(lens: LoadedModel, table: pd.DataFrame, folder: Path | str) -> Path:
     """The folder of a survey, named by all that decides it."""
     parts = [lens.key, table["path"].tolist(), table["label"].tolist(), GRID]
     return Path(folder) / f"survey-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
 
 
-def _run(lens: Lens, table: pd.DataFrame, home: Path, say: Callable[[str], None]) -> None:
+def _run(lens: LoadedModel, table: pd.DataFrame, home: Path, say: Callable[[str], None]) -> None:
     """Fill a survey's folder; its last file marks it complete."""
     home.mkdir(parents=True, exist_ok=True)
     count = f"{len(table)} images"
     say(f"predicting {count}, 1 of 3")
     write_table(predict(lens.model, table, lens.view), home / "predictions.csv")
-    accuracy = pd.DataFrame(columns=["threshold", "scale", "top1"])
+    accuracy = pd.DataFrame(columns=["threshold", "output", "top1"])
     if lens.classes and lens.model.num_scales == 2:
         say(f"accuracy of {count} at {len(GRID)} thresholds, 2 of 3")
         accuracy = accuracy_by_threshold(lens.model, table, lens.view, GRID)
@@ -118,8 +120,8 @@ def _run(lens: Lens, table: pd.DataFrame, home: Path, say: Callable[[str], None]
     write_atomically(home / "strengths.safetensors", lambda part: save_file(tensors, part))
 
 
-def effect_curve(
-    survey: Survey, strength: str, proposal: str, thresholds: Sequence[float]
+def threshold_effect(
+    survey: CachedValidation, strength: str, proposal: str, thresholds: Sequence[float]
 ) -> pd.DataFrame:
     """What thresholds of scale 1 do to the set, from the stored strengths.
 
@@ -132,14 +134,14 @@ def effect_curve(
     return sweep[["threshold", "area", "iou", "iou_above_half"]].dropna(axis=1)
 
 
-def accuracy_near(survey: Survey, threshold: float) -> dict[str, float]:
+def nearest_stored_accuracy(survey: CachedValidation, threshold: float) -> dict[str, float]:
     """Accuracy (%) by view name at the stored threshold that is nearest, itself included."""
     if survey.accuracy.empty:
         return {}
     stored = survey.accuracy["threshold"]
     nearest = stored.loc[(stored - threshold).abs().idxmin()]
     rows = survey.accuracy[stored == nearest]
-    return {"threshold": float(nearest)} | dict(zip(rows["scale"], rows["top1"], strict=True))
+    return {"threshold": float(nearest)} | dict(zip(rows["output"], rows["top1"], strict=True))
 
 
 CHANGE = "change of the true class's probability"
@@ -153,7 +155,7 @@ UNITS = {  # the orders of a gallery, and what they sort by
 ORDERS = tuple(UNITS)
 
 
-def orders_of(lens: Lens, survey: Survey) -> list[str]:
+def orders_of(lens: LoadedModel, survey: CachedValidation) -> list[str]:
     """Those of ``ORDERS`` that this survey can tell."""
     scales = lens.model.num_scales
     classified = [bool(lens.classes) and scales > 1] * 2 + [bool(lens.classes)]
@@ -161,7 +163,7 @@ def orders_of(lens: Lens, survey: Survey) -> list[str]:
     return [name for name, has in zip(ORDERS, [*classified, boxed, boxed], strict=True) if has]
 
 
-def sort_images(survey: Survey, order: str) -> pd.DataFrame:
+def sort_images(survey: CachedValidation, order: str) -> pd.DataFrame:
     """The images that an order of ``ORDERS`` is about, first what it is most about.
 
     Returns:
@@ -169,7 +171,7 @@ def sort_images(survey: Survey, order: str) -> pd.DataFrame:
     """
     if order.endswith("boxes"):
         scores = score_boxes(survey.predictions, survey.strengths.table)
-        values = scores[scores["scale"] == "scale 2"].set_index("path")["iou"].dropna()
+        values = scores[scores["output"] == "scale 2"].set_index("path")["iou"].dropna()
     else:
         values = _change(survey.predictions, order)
     ascending = not order.startswith(("repaired", "best"))
@@ -179,7 +181,7 @@ def sort_images(survey: Survey, order: str) -> pd.DataFrame:
 
 def _change(predictions: pd.DataFrame, order: str) -> pd.Series:
     """The value of an order that predictions tell, by path."""
-    rows = predictions.pivot(index="path", columns="scale")
+    rows = predictions.pivot(index="path", columns="output")
     if order == "most uncertain":
         return rows["confidence"]["mean softmax" if "mean softmax" in rows["rank"] else "scale 1"]
     right, chance = rows["rank"] == 0, rows["true_probability"]
@@ -187,7 +189,7 @@ def _change(predictions: pd.DataFrame, order: str) -> pd.Series:
     return (chance["scale 2"] - chance["scale 1"])[right[first] & ~right[then]]
 
 
-def examples(lens: Lens, survey: Survey, count: int) -> pd.DataFrame:
+def examples(lens: LoadedModel, survey: CachedValidation, count: int) -> pd.DataFrame:
     """Photos worth a look, from each order in turn: columns ``why, path, value``."""
     ranked = [sort_images(survey, name).assign(why=name) for name in orders_of(lens, survey)]
     if not ranked:  # neither classes nor boxes
@@ -196,13 +198,13 @@ def examples(lens: Lens, survey: Survey, count: int) -> pd.DataFrame:
     return merged.head(count)[["why", "path", "value"]].reset_index(drop=True)
 
 
-def images_of(survey: Survey, label: int, prediction: int, scale: str) -> list[str]:
+def images_of(survey: CachedValidation, label: int, prediction: int, scale: str) -> list[str]:
     """Paths of one cell of the confusion matrix of a view name."""
     rows = survey.predictions.query("label == @label and prediction == @prediction")
-    return rows.loc[rows["scale"] == scale, "path"].tolist()
+    return rows.loc[rows["output"] == scale, "path"].tolist()
 
 
-def confusion(survey: Survey, classes: int, scale: str, limit: int = 12) -> pd.DataFrame:
+def confusion(survey: CachedValidation, classes: int, scale: str, limit: int = 12) -> pd.DataFrame:
     """Images by true (rows) and predicted label at a view name.
 
     Of more than ``limit`` classes, those with the most mistakes.

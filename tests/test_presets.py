@@ -7,10 +7,10 @@ from torch import nn
 from ramslib.__main__ import _config, _parse
 from ramslib.config import PRESETS, Config
 from ramslib.data.datasets import READERS
-from ramslib.data.transforms import View
+from ramslib.data.transforms import ImageTransform
 from ramslib.model import build_model
-from ramslib.recipes import _RECIPES
-from ramslib.training.launch import changed_settings
+from ramslib.presets import _RECIPES
+from ramslib.training.launch import overrides
 
 FACTS = {  # data set: resized to, cropped to, augmentation
     "cub": (600, 448, "flip"),
@@ -41,19 +41,19 @@ def recipe(data):
 def test_sizes_and_augmentation(data, recipe):
     resized, crop, augment = FACTS[data]
     assert (recipe.data, recipe.root) == (data, f"data/{data}")
-    assert (recipe.image_size, recipe.source_size, recipe.augment) == (crop, None, augment)
+    assert (recipe.image_size, recipe.highres_size, recipe.augment) == (crop, None, augment)
     for train in (True, False):
-        view = View(recipe.image_size, recipe.crop_fraction, train, recipe.augment)
+        view = ImageTransform(recipe.image_size, recipe.crop_fraction, train, recipe.augment)
         assert view.resized == (resized, resized) and view.size == (crop, crop)
     assert view.margins == ((resized - crop) // 2,) * 2
-    assert recipe.normalise == "imagenet"
+    assert recipe.normalization == "imagenet"
 
 
 def test_schedule(recipe):
     assert (recipe.optimizer, recipe.momentum, recipe.weight_decay) == ("momentum", 0.9, 0.0)
     assert (recipe.learning_rate, recipe.warmup_steps, recipe.steps) == (0.03, 500, 10_000)
-    assert (recipe.batch_size, recipe.accumulate, recipe.clip_norm) == (16, 1, 1.0)
-    assert (recipe.seed, recipe.dropout, recipe.head_factor, recipe.layer_decay) == (2, 0.1, 1, 1)
+    assert (recipe.batch_size, recipe.grad_accum_steps, recipe.clip_grad_norm) == (16, 1, 1.0)
+    assert (recipe.seed, recipe.dropout, recipe.head_lr_scale, recipe.layer_decay) == (2, 0.1, 1, 1)
     assert (recipe.frozen_blocks, recipe.label_smoothing, recipe.patience) == (0, 0, 0)
     assert recipe.validation_fraction == 0, "all training images train"
 
@@ -68,7 +68,7 @@ def test_method(recipe):
 def test_it_builds_and_is_accepted_by_the_command_line(data, recipe):
     options = _parse(["train", "--run", "x", "--preset", f"paper-{data}"])
     assert _config(options) == recipe
-    started = _parse(["train", "--run", "x", *changed_settings(recipe)])
+    started = _parse(["train", "--run", "x", *overrides(recipe)])
     assert _config(started) == recipe
     with torch.device("meta"):
         model, _ = build_model(recipe.replace(pretrained="none"), 7)

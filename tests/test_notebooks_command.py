@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ramslib.errors import InputError
-from ramslib.experiments import road
+from ramslib.experiments import notebooks as notebooks_command
 
 PARAMETERS = 'data = "diagnostic"\nroot = "x"\nout = "y"\npreset = "tiny"\n'
 WRITE = """
@@ -60,7 +60,9 @@ def write_notebook(folder, name, *code, more="", last=WRITE):
 def walk(folder, **changes):
     """Walk the road in ``folder``."""
     arguments = {"data": "folder", "root": folder / "photos", "out": folder / "runs" / "a {b}"}
-    return road.run_road(**(arguments | {"notebooks": folder / "notebooks"} | changes))
+    return notebooks_command.run_notebooks(
+        **(arguments | {"notebooks": folder / "notebooks"} | changes)
+    )
 
 
 def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
@@ -144,7 +146,9 @@ def test_a_notebook_that_fails_is_one_line_that_names_its_copy(folder, monkeypat
     assert told in str(caught.value) and str(copy) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert nbformat.read(copy, 4).cells
-    assert not road.is_finished(folder / "notebooks" / "01_bad.ipynb", {"out": str(copy.parent)})
+    assert not notebooks_command.is_finished(
+        folder / "notebooks" / "01_bad.ipynb", {"out": str(copy.parent)}
+    )
 
 
 def test_a_notebooks_own_input_error_is_passed_on(folder):
@@ -198,13 +202,13 @@ def test_results_of_another_question_are_not_overwritten(folder):
 def test_status_line_on_a_terminal_and_in_a_log(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    line = road.StatusLine("[1/5] 01_first")
+    line = notebooks_command.StatusLine("[1/5] 01_first")
     line.write("epoch 1\repoch 2 " + 100 * "x")
     shown = "[1/5] 01_first  0:00  epoch 2 " + 100 * "x"
     assert capsys.readouterr().out == "\r\x1b[K" + shown[:39]
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    line = road.StatusLine("[1/5] 01_first")
+    line = notebooks_command.StatusLine("[1/5] 01_first")
     for text in ("\n", "one\ntwo\n", "three\n"):
         line.write(text)
     line.show("done")

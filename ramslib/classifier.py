@@ -1,8 +1,8 @@
 """What every model of the workbench gives: looks at views, one after the other.
 
-Training, evaluation, checkpoints and prediction ask a model for nothing but `Recogniser`. A new
-method is a subclass with `Recogniser.scales` and, where its loss has another term,
-`Recogniser.loss`, and an entry in ``model.MODELS``.
+Training, evaluation, checkpoints and prediction ask a model for nothing but `ImageClassifier`. A new
+method is a subclass with `ImageClassifier.scales` and, where its loss has another term,
+`ImageClassifier.loss`, and an entry in ``model.MODELS``.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramslib.backbone import image_size, normalisation, patch_grid
+from ramslib.backbone import image_size, normalization, patch_grid
 from ramslib.dppm import Proposal
 from ramslib.errors import InputError
 
 
-class Look(NamedTuple):
+class ScaleOutput(NamedTuple):
     """One scale's look at its view.
 
     Attributes:
@@ -38,7 +38,7 @@ class Look(NamedTuple):
 
 
 class RAMSOutput(NamedTuple):
-    """All scales, coarse to fine: fields of `Look`, each a tuple with one entry per scale.
+    """All scales, coarse to fine: fields of `ScaleOutput`, each a tuple with one entry per scale.
 
     ``strengths`` and ``proposals`` have one entry less: the last scale proposes nothing.
     """
@@ -49,13 +49,13 @@ class RAMSOutput(NamedTuple):
     proposals: tuple[Proposal, ...]
 
 
-class Recogniser(nn.Module, ABC):
+class ImageClassifier(nn.Module, ABC):
     """A backbone, a classifier that starts at zero, and a number of scales to look at.
 
     Args:
         backbone: from `create_backbone`. Input size and patch grid are read from it.
         num_classes: K.
-        mean_std: (mean, std) per channel that inputs are normalised with; the backbone's own by
+        mean_std: (mean, std) per channel that inputs are normalized with; the backbone's own by
             default. Kept for those who prepare inputs, see `transforms.prepare`.
     """
 
@@ -68,7 +68,7 @@ class Recogniser(nn.Module, ABC):
         self.classifier = nn.Linear(backbone.num_features, num_classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
-        self.mean_std = mean_std or normalisation(backbone)
+        self.mean_std = mean_std or normalization(backbone)
         self.image_size = image_size(backbone)
         self.grid = patch_grid(backbone)
 
@@ -76,8 +76,8 @@ class Recogniser(nn.Module, ABC):
         """Look at all scales.
 
         Args:
-            images: (B, 3, H, W) normalised, of the backbone's input size.
-            source: (B, 3, Hs, Ws) the same view at a higher resolution, normalised alike; crops are
+            images: (B, 3, H, W) normalized, of the backbone's input size.
+            source: (B, 3, Hs, Ws) the same view at a higher resolution, normalized alike; crops are
                 cut from it. None cuts each crop from the view of the scale before, as in the paper.
 
         Returns:
@@ -92,17 +92,17 @@ class Recogniser(nn.Module, ABC):
         )
 
     @abstractmethod
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[Look]:
+    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[ScaleOutput]:
         """Look at one scale after the other, each only when it is asked for.
 
-        Takes what `forward` takes. Yields a `Look` per scale.
+        Takes what `forward` takes. Yields a `ScaleOutput` per scale.
 
         Raises:
             InputError: images of another size than the backbone's.
         """
 
-    def loss(self, look: Look, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """What training minimises at one scale: the cross entropy of its logits, in float32."""
+    def loss(self, look: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """What training minimizes at one scale: the cross entropy of its logits, in float32."""
         return F.cross_entropy(look.logits.float(), labels, label_smoothing=label_smoothing)
 
     def check_size(self, images: Tensor) -> None:

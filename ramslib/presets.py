@@ -13,7 +13,7 @@ _TINY = {  # random weights, seconds: does every step run?
     "backbone": "test_vit",
     "pretrained": "none",
     "image_size": 64,
-    "source_size": 128,
+    "highres_size": 128,
     "frozen_blocks": 0,
     "epochs": 2,
 }
@@ -21,19 +21,19 @@ _TINY = {  # random weights, seconds: does every step run?
 _RELEASED = {
     "backbone": "vit_base_patch32_224",
     "image_size": 448,
-    "source_size": None,
+    "highres_size": None,
     "crop_fraction": 448 / 600,
     "strength": "rollout_mean",
     "threshold": 1.2,
     "class_token": "per_scale",
     "loss": "first",
-    "position_resize": "zoom",
+    "pos_embed_resize": "zoom",
     "final_norm": False,
-    "released_boxes": True,
+    "legacy_boxes": True,
     "align_corners": True,
-    "normalise": "imagenet",
+    "normalization": "imagenet",
     "sampling": "random",
-    "head_factor": 1.0,
+    "head_lr_scale": 1.0,
     "optimizer": "momentum",  # plain SGD with momentum; timm's sgd is Nesterov's
     "learning_rate": 0.03,
     "weight_decay": 0.0,
@@ -45,9 +45,9 @@ _RELEASED = {
 _PAPER = _RELEASED | {
     "backbone": "vit_base_patch16_224",
     "loss": "sum",
-    "position_resize": "timm",
+    "pos_embed_resize": "timm",
     "final_norm": True,
-    "released_boxes": False,
+    "legacy_boxes": False,
     "align_corners": False,
 }
 

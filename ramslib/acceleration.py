@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-CHEAP = (F.layer_norm, F.gelu)  # each keeps its input, the first argument, for its own gradient
+RECOMPUTED_OPS = (
+    F.layer_norm,
+    F.gelu,
+)  # each keeps its input, the first argument, for its own gradient
 TRIMMED = 2**29  # bytes kept on a CPU from one trim of the heap to the next
 
 
-class Recipe(NamedTuple):
+class RecomputeEntry(NamedTuple):
     """How to get a tensor that was not kept.
 
     Attributes:
@@ -44,8 +47,8 @@ class Recipe(NamedTuple):
     shape: tuple[int, ...]
 
 
-class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, as record_attention)
-    """Inside, outputs of `CHEAP` are kept as recipes, and the heap is trimmed now and then.
+class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (reads as a verb, as record_attention)
+    """Inside, outputs of `RECOMPUTED_OPS` are kept as recipes, and the heap is trimmed now and then.
 
     The backward pass may run outside. For any model: torch's functions are watched in the current
     thread. What is cast on its way to the linear layer (autocast does that to the outputs of
@@ -59,10 +62,10 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
     def __init__(self):
         super().__init__()
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
-        self.alive: dict[int, tuple[weakref.ref, int, Recipe]] = {}  # outputs, by address
+        self.alive: dict[int, tuple[weakref.ref, int, RecomputeEntry]] = {}  # outputs, by address
         self.kept = 0  # bytes since the heap was trimmed
 
-    def __enter__(self) -> "recompute_activations":
+    def __enter__(self) -> "selective_checkpointing":
         self.hooks.__enter__()
         return super().__enter__()
 
@@ -75,7 +78,12 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
         """Pass every call on, remembering how cheap outputs came about."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func in CHEAP and args and output.requires_grad and output.dtype == args[0].dtype:
+        if (
+            func in RECOMPUTED_OPS
+            and args
+            and output.requires_grad
+            and output.dtype == args[0].dtype
+        ):
             self._remember(output, func, args, kwargs)
         return output
 
@@ -89,10 +97,10 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
 
         given = [_detached(value) for value in args]
         compute = partial(func, *given, **{name: _detached(kwargs[name]) for name in kwargs})
-        recipe = Recipe(given[0], given[0]._version, compute, tuple(output.shape))
+        recipe = RecomputeEntry(given[0], given[0]._version, compute, tuple(output.shape))
         self.alive[address] = weakref.ref(output, forget), output._version, recipe
 
-    def _pack(self, tensor: Tensor) -> Recipe | tuple[Tensor, int]:
+    def _pack(self, tensor: Tensor) -> RecomputeEntry | tuple[Tensor, int]:
         """A recipe for an output that is still there, unchanged: its address is then its own."""
         reference, version, recipe = self.alive.get(tensor.data_ptr(), (lambda: None, None, None))
         output = reference()
@@ -110,11 +118,11 @@ class recompute_activations(TorchFunctionMode):  # noqa: N801 (reads as a verb, 
             self.kept = 0
             trim_heap()
 
-    def _unpack(self, kept: Recipe | tuple[Tensor, int]) -> Tensor:
+    def _unpack(self, kept: RecomputeEntry | tuple[Tensor, int]) -> Tensor:
         source, version, *_ = kept
         if source._version != version:
             raise RuntimeError("a tensor that the gradient needs was changed in place")
-        return kept.compute().view(kept.shape) if isinstance(kept, Recipe) else source
+        return kept.compute().view(kept.shape) if isinstance(kept, RecomputeEntry) else source
 
 
 def trim_heap() -> None:

@@ -4,10 +4,10 @@ import torch
 from tiny import draw_photos, tiny_config
 
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import View, isolated_random
+from ramslib.data.transforms import ImageTransform, temporary_seed
 from ramslib.evaluation import predict, score
 from ramslib.model import build_model
-from ramslib.runs.checkpoint import Progress, save_checkpoint
+from ramslib.runs.checkpoint import TrainState, save_checkpoint
 from ramslib.runs.run import open_run
 
 
@@ -23,19 +23,19 @@ def shake(model, seed=0):
 
 def make_run(root, run, **changes):
     """Photos below ``root`` and a run that looks finished; returns its folder."""
-    sizes = {"image_size": 64, "source_size": 96, "validation_fraction": 0.25}
+    sizes = {"image_size": 64, "highres_size": 96, "validation_fraction": 0.25}
     token = {} if changes.get("model") == "transfg" else {"class_token": "per_scale"}
     changes = sizes | token | changes
     config = tiny_config(root if root.exists() else draw_photos(root, size=90), **changes)
     table = load_table(config.data, config.root, config.validation_fraction)
     run.mkdir(parents=True)
     open_run(run, config, table, "random weights")
-    with isolated_random(0):  # the same weights whatever ran before
+    with temporary_seed(0):  # the same weights whatever ran before
         model = shake(build_model(config, 3)[0])
     for which in ("best", "last"):
-        save_checkpoint(run / f"{which}.safetensors", Progress(), model)
+        save_checkpoint(run / f"{which}.safetensors", TrainState(), model)
     test = table[table["split"] == "test"].reset_index(drop=True)
-    view = View(config.source_size, config.crop_fraction)
-    results = score(predict(model, test, view)).assign(split="test", weights="last")
+    view = ImageTransform(config.highres_size, config.crop_fraction)
+    results = score(predict(model, test, view)).assign(split="test", checkpoint="last")
     results.to_csv(run / "results.csv", index=False)
     return run

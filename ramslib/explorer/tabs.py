@@ -8,27 +8,33 @@ from pathlib import Path
 import ipywidgets as widgets
 import pandas as pd
 
+from ramslib.explorer.components import BackgroundWorker, Chart, Panel, draw_figure, small
 from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Gallery
-from ramslib.explorer.lenses import Lens, Photo
-from ramslib.explorer.looking import Choice, Seen, build_up, probability_curve, threshold_curve
-from ramslib.explorer.panels import Chart, Later, Panel, draw_figure, small
-from ramslib.explorer.survey import (
-    Survey,
-    accuracy_near,
-    effect_curve,
-    images_to_survey,
-    stored_survey,
-    survey_images,
+from ramslib.explorer.lenses import LoadedModel, Photo
+from ramslib.explorer.looking import (
+    ProposalSettings,
+    RecordedScale,
+    probability_curve,
+    strength_per_block,
+    threshold_curve,
+)
+from ramslib.explorer.validation import (
+    CachedValidation,
+    nearest_stored_accuracy,
+    predict_validation,
+    read_cached_validation,
+    threshold_effect,
+    validation_images,
 )
 from ramslib.plots import plot_threshold
-from ramslib.plots.stories import show_build_up
+from ramslib.plots.images import plot_strength_per_block
 
 TITLES = ("threshold", "blocks", "validation set", "gallery", "confusion")
 BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"
 
 
-class Explaining(widgets.Tab):
+class AnalysisTabs(widgets.Tab):
     """Threshold curve and blocks of one photo; threshold curve, gallery and confusion of a set.
 
     ``pick(path)`` opens a photo, ``guard`` wraps handlers, ``later`` is for surveys, which are
@@ -37,11 +43,16 @@ class Explaining(widgets.Tab):
     """
 
     def __init__(
-        self, pick: Callable, guard: Callable, later: Later, folder: Path, refresh: Callable
+        self,
+        pick: Callable,
+        guard: Callable,
+        later: BackgroundWorker,
+        folder: Path,
+        refresh: Callable,
     ):
         self.later, self.folder, self.refresh = later, folder, refresh
-        self.lens: Lens | None = None
-        self.survey: Survey | None = None
+        self.lens: LoadedModel | None = None
+        self.survey: CachedValidation | None = None
         self.of_set: pd.DataFrame | None = None
         self.curve = Chart("what the threshold of scale 1 does to this photo")
         self.blocks = Panel("attention strength, block by block")
@@ -54,10 +65,10 @@ class Explaining(widgets.Tab):
         super().__init__([self.curve, self.blocks, *about_set], titles=TITLES, selected_index=0)
         self.observe(guard(lambda _: refresh()), "selected_index")
 
-    def use(self, lens: Lens) -> None:
-        """Show what is stored about a lens, or offer to look."""
-        self.lens, self.survey = lens, stored_survey(lens, self.folder)
-        images, total = images_to_survey(lens)
+    def use(self, lens: LoadedModel) -> None:
+        """Show what is stored about a lens, or set_options to look."""
+        self.lens, self.survey = lens, read_cached_validation(lens, self.folder)
+        images, total = validation_images(lens)
         sample = f" (a sample of {total:,})" if total > len(images) else ""
         self.state.value = small(f"{len(images)} images{sample}, not looked at yet")
         self.start.disabled = images.empty
@@ -68,23 +79,25 @@ class Explaining(widgets.Tab):
             self.gallery.use(lens, self.survey)
             self.confusion.use(lens, self.survey)
 
-    def _look(self, lens: Lens) -> Iterator[Callable]:
-        """Survey the set beside the page."""
+    def _look(self, lens: LoadedModel) -> Iterator[Callable]:
+        """CachedValidation the set beside the page."""
 
         def say(text: str) -> None:
             self.state.value = small(f"{html.escape(text)} …")
 
         yield partial(setattr, self.start, "disabled", True)
-        survey_images(lens, self.folder, say)
+        predict_validation(lens, self.folder, say)
         if lens is self.lens:
             yield partial(self.use, lens)
             yield self.refresh
 
-    def update(self, photo: Photo, seen: Seen, choice: Choice) -> Callable | None:
+    def update(
+        self, photo: Photo, seen: RecordedScale, choice: ProposalSettings
+    ) -> Callable | None:
         """Bring the tab in front up to date, as far as that is known.
 
         Returns:
-            What remains to be computed beside the page, as `Later` takes it, or None.
+            What remains to be computed beside the page, as `BackgroundWorker` takes it, or None.
         """
         tab, look = self.selected_index or 0, (*choice.read(), choice.proposal)
         if tab == 0:
@@ -108,7 +121,12 @@ class Explaining(widgets.Tab):
         return work
 
     def _explain_photo(
-        self, key: tuple, lens: Lens, photo: Photo, seen: Seen, choice: Choice
+        self,
+        key: tuple,
+        lens: LoadedModel,
+        photo: Photo,
+        seen: RecordedScale,
+        choice: ProposalSettings,
     ) -> Iterator[Callable]:
         """Draw the threshold curve; then the probabilities, which take longer, too."""
         curve = threshold_curve(lens, photo, seen, choice, THRESHOLDS)
@@ -123,30 +141,37 @@ class Explaining(widgets.Tab):
             yield self.curve.draw((key, True), _plot(curve))
 
     def _explain_blocks(
-        self, key: tuple, lens: Lens, photo: Photo, seen: Seen, choice: Choice
+        self,
+        key: tuple,
+        lens: LoadedModel,
+        photo: Photo,
+        seen: RecordedScale,
+        choice: ProposalSettings,
     ) -> Iterator[Callable]:
-        maps = build_up(lens, seen, choice)
-        draw, rows = partial(show_build_up, maps, photo.pixels, None), -(-len(maps) // 6)
+        maps = strength_per_block(lens, seen, choice)
+        draw, rows = partial(plot_strength_per_block, maps, photo.pixels, None), -(-len(maps) // 6)
         picture = draw_figure(draw, 9, 1.75 * rows, rows, 6)[1]
         yield partial(self.blocks.show, (key, True), lambda: (picture, BLOCKS))
 
-    def _explain_set(self, key: tuple, survey: Survey, choice: Choice) -> Iterator[Callable]:
+    def _explain_set(
+        self, key: tuple, survey: CachedValidation, choice: ProposalSettings
+    ) -> Iterator[Callable]:
         rows = []
         for threshold in THRESHOLDS:
-            rows.append(effect_curve(survey, choice.strength, choice.proposal, [threshold]))
+            rows.append(threshold_effect(survey, choice.strength, choice.proposal, [threshold]))
             yield _let_newer_work_in
         self.of_set = pd.concat(rows, ignore_index=True)
         accuracy = self._accuracy(choice)
         yield self.effect.draw((key, True), _plot(self.of_set, accuracy=accuracy))
         yield partial(self._say_effect, choice)
 
-    def _accuracy(self, choice: Choice) -> pd.DataFrame | None:
+    def _accuracy(self, choice: ProposalSettings) -> pd.DataFrame | None:
         """The stored accuracies, if they are of this strength and proposal."""
         model = self.lens.model
         own = (model.strength, model.proposal) == (choice.strength, choice.proposal)
         return self.survey.accuracy if own and len(self.survey.accuracy) else None
 
-    def _say_effect(self, choice: Choice) -> None:
+    def _say_effect(self, choice: ProposalSettings) -> None:
         """The numbers of one threshold, below the curve of the set."""
         threshold, images = choice.thresholds[0], len(self.survey.strengths.table)
         row = self.of_set.iloc[(self.of_set["threshold"] - threshold).abs().argmin()]
@@ -156,7 +181,7 @@ class Explaining(widgets.Tab):
             words += [f"mean IoU {row['iou']:.2f}", hit]
         text = f"threshold {threshold:.2f}, {images} images: {', '.join(words)}"
         if self._accuracy(choice) is not None:
-            near = accuracy_near(self.survey, threshold)
+            near = nearest_stored_accuracy(self.survey, threshold)
             stored = near.pop("threshold")
             scores = ", ".join(f"{name} {value:.1f} %" for name, value in near.items())
             text += f"<br>accuracy (stored at threshold {stored:.2f}): {scores}"
@@ -175,4 +200,4 @@ def _plot(curve: pd.DataFrame, **options) -> Callable:
 
 
 def _let_newer_work_in() -> None:
-    """Between two steps of long work: `Later` may abandon it here."""
+    """Between two steps of long work: `BackgroundWorker` may abandon it here."""

@@ -8,8 +8,8 @@ import ipywidgets as widgets
 import pandas as pd
 
 from ramslib.evaluation import BOX
-from ramslib.explorer.panels import offer, small
-from ramslib.plots.pictures import readable
+from ramslib.explorer.components import set_options, small
+from ramslib.plots.drawing import clean_class_name
 from ramslib.runs.prediction import find_images
 
 ALL = "all"
@@ -17,7 +17,7 @@ SHOWN = 300  # names in the list; more are found by filter and search
 SOURCES = ("data set", "folder", "upload")
 
 
-class Browser(widgets.VBox):
+class ImageBrowser(widgets.VBox):
     """Chooses a photo and calls ``pick(row)``, a row of a data set's table.
 
     Photos from elsewhere have label -1 and no box.
@@ -54,8 +54,10 @@ class Browser(widgets.VBox):
         present = [s for s in ("validation", "test", "train") if (table["split"] == s).any()]
         names = table.drop_duplicates("label").sort_values("label")["class_name"]
         self.quiet = True
-        offer(self.split, [*present, ALL])
-        offer(self.class_name, [(ALL, ALL), *((readable(name), name) for name in names)])
+        set_options(self.split, [*present, ALL])
+        set_options(
+            self.class_name, [(ALL, ALL), *((clean_class_name(name), name) for name in names)]
+        )
         self.quiet = False
         self._switch()
 
@@ -93,7 +95,7 @@ class Browser(widgets.VBox):
         more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
         self.count.value = small(f"{len(rows):,} photos{more}")
         self.quiet = True
-        offer(self.list, zip(names, range(len(names)), strict=True))
+        set_options(self.list, zip(names, range(len(names)), strict=True))
         self.quiet = False
         self._picked()
 

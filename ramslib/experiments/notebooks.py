@@ -1,6 +1,6 @@
 """The road from a folder of photos to a table: every numbered notebook, executed and kept.
 
-``run_road`` executes ``notebooks/[0-9][0-9]_*.ipynb`` in order by papermill and writes into one
+``run_notebooks`` executes ``notebooks/[0-9][0-9]_*.ipynb`` in order by papermill and writes into one
 folder: the executed notebooks, pages that open without kernel or network, one table of results.
 It is strict where papermill is not: an unknown parameter, a cell that did not complete, an error
 inside a widget and a cell that never ends stop it, with one line. A notebook is not executed again
@@ -80,7 +80,7 @@ class StatusLine(io.TextIOBase):
         print(line, end=end, flush=True)
 
 
-def run_road(
+def run_notebooks(
     data: str,
     root: str | Path,
     out: str | Path,
@@ -122,7 +122,7 @@ def run_road(
             continue
         status.write("started")
         execute(path, chosen[path], status)
-        _write_text(out / "road.json", json.dumps(question, indent=1))
+        _write_text(out / "notebooks.json", json.dumps(question, indent=1))
         status.show("done")
     return report(out, [path.stem for path in paths])
 
@@ -159,7 +159,7 @@ def check_folder(out: Path, question: dict) -> None:
         (out / "results").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot make it ({error.strerror}); choose another") from error
-    record = out / "road.json"
+    record = out / "notebooks.json"
     old = json.loads(record.read_text("utf-8")) if record.exists() else question
     for key in old | question:
         if json.dumps(old.get(key)) != json.dumps(question.get(key)):
@@ -202,7 +202,7 @@ def execute(path: Path, parameters: dict, status: StatusLine) -> None:
             execution_timeout=CELL_TIMEOUT,
             progress_bar=False,
             stdout_file=status,
-            stderr_file=status,  # progress bars
+            stderr_file=status,  # progress probability_bars
             cwd=path.parent,
         )
         check_executed(notebook, copy.parent / f"results/{path.stem}.csv")
@@ -243,7 +243,7 @@ def report(out: Path, names: list[str]) -> Path:
     merged = pd.concat(tables, names=["notebook"]).reset_index("notebook")
     _write_text(out / "results.csv", merged.to_csv(index=False))
     print(f"\nresults in one table: {out / 'results.csv'}")
-    print(f"pages with all figures: {out / names[0]}.html and its neighbours")
+    print(f"pages with all figures: {out / names[0]}.html and its neighbors")
     return out / "results.csv"
 
 

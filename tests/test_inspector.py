@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from exploring import make_run, shake
+from explorer_run import make_run, shake
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import draw_photos, tiny_config
@@ -15,13 +15,13 @@ from tiny import draw_photos, tiny_config
 from ramslib.attention import attention_probabilities, record_attention
 from ramslib.backbone import create_backbone
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import View
+from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
-from ramslib.explorer import survey as surveys
+from ramslib.explorer import validation as validations
 from ramslib.explorer.lenses import (
-    Lens,
+    LoadedModel,
     describe_run,
     find_runs,
     open_backbone,
@@ -29,31 +29,31 @@ from ramslib.explorer.lenses import (
     open_run,
 )
 from ramslib.explorer.looking import (
-    Choice,
-    build_up,
+    ProposalSettings,
     choose,
     default_choice,
-    first_look,
     follow,
     measure,
     probability_curve,
+    run_first_scale,
     strength_names,
     strength_of,
+    strength_per_block,
     threshold_curve,
 )
-from ramslib.explorer.survey import (
+from ramslib.explorer.validation import (
     confusion,
-    effect_curve,
     examples,
     images_of,
-    images_to_survey,
     orders_of,
+    predict_validation,
+    read_cached_validation,
     sort_images,
-    stored_survey,
-    survey_images,
+    threshold_effect,
+    validation_images,
 )
 from ramslib.model import RAMSTrans, build_model
-from ramslib.plots.stories import probabilities_of
+from ramslib.plots.images import probabilities_of
 from ramslib.strength import STRENGTHS, attention_strength
 
 
@@ -70,9 +70,11 @@ def table(tmp_path):
 def lens(table):
     """Two scales of timm's test_vit at 64 pixels (4 x 4 patches), crops from 96."""
     model = shake(
-        build_model(tiny_config("", image_size=64, source_size=96, class_token="per_scale"), 3)[0]
+        build_model(tiny_config("", image_size=64, highres_size=96, class_token="per_scale"), 3)[0]
     )
-    return Lens("tiny", model, View(96, 0.875), ["a", "b", "c"], table, "random", "tiny")
+    return LoadedModel(
+        "tiny", model, ImageTransform(96, 0.875), ["a", "b", "c"], table, "random", "tiny"
+    )
 
 
 @pytest.fixture
@@ -92,15 +94,15 @@ def forwards(lens, monkeypatch):
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3])
-@pytest.mark.parametrize("source_size", [32, 48])
+@pytest.mark.parametrize("highres_size", [32, 48])
 @pytest.mark.parametrize("class_token", ["per_scale", "shared"])
-def test_looks_are_those_of_the_model(table, scales, source_size, class_token):
+def test_looks_are_those_of_the_model(table, scales, highres_size, class_token):
     config = tiny_config("", scales=scales, threshold=0.9, class_token=class_token)
     model = shake(build_model(config, 3)[0])
-    lens = Lens("", model, View(source_size), ["a", "b", "c"], table, "", "")
+    lens = LoadedModel("", model, ImageTransform(highres_size), ["a", "b", "c"], table, "", "")
     photo = open_photo(lens, table["path"][0])
     choice = dataclasses.replace(default_choice(lens), scales=scales)
-    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    seen = follow(lens, photo, [run_first_scale(lens, photo)], choice)
     with torch.no_grad():
         looks = list(model.scales(photo.images, photo.source))
     assert len(seen) == len(looks) == scales
@@ -114,17 +116,17 @@ def test_looks_are_those_of_the_model(table, scales, source_size, class_token):
 
 
 def test_crop_source_is_a_control(lens, photo):
-    seen, choice = first_look(lens, photo), Choice()
+    seen, choice = run_first_scale(lens, photo), ProposalSettings()
     sharp = choose(lens, photo, seen, choice)
     coarse = choose(lens, photo, seen, dataclasses.replace(choice, from_source=False))
     assert torch.equal(sharp.boxes, coarse.boxes) and not torch.equal(sharp.crop, coarse.crop)
-    expected = lens.model.amplify(seen.view, None, seen.boxes, coarse.proposal.patch_boxes)[0]
+    expected = lens.model.crop_region(seen.view, None, seen.boxes, coarse.proposal.patch_boxes)[0]
     assert torch.equal(coarse.crop, expected)
 
 
 def test_more_scales_than_trained_read_the_last_token(lens, photo):
     choice = dataclasses.replace(default_choice(lens), scales=4)
-    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    seen = follow(lens, photo, [run_first_scale(lens, photo)], choice)
     assert [look.token for look in seen] == [0, 1, 1, 1]
     mean = torch.stack([look.logits[0].softmax(0) for look in seen]).mean(0)
     assert torch.allclose(probabilities_of(seen)["mean softmax"], mean)
@@ -135,19 +137,21 @@ def test_strengths_are_the_registrys(lens, photo, name):
     with torch.no_grad(), record_attention(lens.model.backbone) as blocks:
         lens.model.backbone.forward_features(photo.images)
     expected = attention_strength(blocks, name, lens.model.grid)
-    seen = first_look(lens, photo)
-    assert torch.allclose(strength_of(lens, seen, Choice(strength=name)), expected, atol=1e-6)
+    seen = run_first_scale(lens, photo)
+    assert torch.allclose(
+        strength_of(lens, seen, ProposalSettings(strength=name)), expected, atol=1e-6
+    )
 
 
 def test_single_blocks_and_heads_are_rows_of_the_attention(lens, photo):
-    seen = first_look(lens, photo)
+    seen = run_first_scale(lens, photo)
     patches = lens.model.grid[0] * lens.model.grid[1]
     for block in (1, 4):
         rows = attention_probabilities(seen.blocks[block - 1])[0, :, 0, -patches:]
-        mean = strength_of(lens, seen, Choice(strength="single_block", block=block))
+        mean = strength_of(lens, seen, ProposalSettings(strength="single_block", block=block))
         assert torch.allclose(mean.flatten(), rows.mean(dim=0), atol=1e-6)
         for head in (1, 2):
-            choice = Choice(strength="single_head", block=block, head=head)
+            choice = ProposalSettings(strength="single_head", block=block, head=head)
             assert torch.allclose(strength_of(lens, seen, choice).flatten(), rows[head - 1])
 
 
@@ -155,25 +159,25 @@ def test_models_without_class_token_and_with_bias_can_be_explored(backbone_of, t
     for family in ("average", "beit", "relpos", "dinov3"):
         token = "rollout_mean"
         model = RAMSTrans(backbone_of(family), 3, 2, strength=token, per_scale_token=False)
-        lens = Lens(family, model.eval(), View(32), [], table, "", "")
-        lens = dataclasses.replace(lens, view=View((24, 32)))
+        lens = LoadedModel(family, model.eval(), ImageTransform(32), [], table, "", "")
+        lens = dataclasses.replace(lens, view=ImageTransform((24, 32)))
         photo = open_photo(lens, table["path"][0])
-        seen = first_look(lens, photo)
+        seen = run_first_scale(lens, photo)
         names = strength_names(lens)
         assert ("last_class" in names) == (family != "average")
         for name in names:
-            choice = Choice(strength=name, block=2, head=2)
+            choice = ProposalSettings(strength=name, block=2, head=2)
             region = choose(lens, photo, seen, choice)
             assert region.strength.isfinite().all() and region.strength.shape == (1, 3, 4)
-            assert build_up(lens, seen, choice).shape == (3, 3, 4)
+            assert strength_per_block(lens, seen, choice).shape == (3, 3, 4)
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_controls_need_no_forward_pass(lens, photo, forwards, proposal):
-    seen = first_look(lens, photo)
+    seen = run_first_scale(lens, photo)
     assert len(forwards) == 1
     for threshold in (0.0, 0.7, 1.3, 50.0):
-        choice = Choice((threshold,), "rollout_class", proposal=proposal)
+        choice = ProposalSettings((threshold,), "rollout_class", proposal=proposal)
         first, second = (choose(lens, photo, seen, choice) for _ in range(2))
         assert torch.equal(first.boxes, second.boxes), "the random proposal stays where it is"
         if proposal != "random":
@@ -183,8 +187,8 @@ def test_controls_need_no_forward_pass(lens, photo, forwards, proposal):
 
 
 def test_only_changed_scales_run_again(lens, photo, forwards):
-    choice = Choice((0.8, 1.4), scales=3)
-    seen = follow(lens, photo, [first_look(lens, photo)], choice)
+    choice = ProposalSettings((0.8, 1.4), scales=3)
+    seen = follow(lens, photo, [run_first_scale(lens, photo)], choice)
     assert len(forwards) == 3
     assert follow(lens, photo, seen, choice) == seen and len(forwards) == 3
     other = dataclasses.replace(choice, thresholds=(0.8, 0.0))
@@ -194,8 +198,8 @@ def test_only_changed_scales_run_again(lens, photo, forwards):
 
 
 def test_numbers_of_a_region(lens, photo):
-    seen = first_look(lens, photo)
-    region = choose(lens, photo, seen, Choice((1.0,)))
+    seen = run_first_scale(lens, photo)
+    region = choose(lens, photo, seen, ProposalSettings((1.0,)))
     numbers = measure(lens, photo, region)
     patch = 64 // lens.model.grid[0]
     box = [float(side) * patch for side in region.proposal.patch_boxes[0]]  # input pixels
@@ -217,17 +221,20 @@ def test_numbers_of_a_region(lens, photo):
 
 def test_a_photo_without_a_box_has_no_iou(lens, table):
     photo = open_photo(lens, table["path"].iloc[-1], truth=[np.nan] * 4)
-    seen = first_look(lens, photo)
-    assert np.isnan(measure(lens, photo, choose(lens, photo, seen, Choice()))["iou"])
-    assert list(threshold_curve(lens, photo, seen, Choice(), [0.5, 1])) == ["threshold", "area"]
+    seen = run_first_scale(lens, photo)
+    assert np.isnan(measure(lens, photo, choose(lens, photo, seen, ProposalSettings()))["iou"])
+    assert list(threshold_curve(lens, photo, seen, ProposalSettings(), [0.5, 1])) == [
+        "threshold",
+        "area",
+    ]
 
 
 def test_curves_of_a_photo_are_its_numbers_at_every_threshold(lens, photo):
-    seen, thresholds = first_look(lens, photo), [0.0, 0.9, 1.1, 9.0]
-    curve = threshold_curve(lens, photo, seen, Choice(), thresholds)
-    chances = list(probability_curve(lens, photo, seen, Choice(), thresholds))
+    seen, thresholds = run_first_scale(lens, photo), [0.0, 0.9, 1.1, 9.0]
+    curve = threshold_curve(lens, photo, seen, ProposalSettings(), thresholds)
+    chances = list(probability_curve(lens, photo, seen, ProposalSettings(), thresholds))
     for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
-        choice = Choice((threshold,))
+        choice = ProposalSettings((threshold,))
         numbers = measure(lens, photo, choose(lens, photo, seen, choice))
         assert (row.area, row.iou) == pytest.approx((numbers["area"], numbers["iou"]))
         second = follow(lens, photo, [seen], choice)[1]
@@ -236,8 +243,8 @@ def test_curves_of_a_photo_are_its_numbers_at_every_threshold(lens, photo):
 
 @pytest.mark.parametrize("name", STRENGTHS)
 def test_build_up_ends_with_the_strength(lens, photo, name):
-    seen, choice = first_look(lens, photo), Choice(strength=name)
-    maps = build_up(lens, seen, choice)
+    seen, choice = run_first_scale(lens, photo), ProposalSettings(strength=name)
+    maps = strength_per_block(lens, seen, choice)
     assert maps.shape == (6, *lens.model.grid)
     assert torch.equal(maps[-1:], strength_of(lens, seen, choice))
     assert torch.equal(maps[1], attention_strength(seen.blocks[:2], name, lens.model.grid)[0])
@@ -283,7 +290,7 @@ def test_a_run_of_transfg_is_refused(tmp_path):
 @pytest.fixture
 def surveyed(lens, tmp_path):
     """A lens and its stored survey."""
-    return lens, survey_images(lens, tmp_path / "surveys", say=lambda text: None)
+    return lens, predict_validation(lens, tmp_path / "validations", say=lambda text: None)
 
 
 def test_survey_is_of_the_validation_images_and_runs_once(surveyed, tmp_path, monkeypatch):
@@ -292,35 +299,38 @@ def test_survey_is_of_the_validation_images_and_runs_once(surveyed, tmp_path, mo
     expected = predict(lens.model, table, lens.view)
     assert survey.total == len(table) and survey.strengths.table["path"].equals(table["path"])
     pd.testing.assert_frame_equal(survey.predictions, expected, check_dtype=False, atol=1e-6)
-    monkeypatch.setattr(surveys, "predict", None)  # a second run would fail
-    again = survey_images(lens, tmp_path / "surveys")
+    monkeypatch.setattr(validations, "predict", None)  # a second run would fail
+    again = predict_validation(lens, tmp_path / "validations")
     assert again.accuracy.equals(survey.accuracy)
     assert torch.equal(again.strengths.maps["last_class"], survey.strengths.maps["last_class"])
-    assert stored_survey(dataclasses.replace(lens, key="other"), tmp_path / "surveys") is None
+    assert (
+        read_cached_validation(dataclasses.replace(lens, key="other"), tmp_path / "validations")
+        is None
+    )
 
 
 def test_survey_of_nothing_is_refused(lens, tmp_path):
     with pytest.raises(InputError, match="no images"):
-        survey_images(dataclasses.replace(lens, table=lens.table.iloc[:0]), tmp_path)
+        predict_validation(dataclasses.replace(lens, table=lens.table.iloc[:0]), tmp_path)
 
 
 def test_without_validation_images_the_test_images_are_surveyed(lens):
     table = lens.table[lens.table["split"] != "validation"]
-    images, total = images_to_survey(dataclasses.replace(lens, table=table))
+    images, total = validation_images(dataclasses.replace(lens, table=table))
     assert total == len(images) == (table["split"] == "test").sum()
 
 
 @pytest.mark.parametrize("threshold", [0.6, 1.0, 1.5])
 def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
     lens, survey = surveyed
-    found = effect_curve(survey, "last_class", "attention", [threshold]).iloc[0]
+    found = threshold_effect(survey, "last_class", "attention", [threshold]).iloc[0]
     rows = []
     for row in survey.strengths.table.to_dict("records"):
         photo = open_photo(
             lens, row["path"], 0, [row[s] for s in ("top", "left", "bottom", "right")]
         )
-        seen = first_look(lens, photo)
-        rows.append(measure(lens, photo, choose(lens, photo, seen, Choice((threshold,)))))
+        seen = run_first_scale(lens, photo)
+        rows.append(measure(lens, photo, choose(lens, photo, seen, ProposalSettings((threshold,)))))
     rows = pd.DataFrame(rows)
     assert found["area"] == pytest.approx(rows["area"].mean(), abs=1e-5)
     assert found["iou"] == pytest.approx(rows["iou"].mean(), abs=1e-5)
@@ -329,16 +339,16 @@ def test_effect_of_a_threshold_is_the_mean_over_photos(surveyed, threshold):
 
 def test_stored_accuracy_is_that_of_the_nearest_threshold(surveyed):
     lens, survey = surveyed
-    near = surveys.accuracy_near(survey, 1.04)
-    own = score(survey.predictions).set_index("scale")["top1"]
+    near = validations.nearest_stored_accuracy(survey, 1.04)
+    own = score(survey.predictions).set_index("output")["top1"]
     assert near.pop("threshold") == 1.0
     assert near == pytest.approx(own.to_dict())
 
 
 def test_galleries_hold_what_they_say(surveyed):
     lens, survey = surveyed
-    assert orders_of(lens, survey) == list(surveys.ORDERS)
-    rows = survey.predictions.set_index(["path", "scale"])
+    assert orders_of(lens, survey) == list(validations.ORDERS)
+    rows = survey.predictions.set_index(["path", "output"])
     for path in survey.strengths.table["path"]:
         before, after = (rows.loc[(path, f"scale {n}"), "rank"] == 0 for n in (1, 2))
         repaired = sort_images(survey, "repaired by scale 2")["path"].tolist()
@@ -380,11 +390,11 @@ def test_a_backbone_alone_is_surveyed_and_explored(table, tmp_path, monkeypatch)
     backbone = create_backbone("test_vit", 160)[0]
     save_file(backbone.state_dict(), weights / "test_vit.safetensors")
     monkeypatch.setattr("ramslib.explorer.lenses.cache_folder", lambda: weights)
-    lens = open_backbone("test_vit", table, image_size=64, source_size=96)
+    lens = open_backbone("test_vit", table, image_size=64, highres_size=96)
     assert lens.classes == [] and "test_vit.safetensors" in lens.origin
-    survey = survey_images(lens, tmp_path / "surveys", say=lambda text: None)
+    survey = predict_validation(lens, tmp_path / "validations", say=lambda text: None)
     assert survey.accuracy.empty and set(examples(lens, survey, 3)["why"]) <= set(
-        surveys.ORDERS[3:]
+        validations.ORDERS[3:]
     )
     photo = open_photo(lens, table["path"][0])
-    assert len(follow(lens, photo, [first_look(lens, photo)], Choice(scales=3))) == 3
+    assert len(follow(lens, photo, [run_first_scale(lens, photo)], ProposalSettings(scales=3))) == 3

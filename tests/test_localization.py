@@ -10,11 +10,11 @@ import torch
 from tiny import draw_photos, tiny_config
 
 from ramslib.data.datasets import load_table
-from ramslib.data.transforms import View
+from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, predict
-from ramslib.localisation import (
-    Strengths,
+from ramslib.localization import (
+    StrengthMaps,
     accuracy_by_threshold,
     best_median_worst,
     record_strengths,
@@ -25,7 +25,7 @@ from ramslib.localisation import (
 from ramslib.model import build_model
 
 GRID, INPUT = (4, 5), (32, 40)
-VIEW = View((64, 80), 0.8)  # resized to 80 x 100, margins 8 and 10
+VIEW = ImageTransform((64, 80), 0.8)  # resized to 80 x 100, margins 8 and 10
 SIZES = [(120, 200), (90, 60), (80, 100), (50, 50), (300, 310)]
 
 
@@ -44,7 +44,7 @@ def strengths():
         name: torch.rand(5, *GRID, generator=torch.Generator().manual_seed(1)) ** 3 for name in "ab"
     }
     maps["b"] = maps["b"].flip(2)
-    return Strengths(maps, table, VIEW, torch.tensor(SIZES), INPUT)
+    return StrengthMaps(maps, table, VIEW, torch.tensor(SIZES), INPUT)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_scores_equal_the_loops(strengths, parts, threshold):
 
 
 def test_a_sweep_has_the_means_of_every_combination(strengths, parts):
-    swept = sweep_thresholds(strengths, [0.8, 1.2], ["attention", "whole", "centre"], parts)
+    swept = sweep_thresholds(strengths, [0.8, 1.2], ["attention", "whole", "center"], parts)
     assert len(swept) == 2 * 3 * 2
     keys = swept[["strength", "proposal", "threshold"]].itertuples(index=False, name=None)
     for key, row in zip(keys, swept.to_dict("records"), strict=True):
@@ -122,7 +122,7 @@ def test_a_sweep_has_the_means_of_every_combination(strengths, parts):
     whole = swept[swept["proposal"] == "whole"]
     assert whole["area"].tolist() == pytest.approx([0.64] * 4), "of the photo, not of its view"
     areas = swept.pivot(index=["strength", "threshold"], columns="proposal", values="area")
-    assert areas["centre"].tolist() == pytest.approx(areas["attention"].tolist())
+    assert areas["center"].tolist() == pytest.approx(areas["attention"].tolist())
 
 
 def test_without_boxes_there_is_no_overlap(strengths):
@@ -137,7 +137,7 @@ def test_random_regions_are_those_of_the_image_and_leave_the_generator_alone(str
     first = regions(strengths, "a", 1.2, "random")
     assert regions(strengths, "a", 1.2, "random").equal(first)
     assert torch.get_rng_state().equal(state)
-    few = Strengths(
+    few = StrengthMaps(
         {"a": strengths.maps["a"][:2]}, strengths.table[:2], VIEW, strengths.sizes[:2], INPUT
     )
     assert regions(few, "a", 1.2, "random").equal(first[:2])
@@ -170,22 +170,22 @@ def opinionated(**changes):
 
 @pytest.mark.parametrize("proposal", ["attention", "random"])
 def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(photos, proposal):
-    model, view = opinionated(proposal=proposal, threshold=1.1), View(48, 0.875)
+    model, view = opinionated(proposal=proposal, threshold=1.1), ImageTransform(48, 0.875)
     predictions = predict(model, photos, view, batch_size=4)
     strengths = record_strengths(model, photos, view, ["last_class"], batch_size=5)
-    looked = predictions.query("scale == 'scale 2'")[BOX].to_numpy()
+    looked = predictions.query("output == 'scale 2'")[BOX].to_numpy()
     found = regions(strengths, "last_class", 1.1, proposal)
     np.testing.assert_allclose(found, looked, rtol=1e-4, atol=1e-3)
     accuracy = accuracy_by_threshold(model, photos, view, [0.5, 1.1], batch_size=7)
     for row in accuracy.query("threshold == 1.1").itertuples():
-        correct = predictions.loc[predictions["scale"] == row.scale, "rank"] == 0
+        correct = predictions.loc[predictions["output"] == row.output, "rank"] == 0
         assert row.top1 == pytest.approx(100 * correct.mean())
         error = 100 * math.sqrt(correct.mean() * (1 - correct.mean()) / 15)
         assert row.standard_error == pytest.approx(error) and row.images == 15
 
 
 def test_a_region_that_thresholds_share_is_looked_at_once(photos):
-    model, view, seen = opinionated(), View(48, 0.875), []
+    model, view, seen = opinionated(), ImageTransform(48, 0.875), []
 
     def look(images, scale, original=model.look):
         seen.append((scale, len(images)))
@@ -194,9 +194,9 @@ def test_a_region_that_thresholds_share_is_looked_at_once(photos):
     model.look = look
     accuracy = accuracy_by_threshold(model, photos, view, [98.0, 99.0, 99.0], batch_size=15)
     assert seen == [(0, 15), (1, 15)], "no patch is that strong: the whole image, each time"
-    assert accuracy.groupby("scale")["top1"].nunique().eq(1).all()
+    assert accuracy.groupby("output")["top1"].nunique().eq(1).all()
 
 
 def test_accuracies_by_threshold_need_two_scales(photos):
     with pytest.raises(InputError, match="two scales, not 3"):
-        accuracy_by_threshold(opinionated(scales=3), photos, View(48), [1.0])
+        accuracy_by_threshold(opinionated(scales=3), photos, ImageTransform(48), [1.0])

@@ -3,7 +3,7 @@
 Processes are started by ``torch.distributed.run`` (see `ramslib.training.launch`), which sets the
 environment that `process_group` reads; without it there is one process. Gradients are averaged once
 per step rather than by wrapping the model: each scale back-propagates on its own, the model stays
-the plain module that checkpoints and notebooks know, and there is exactly one synchronisation.
+the plain module that checkpoints and notebooks know, and there is exactly one synchronization.
 """
 
 import gc

@@ -10,15 +10,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ramslib.data.transforms import ImageDataset, View, prepare
+from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.distributed import load_batches
 from ramslib.errors import InputError
-from ramslib.evaluation import check_known, fuse, judge, view_names
+from ramslib.evaluation import check_finite, fuse, output_names, prediction_metrics
 from ramslib.model import RAMSTrans
-from ramslib.processes import load_batches
 
 
 @torch.inference_mode()
-def look_until_sure(
+def early_exit_predict(
     model: RAMSTrans, images: Tensor, source: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Look once, and at all scales where that was not sure.
@@ -39,14 +39,14 @@ def look_until_sure(
     if model.num_scales > 1 and not sure.all():
         later = [looks.send(~sure).logits, *(look.logits for look in looks)]
         fused = fuse((first[~sure], *later))
-        probabilities[~sure] = fused[view_names(model.num_scales).index("mean softmax")]
+        probabilities[~sure] = fused[output_names(model.num_scales).index("mean softmax")]
     return probabilities, sure
 
 
-def predict_adaptively(
+def predict_early_exit(
     model: RAMSTrans,
     table: pd.DataFrame,
-    view: View,
+    view: ImageTransform,
     threshold: float,
     batch_size: int = 32,
     workers: int = 0,
@@ -57,12 +57,12 @@ def predict_adaptively(
         model: in evaluation mode, on its device.
         table: a data set table; its order is kept.
         view: the deterministic view of the test.
-        threshold: see `look_until_sure`; from `choose_threshold`.
+        threshold: see `early_exit_predict`; from `choose_threshold`.
         batch_size: images whose first look is taken together.
         workers: loader processes.
 
     Returns:
-        One row per image, which `evaluation.score` reads: ``path, label, scale`` ("adaptive"),
+        One row per image, which `evaluation.score` reads: ``path, label, output`` ("early exit"),
         ``prediction, confidence, true_probability, rank`` and ``looks``, 1 or the number of scales.
 
     Raises:
@@ -72,18 +72,18 @@ def predict_adaptively(
     judged, looks = [], []
     for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
         inputs = prepare(batch["source"].to(device), model.image_size, *model.mean_std)
-        probabilities, sure = look_until_sure(model, *inputs, threshold)
-        judged.append(judge(probabilities, batch["label"].to(device)[:, None]))
+        probabilities, sure = early_exit_predict(model, *inputs, threshold)
+        judged.append(prediction_metrics(probabilities, batch["label"].to(device)[:, None]))
         looks += torch.where(sure, 1, model.num_scales).tolist()
     columns = ["prediction", "confidence", "true_probability", "rank"]
     rows = pd.DataFrame(torch.cat(judged).numpy(), columns=columns)
-    check_known(rows["confidence"], table)
+    check_finite(rows["confidence"], table)
     rows = rows.astype({"prediction": int, "rank": int})
-    keys = table[["path", "label"]].reset_index(drop=True).assign(scale="adaptive")
+    keys = table[["path", "label"]].reset_index(drop=True).assign(output="early exit")
     return pd.concat([keys, rows], axis=1).assign(looks=looks)
 
 
-def adaptive_curve(predictions: pd.DataFrame) -> pd.DataFrame:
+def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     """What each threshold that makes a difference would give.
 
     Args:
@@ -96,7 +96,7 @@ def adaptive_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: predictions of one scale, or of no image.
     """
-    first, full = (predictions.query("scale == @name") for name in ("scale 1", "mean softmax"))
+    first, full = (predictions.query("output == @name") for name in ("scale 1", "mean softmax"))
     if full.empty:
         raise InputError("adaptive inference chooses between scales; give predictions of two")
     confidence = first["confidence"].to_numpy()
@@ -114,14 +114,14 @@ def choose_threshold(predictions: pd.DataFrame, loss: float = 0.5) -> float:
     """The lowest threshold from which on no more than ``loss`` points of accuracy are lost.
 
     Args:
-        predictions: of the validation split, see `adaptive_curve`.
+        predictions: of the validation split, see `early_exit_curve`.
         loss: points of top-1 accuracy, 0 or more.
 
     Raises:
-        InputError: see `adaptive_curve`; or a negative loss.
+        InputError: see `early_exit_curve`; or a negative loss.
     """
     if not loss >= 0:
         raise InputError(f"points that may be lost are {loss}; give 0 or more")
-    curve = adaptive_curve(predictions)
+    curve = early_exit_curve(predictions)
     too_much = curve.index[curve["loss"] > loss]
     return float(curve["threshold"][0 if too_much.empty else too_much[-1] + 1])

@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ramslib.__main__ import _end_with_parent
-from ramslib.errors import InputError
-from ramslib.processes import (
+from ramslib.distributed import (
     Processes,
     first_process_first,
     load_batches,
@@ -21,6 +20,7 @@ from ramslib.processes import (
     stop_request,
     sum_over_processes,
 )
+from ramslib.errors import InputError
 
 
 class Numbers(Dataset):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ramslib.training import recomputation
-from ramslib.training.recomputation import Recipe, recompute_activations, trim_heap
+from ramslib import acceleration
+from ramslib.acceleration import RecomputeEntry, selective_checkpointing, trim_heap
 
 FAMILIES = ["vit", "dinov2", "dinov3", "eva", "beit"]
 
@@ -32,7 +32,7 @@ def gradients(model, images, amp=None):
 def test_gradients_are_the_same_to_the_bit(family, amp, backbone_of, images):
     model = backbone_of(family).train()
     expected = gradients(model, images(3), amp)
-    with recompute_activations():
+    with selective_checkpointing():
         found = gradients(model, images(3), amp)
     assert found.keys() == expected.keys() and len(found) > 10
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -40,7 +40,7 @@ def test_gradients_are_the_same_to_the_bit(family, amp, backbone_of, images):
 
 def test_the_backward_pass_may_run_outside(backbone_of, images):
     model = backbone_of("vit")
-    with recompute_activations():
+    with selective_checkpointing():
         inside = model.forward_features(images(2)).square().sum()
     outside = model.forward_features(images(2)).square().sum()
     found = torch.autograd.grad(inside, list(model.blocks.parameters()))
@@ -54,7 +54,7 @@ def test_dropout_between_the_two_is_respected(inplace, backbone_of, images):
     for block in model.blocks:
         block.mlp.drop1 = nn.Dropout(0.3, inplace=inplace)
     expected = gradients(model, images(3))
-    with recompute_activations():
+    with selective_checkpointing():
         found = gradients(model, images(3))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -62,7 +62,7 @@ def test_dropout_between_the_two_is_respected(inplace, backbone_of, images):
 @pytest.mark.parametrize("changed", ["input", "kept"])
 def test_a_change_in_place_is_refused_as_ever(changed):
     weight = torch.ones(3, 3, requires_grad=True)
-    with recompute_activations():
+    with selective_checkpointing():
         values = weight * 2
         output = F.linear(F.gelu(values) if changed == "input" else values, weight)
         values.add_(1)
@@ -78,7 +78,7 @@ def test_another_view_of_an_output_is_no_recipe():
         output = F.gelu(weight)
         return (output.detach().view(torch.int32) * other).sum() + output.T.mul(other).sum()
 
-    with recompute_activations():
+    with selective_checkpointing():
         found = torch.autograd.grad(loss(), other)
     assert torch.equal(found[0], torch.autograd.grad(loss(), other)[0])
 
@@ -105,15 +105,15 @@ def test_outputs_of_norms_and_gelus_are_not_kept(backbone_of, images, monkeypatc
     for block in model.blocks:
         for part in (block.norm1, block.norm2, block.mlp.act):
             part.register_forward_hook(lambda *call: outputs.append(weakref.ref(call[2])))
-    pack = recompute_activations._pack
+    pack = selective_checkpointing._pack
 
     def count(self, tensor):
         kept = pack(self, tensor)
-        left_out.append(tensor.nbytes if isinstance(kept, Recipe) else 0)
+        left_out.append(tensor.nbytes if isinstance(kept, RecomputeEntry) else 0)
         return kept
 
-    monkeypatch.setattr(recompute_activations, "_pack", count)
-    with recompute_activations():
+    monkeypatch.setattr(selective_checkpointing, "_pack", count)
+    with selective_checkpointing():
         loss = model.forward_features(images(4)).sum()
     assert sum(map(bool, left_out)) == len(outputs) == 3 * len(model.blocks)
     assert sum(left_out) > 0.3 * before
@@ -124,14 +124,14 @@ def test_outputs_of_norms_and_gelus_are_not_kept(backbone_of, images, monkeypatc
 def test_nothing_is_remembered_that_is_gone(backbone_of, images):
     model = backbone_of("vit").train()
     model.set_grad_checkpointing(True)
-    with recompute_activations() as mode:
+    with selective_checkpointing() as mode:
         model.forward_features(images(2))
         assert not mode.alive
 
 
 def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
     model, seen = backbone_of("vit").requires_grad_(False), []
-    with recompute_activations() as mode:
+    with selective_checkpointing() as mode:
         model.blocks[0].norm1.register_forward_hook(lambda *call: seen.append(len(mode.alive)))
         model.forward_features(images(2))
     assert seen == [0]
@@ -139,18 +139,18 @@ def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
 
 def test_the_heap_is_trimmed_as_often_as_so_many_bytes_were_kept(backbone_of, images, monkeypatch):
     model, trims = backbone_of("vit"), []
-    monkeypatch.setattr(recomputation, "trim_heap", lambda: trims.append(1))
-    with recompute_activations() as mode:
+    monkeypatch.setattr(acceleration, "trim_heap", lambda: trims.append(1))
+    with selective_checkpointing() as mode:
         model.forward_features(images(4))
     kept = mode.kept
-    assert trims == [] and 10_000 < kept < recomputation.TRIMMED
-    monkeypatch.setattr(recomputation, "TRIMMED", kept // 5)
-    with recompute_activations() as mode:
+    assert trims == [] and 10_000 < kept < acceleration.TRIMMED
+    monkeypatch.setattr(acceleration, "TRIMMED", kept // 5)
+    with selective_checkpointing() as mode:
         model.forward_features(images(4))
     assert 3 <= len(trims) <= 5 and mode.kept < kept // 5
     with torch.device("meta"):  # other devices have allocators of their own
         weight = torch.ones(1000, 1000, requires_grad=True)
-    with recompute_activations() as mode:
+    with selective_checkpointing() as mode:
         (weight * weight).sum()
     assert mode.kept == 0
 
@@ -174,6 +174,6 @@ def test_trimming_returns_holes_between_what_is_kept():
 
 
 def test_trimming_is_left_out_where_there_is_no_such_thing(monkeypatch):
-    monkeypatch.setattr(recomputation.sys, "platform", "win32")
-    monkeypatch.setattr(recomputation.ctypes, "CDLL", None)  # must not be asked
+    monkeypatch.setattr(acceleration.sys, "platform", "win32")
+    monkeypatch.setattr(acceleration.ctypes, "CDLL", None)  # must not be asked
     trim_heap()

@@ -1,6 +1,6 @@
 """The style that all figures share, and painting on photos, fast enough for a slider.
 
-Each scale has one colour in all figures (Okabe and Ito: safe for all eyes); colour maps are
+Each scale has one color in all figures (Okabe and Ito: safe for all eyes); color maps are
 perceptually uniform. Boxes are ``(top, left, bottom, right)`` in pixels of the picture.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ramslib.files import write_atomically
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of scales 1, 2, ..
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of scales 1, 2, ..
 FUSED = {"mean softmax": "#222222", "mean logits": "#999999"}
-TRUTH = "#ffffff"  # of annotated boxes, dashed
-HEAT = "inferno"
+ANNOTATION_COLOR = "#ffffff"  # of annotated boxes, dashed
+HEATMAP_CMAP = "inferno"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -35,7 +35,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -65,12 +65,12 @@ def styled(function: Callable) -> Callable:
     return wrapper
 
 
-def view_colour(name: str) -> str:
-    """The colour of ``scale 1``, ``scale 2``, .. or of a fusion, the same in every figure."""
-    return FUSED.get(name) or COLOURS[(int(name.split()[-1]) - 1) % len(COLOURS)]
+def output_color(name: str) -> str:
+    """The color of ``scale 1``, ``scale 2``, .. or of a fusion, the same in every figure."""
+    return FUSED.get(name) or COLORS[(int(name.split()[-1]) - 1) % len(COLORS)]
 
 
-def readable(class_name: str) -> str:
+def clean_class_name(class_name: str) -> str:
     """``001.Black_footed_Albatross`` as ``Black footed Albatross``."""
     head, dot, tail = class_name.partition(".")
     return (tail if dot and head.isdigit() else class_name).replace("_", " ")
@@ -114,7 +114,7 @@ def save(drawing: Axes | Figure, path: Path | str) -> Path:
 
 
 def to_picture(image: Tensor | Image.Image, mean_std: tuple | None = None) -> Image.Image:
-    """Any image as RGB: PIL, a (3, H, W) uint8 tensor, or floats normalised with ``mean_std``."""
+    """Any image as RGB: PIL, a (3, H, W) uint8 tensor, or floats normalized with ``mean_std``."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if image.is_floating_point():
@@ -123,7 +123,7 @@ def to_picture(image: Tensor | Image.Image, mean_std: tuple | None = None) -> Im
     return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
 
 
-def paint_strength(
+def draw_strength(
     picture: Image.Image, strength: Tensor, opacity: float = 0.6, limit: float | None = None
 ) -> Image.Image:
     """Attention strength (h, w) as heat over its view.
@@ -136,7 +136,7 @@ def paint_strength(
     """
     relative = relative_strength(strength).nan_to_num().numpy()
     levels = relative / (limit or max(float(relative.max()), 1e-12))
-    heat = Image.fromarray(plt.get_cmap(HEAT)(levels, bytes=True)[..., :3].copy())
+    heat = Image.fromarray(plt.get_cmap(HEATMAP_CMAP)(levels, bytes=True)[..., :3].copy())
     return Image.blend(picture, heat.resize(picture.size, Image.Resampling.NEAREST), opacity)
 
 
@@ -145,14 +145,14 @@ def relative_strength(strength: Tensor) -> Tensor:
     return (strength / strength.mean()).cpu()
 
 
-def paint_mask(picture: Image.Image, mask: Tensor, component: Tensor, colour: str) -> Image.Image:
+def draw_mask(picture: Image.Image, mask: Tensor, component: Tensor, color: str) -> Image.Image:
     """The patch mask over its view: the kept component outlined, other strong patches dimmed.
 
     Args:
         picture: the view.
         mask: (h, w) bool, patches above the threshold; the others are almost dark.
         component: (h, w) bool, the one that the box encloses.
-        colour: of the outline, that of the scale which will look there.
+        color: of the outline, that of the scale which will look there.
     """
     light = torch.where(component.cpu(), 255, torch.where(mask.cpu(), 140, 60)).byte().numpy()
     light = Image.fromarray(light).resize(picture.size, Image.Resampling.NEAREST)
@@ -162,14 +162,14 @@ def paint_mask(picture: Image.Image, mask: Tensor, component: Tensor, colour: st
     tall, wide = height / component.shape[0], width / component.shape[1]
     thick = max(1, round(height / 180))
     for y, x in np.argwhere(np.diff(padded[:, 1:-1], axis=0)):
-        draw.line((x * wide, y * tall, (x + 1) * wide, y * tall), fill=colour, width=thick)
+        draw.line((x * wide, y * tall, (x + 1) * wide, y * tall), fill=color, width=thick)
     for y, x in np.argwhere(np.diff(padded[1:-1], axis=1)):
-        draw.line((x * wide, y * tall, x * wide, (y + 1) * tall), fill=colour, width=thick)
+        draw.line((x * wide, y * tall, x * wide, (y + 1) * tall), fill=color, width=thick)
     return picture
 
 
-def paint_box(
-    picture: Image.Image, box: Sequence[float], colour: str, dashed: bool = False
+def draw_box(
+    picture: Image.Image, box: Sequence[float], color: str, dashed: bool = False
 ) -> Image.Image:
     """The picture with one more box, drawn inside its edges with a dark rim."""
     picture, thick = picture.copy(), max(2, round(min(picture.size) / 110))
@@ -182,5 +182,5 @@ def paint_box(
     if dashed:
         across = np.add.outer(np.arange(line.height), np.arange(line.width)) // (4 * thick) % 2
         line = Image.fromarray(np.asarray(line) * across.astype(np.uint8))
-    picture.paste(colour, (left, top), line)
+    picture.paste(color, (left, top), line)
     return picture

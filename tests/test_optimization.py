@@ -1,4 +1,4 @@
-"""The optimisation step: gradients of the joint loss, and who is trained how much."""
+"""The optimization step: gradients of the joint loss, and who is trained how much."""
 
 import math
 
@@ -13,7 +13,7 @@ from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.run import read_metrics
 from ramslib.training import learner, trainer
-from ramslib.training.optimisation import (
+from ramslib.training.optimization import (
     backward_scales,
     create_optimizer,
     create_schedule,
@@ -76,12 +76,12 @@ def test_only_one_scale_is_in_memory_at_a_time(model_of, images):
 @pytest.mark.parametrize("loss", ["sum", "last"])
 def test_checkpointing_changes_no_gradient(strength, loss):
     settings = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "drop_path": 0.1}
-    settings |= {"source_size": None, "strength": strength}
+    settings |= {"highres_size": None, "strength": strength}
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     steps, count = [], []
-    for checkpointing in (False, True):
+    for grad_checkpointing in (False, True):
         torch.manual_seed(0)
-        model, _ = build_model(Config(**settings, checkpointing=checkpointing), 5)
+        model, _ = build_model(Config(**settings, grad_checkpointing=grad_checkpointing), 5)
         torch.nn.init.normal_(model.classifier.weight)
         calls = []
         model.backbone.blocks[0].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
@@ -97,7 +97,7 @@ def test_checkpointing_changes_no_gradient(strength, loss):
 def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
     shared = []
     monkeypatch.setattr(learner, "average_gradients", lambda *given: shared.append(given))
-    config = tiny_config(draw_photos(tmp_path / "photos"), accumulate=3, epochs=1, scales=3)
+    config = tiny_config(draw_photos(tmp_path / "photos"), grad_accum_steps=3, epochs=1, scales=3)
     run = trainer.train(config, tmp_path / "run")
     assert len(shared) == (read_metrics(run)["split"] == "train").sum() > 1
 
@@ -136,7 +136,7 @@ def test_class_tokens_of_frozen_blocks_learn_to_differ(model_of, images):
 @pytest.mark.parametrize("family", ["vit", "dinov2_registers", "dinov3", "eva02"])
 def test_layer_decay_sees_the_blocks(model_of, family):
     model = model_of(family, 2)
-    config = Config(learning_rate=0.1, layer_decay=0.5, weight_decay=0.05, head_factor=3.0)
+    config = Config(learning_rate=0.1, layer_decay=0.5, weight_decay=0.05, head_lr_scale=3.0)
     optimizer = create_optimizer(model, config)
     create_schedule(optimizer, 0, 10).step_update(0)
     names = {id(p): name for name, p in model.named_parameters()}

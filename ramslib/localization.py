@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ramslib.attention import record_attention
-from ramslib.data.transforms import ImageDataset, View, prepare
-from ramslib.dppm import drawn_by_row, propose
+from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.distributed import load_batches
+from ramslib.dppm import propose, seed_random_proposals
 from ramslib.errors import InputError
-from ramslib.evaluation import BOX, fuse, view_names
+from ramslib.evaluation import BOX, fuse, output_names
 from ramslib.model import RAMSTrans
-from ramslib.processes import load_batches
-from ramslib.regions import box_area, box_iou, map_boxes, whole_boxes
+from ramslib.regions import box_area, box_iou, full_image_boxes, rescale_boxes
 from ramslib.strength import attention_strength
 
 
-class Strengths(NamedTuple):
+class StrengthMaps(NamedTuple):
     """Attention strengths of scale 1 for a table of images.
 
     Attributes:
@@ -38,15 +38,15 @@ class Strengths(NamedTuple):
 
     maps: dict[str, Tensor]
     table: pd.DataFrame
-    view: View
+    view: ImageTransform
     sizes: Tensor
     image_size: tuple[int, int]
 
 
 def _batches(
-    model: RAMSTrans, table: pd.DataFrame, view: View, batch_size: int, workers: int
+    model: RAMSTrans, table: pd.DataFrame, view: ImageTransform, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor | None, dict]]:
-    """Normalised images and sources of a table, on the model's device, batch by batch."""
+    """Normalized images and sources of a table, on the model's device, batch by batch."""
     device = next(model.parameters()).device
     for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
         pixels = batch["source"].to(device)
@@ -57,11 +57,11 @@ def _batches(
 def record_strengths(
     model: RAMSTrans,
     table: pd.DataFrame,
-    view: View,
+    view: ImageTransform,
     names: Sequence[str],
     batch_size: int = 32,
     workers: int = 0,
-) -> Strengths:
+) -> StrengthMaps:
     """Look at every image once, at scale 1, and keep its attention strengths.
 
     Args:
@@ -81,24 +81,26 @@ def record_strengths(
             maps[name].append(attention_strength(blocks, name, model.grid).cpu())
         sizes.append(batch["size"])
     joined = {name: torch.cat(parts) for name, parts in maps.items()}
-    return Strengths(joined, table.reset_index(drop=True), view, torch.cat(sizes), model.image_size)
+    return StrengthMaps(
+        joined, table.reset_index(drop=True), view, torch.cat(sizes), model.image_size
+    )
 
 
-def regions(strengths: Strengths, name: str, threshold: float, proposal: str) -> Tensor:
+def regions(strengths: StrengthMaps, name: str, threshold: float, proposal: str) -> Tensor:
     """The proposed region of every image: (n, 4) in pixels of the upright images.
 
     Random ones are those that `evaluation.predict` looks at.
     """
     strength = strengths.maps[name]
-    with drawn_by_row(range(len(strength))):
+    with seed_random_proposals(range(len(strength))):
         patch_boxes = propose(strength, threshold, proposal).patch_boxes
     whole = torch.tensor([0.0, 0.0, *strengths.image_size])
-    boxes = map_boxes(patch_boxes, strength.shape[1:], whole)
-    return strengths.view.to_image_boxes(boxes, strengths.sizes, strengths.image_size)
+    boxes = rescale_boxes(patch_boxes, strength.shape[1:], whole)
+    return strengths.view.boxes_to_image(boxes, strengths.sizes, strengths.image_size)
 
 
 def score_regions(
-    boxes: Tensor, strengths: Strengths, parts: pd.DataFrame | None = None
+    boxes: Tensor, strengths: StrengthMaps, parts: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     """Score one region per image.
 
@@ -141,7 +143,7 @@ def _parts_inside(boxes: Tensor, paths: pd.Series, parts: pd.DataFrame) -> pd.Se
 
 
 def sweep_thresholds(
-    strengths: Strengths,
+    strengths: StrengthMaps,
     thresholds: Sequence[float],
     proposals: Sequence[str] = ("attention",),
     parts: pd.DataFrame | None = None,
@@ -166,7 +168,7 @@ def sweep_thresholds(
 def accuracy_by_threshold(
     model: RAMSTrans,
     table: pd.DataFrame,
-    view: View,
+    view: ImageTransform,
     thresholds: Sequence[float],
     batch_size: int = 32,
     workers: int = 0,
@@ -184,28 +186,28 @@ def accuracy_by_threshold(
     """
     if model.num_scales != 2:
         raise InputError(f"this sweep needs a model of two scales, not {model.num_scales}")
-    names = view_names(2)
+    names = output_names(2)
     correct = torch.zeros(len(thresholds), len(names), dtype=torch.long)
     for images, source, batch in _batches(model, table, view, batch_size, workers):
         labels = batch["label"].to(images.device)
         first, strength = model.look(images, 0)
-        whole = whole_boxes(images)
+        whole = full_image_boxes(images)
         known: dict[tuple, Tensor] = {}  # (image, its box): logits of scale 2
         for row, threshold in enumerate(thresholds):
-            with drawn_by_row(batch["index"]):
+            with seed_random_proposals(batch["index"]):
                 boxes = propose(strength, threshold, model.proposal).patch_boxes
             keys = [(image, *box) for image, box in enumerate(boxes.tolist())]
             new = [key[0] for key in keys if key not in known]
             if new:
                 large = None if source is None else source[new]
-                crops, _ = model.amplify(images[new], large, whole[new], boxes[new])
+                crops, _ = model.crop_region(images[new], large, whole[new], boxes[new])
                 found = model.look(crops, 1)[0]
                 known.update(zip([keys[image] for image in new], found, strict=True))
             second = torch.stack([known[key] for key in keys])
             probabilities = torch.stack(fuse((first, second)))
             correct[row] += (probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()
     share = correct.double().numpy() / len(table)
-    keys = pd.MultiIndex.from_product([thresholds, names], names=["threshold", "scale"])
+    keys = pd.MultiIndex.from_product([thresholds, names], names=["threshold", "output"])
     result = pd.DataFrame({"top1": 100 * share.ravel()}, index=keys).reset_index()
     error = 100 * np.sqrt(share * (1 - share) / len(table)).ravel()
     return result.assign(images=len(table), standard_error=error)

@@ -1,4 +1,4 @@
-"""The optimisation step: losses of all scales, their gradients, and who applies them.
+"""The optimization step: losses of all scales, their gradients, and who applies them.
 
 Optimizers, weight-decay rules and layer-wise decay are timm's. What is ours is `backward_scales`:
 each scale is back-propagated before the next one runs, which gives the gradients of the joint loss
@@ -12,10 +12,10 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
+from ramslib.acceleration import selective_checkpointing
+from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.looks import Recogniser
-from ramslib.training.recomputation import recompute_activations
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +35,7 @@ def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
 
 
 def backward_scales(
-    model: Recogniser,
+    model: ImageClassifier,
     images: Tensor,
     source: Tensor | None,
     labels: Tensor,
@@ -50,7 +50,7 @@ def backward_scales(
 
     Args:
         model: in training mode.
-        images: (B, 3, H, W), see `Recogniser.forward`.
+        images: (B, 3, H, W), see `ImageClassifier.forward`.
         source: (B, 3, Hs, Ws) or None.
         labels: (B,).
         weights: of each scale's loss; a scale of weight 0 is looked at without gradient.
@@ -66,7 +66,7 @@ def backward_scales(
     for weight in weights:
         with torch.set_grad_enabled(weight > 0):
             autocast = torch.autocast(images.device.type, amp, enabled=amp is not None)
-            with autocast, recompute_activations():
+            with autocast, selective_checkpointing():
                 look = next(looks)
             loss = model.loss(look, labels, label_smoothing)
             if weight > 0:
@@ -75,7 +75,7 @@ def backward_scales(
     return torch.stack(losses)
 
 
-def freeze(model: Recogniser, blocks: int) -> None:
+def freeze(model: ImageClassifier, blocks: int) -> None:
     """Stop training the first blocks, and all that comes before but one class token per scale.
 
     Those start as copies of one token and, in a sequence, stay copies until a gradient tells them
@@ -100,10 +100,10 @@ def freeze(model: Recogniser, blocks: int) -> None:
             after.requires_grad_(True)
 
 
-def create_optimizer(model: Recogniser, config: Config) -> torch.optim.Optimizer:
+def create_optimizer(model: ImageClassifier, config: Config) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its rules for weight decay and layer-wise decay.
 
-    The classifier starts from nothing, so it learns ``head_factor`` times faster.
+    The classifier starts from nothing, so it learns ``head_lr_scale`` times faster.
 
     Raises:
         InputError: a name that timm does not know.
@@ -119,7 +119,7 @@ def create_optimizer(model: Recogniser, config: Config) -> torch.optim.Optimizer
         raise InputError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
 
 
-def parameter_groups(model: Recogniser, config: Config) -> list[dict]:
+def parameter_groups(model: ImageClassifier, config: Config) -> list[dict]:
     """timm's parameter groups by layer and weight decay, those of the classifier apart."""
     decay, skipped = config.weight_decay, model.no_weight_decay()
     groups = param_groups_layer_decay(model, decay, skipped, layer_decay=config.layer_decay)
@@ -129,7 +129,7 @@ def parameter_groups(model: Recogniser, config: Config) -> list[dict]:
         parameters = group["params"]
         group["params"] = [p for p in parameters if id(p) not in head]
         new = [p for p in parameters if id(p) in head]
-        apart.append(group | {"params": new, "lr_scale": group["lr_scale"] * config.head_factor})
+        apart.append(group | {"params": new, "lr_scale": group["lr_scale"] * config.head_lr_scale})
     return [group for group in groups + apart if group["params"]]
 
 

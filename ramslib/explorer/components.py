@@ -1,4 +1,4 @@
-"""Small pieces of the explorer's page: pictures, bars and charts as widgets, and work beside them.
+"""Small pieces of the explorer's page: pictures, probability_bars and charts as widgets, and work beside them.
 
 Nothing here knows what it shows.
 """
@@ -19,14 +19,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ramslib.plots.pictures import styled, view_colour
+from ramslib.plots.drawing import output_color, styled
 
 PANEL = 420  # pixels of the longer side of a picture on the page; shown at two thirds of it or less
 STYLE = Path(__file__).with_name("style.css")
 
 
 def encode(picture: Image.Image, form: str = "jpeg", quality: int = 88) -> bytes:
-    """A picture as bytes; JPEGs without colour subsampling: fast, and sharp lines."""
+    """A picture as bytes; JPEGs without color subsampling: fast, and sharp lines."""
     data = io.BytesIO()
     picture.save(data, form, quality=quality, subsampling=0)
     return data.getvalue()
@@ -125,7 +125,7 @@ def draw_figure(draw: Callable, width: float, height: float, rows: int = 1, colu
     return axes, Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def offer(menu: widgets.Widget, options) -> None:
+def set_options(menu: widgets.Widget, options) -> None:
     """Give a menu or list new options and choose the first."""
     menu.index = None
     menu.options = tuple(options)
@@ -137,8 +137,8 @@ def small(text: str) -> str:
     return f'<div class="rams-note">{text}</div>'
 
 
-def bars(table: pd.DataFrame) -> str:
-    """Class probabilities as HTML, a card of bars per class.
+def probability_bars(table: pd.DataFrame) -> str:
+    """Class probabilities as HTML, a card of probability_bars per class.
 
     Args:
         table: ``class, view, probability``, see `stories.top_classes`.
@@ -146,21 +146,21 @@ def bars(table: pd.DataFrame) -> str:
     cards = []
     for name, group in table.groupby("class", sort=False):
         lines = [
-            f"<div>{_bar(view_colour(row.view), round(90 * row.probability))}"
+            f"<div>{_bar(output_color(row.view), round(90 * row.probability))}"
             f"{row.probability:.3f}</div>"
             for row in group.itertuples()
         ]
         cards.append(f"<div><b>{html.escape(str(name))}</b>{''.join(lines)}</div>")
     views = dict.fromkeys(table["view"])
-    legend = " &ensp; ".join(f"{_bar(view_colour(view), 10)}{view}" for view in views)
+    legend = " &ensp; ".join(f"{_bar(output_color(view), 10)}{view}" for view in views)
     return f"<div class='rams-cards'>{''.join(cards)}</div>{small(legend)}"
 
 
-def _bar(colour: str, width: int) -> str:
-    return f'<span class="rams-bar" style="width:{max(1, width)}px; background:{colour}"></span>'
+def _bar(color: str, width: int) -> str:
+    return f'<span class="rams-bar" style="width:{max(1, width)}px; background:{color}"></span>'
 
 
-class Later:
+class BackgroundWorker:
     """Slow work beside the page: it starts when controls rest, and newer work replaces older.
 
     Work is a function that yields functions which change the page; they are called under ``lock``,
@@ -188,7 +188,7 @@ class Later:
         except Exception as error:
             self.complain(error)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until all work is done."""
         while self.last is not None and not self.last.done():
             self.last.result()
