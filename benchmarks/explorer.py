@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.explorer import Explorer
 from ramslib.explorer.lenses import open_backbone
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=300, help="moves that are timed")
     parser.add_argument("--moves", type=int, default=1000, help="moves in all")
     options = parser.parse_args()
-    table, rows = load_table(options.data, options.root), {}
+    table, rows = read_table(options.data, options.root), {}
     for sizes in SIZES:
         lens = open_backbone(options.backbone, table, *sizes)
         explorer = Explorer(options.data, options.root, "runs/benchmark", lens)

@@ -110,7 +110,7 @@ def adaptive(options: SimpleNamespace) -> Iterator[dict]:
     full = score(predict(model, parts["test"], view)).set_index("output")["top1"]
     found = predict_early_exit(model, parts["test"], view, threshold)
     batches = [
-        prepare(batch["source"], model.image_size, *model.mean_std)
+        prepare(batch["pixels"], model.image_size, *model.mean_std)
         for batch in load_batches(ImageDataset(parts["test"], view), 0, batch_size=16)
     ]
     both = (

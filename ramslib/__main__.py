@@ -171,7 +171,7 @@ def _data(options: argparse.Namespace) -> None:
 
     if options.download:
         download(config.data, config.root)
-    table = load_table(config.data, config.root, config.validation_fraction, config.seed)
+    table = load_table(config)
     print(describe(table).to_string())
 
 

@@ -71,7 +71,7 @@ def predict_early_exit(
     device = next(model.parameters()).device
     judged, looks = [], []
     for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
-        inputs = prepare(batch["source"].to(device), model.image_size, *model.mean_std)
+        inputs = prepare(batch["pixels"].to(device), model.image_size, *model.mean_std)
         probabilities, sure = early_exit_predict(model, *inputs, threshold)
         judged.append(prediction_metrics(probabilities, batch["label"].to(device)[:, None]))
         looks += torch.where(sure, 1, model.num_scales).tolist()

@@ -101,7 +101,7 @@ def _rows(
     model: ImageClassifier, view: ImageTransform, batch: dict, device: torch.device
 ) -> Tensor:
     """(B, views, columns) in the order of `_COLUMNS`; fused rows have no region."""
-    images, source = prepare(batch["source"].to(device), model.image_size, *model.mean_std)
+    images, source = prepare(batch["pixels"].to(device), model.image_size, *model.mean_std)
     output = model(images, source)
     logits, labels = output.logits, batch["label"].to(device)[:, None]
     regions = [

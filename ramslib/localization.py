@@ -49,7 +49,7 @@ def _batches(
     """Normalized images and sources of a table, on the model's device, batch by batch."""
     device = next(model.parameters()).device
     for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
-        pixels = batch["source"].to(device)
+        pixels = batch["pixels"].to(device)
         yield *prepare(pixels, model.image_size, *model.mean_std), batch
 
 

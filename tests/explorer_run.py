@@ -3,7 +3,7 @@
 import torch
 from tiny import draw_photos, tiny_config
 
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform, temporary_seed
 from ramslib.evaluation import predict, score
 from ramslib.model import build_model
@@ -27,7 +27,7 @@ def make_run(root, run, **changes):
     token = {} if changes.get("model") == "transfg" else {"class_token": "per_scale"}
     changes = sizes | token | changes
     config = tiny_config(root if root.exists() else draw_photos(root, size=90), **changes)
-    table = load_table(config.data, config.root, config.validation_fraction)
+    table = read_table(config.data, config.root, config.validation_fraction)
     run.mkdir(parents=True)
     open_run(run, config, table, "random weights")
     with temporary_seed(0):  # the same weights whatever ran before

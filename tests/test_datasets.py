@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from ramslib.data import annotations, datasets, readers
-from ramslib.data.datasets import fingerprint, load_table, read_folder
+from ramslib.data.datasets import fingerprint, read_folder, read_table
 from ramslib.data.summary import describe, describe_boxes, describe_parts, load_parts
 from ramslib.errors import InputError
 
@@ -229,7 +229,7 @@ def test_class_without_training_image(tmp_path):
     found = message(lambda: readers.read_cub(root))
     assert "1 of 2 classes have no training image, first: 002.Wren" in found
     write(root / "classes.txt", "1 001.Crow\n2 002.Wren\n3 003.Owl\n")
-    found = message(lambda: load_table("cub", root))
+    found = message(lambda: read_table("cub", root))
     assert "2 of 3 classes" in found
 
 
@@ -593,7 +593,7 @@ def test_split_by_hand_is_respected(tmp_path):
         for i, split in enumerate(("train", "validation", "test"))
     ]
     write(root / "split.csv", "\n".join(["path,split", *rows]))
-    table = load_table("folder", root, validation_fraction=0.5, seed=1)
+    table = read_table("folder", root, validation_fraction=0.5, seed=1)
     assert table["split"].tolist() == ["train", "validation", "test"] * 2
 
 
@@ -640,7 +640,7 @@ def test_given_folders_are_used_as_they_are(tmp_path):
     root = tmp_path
     for split, count in (("train", 3), ("valid", 2), ("Test", 1)):
         write_folder(root / split, crow=count, wren=count)
-    table = load_table("folder", root, 0.3)
+    table = read_table("folder", root, 0.3)
     counts = table.groupby("class_name")["split"].value_counts().to_dict()
     splits = {"train": 3, "validation": 2, "test": 1}
     assert counts == {(n, s): c for n in ("crow", "wren") for s, c in splits.items()}
@@ -654,7 +654,7 @@ def test_val_is_the_test_split_where_there_is_no_other(tmp_path):
         write_folder(tmp_path / split, crow=count, wren=count)
     write(tmp_path / "logs/run.txt")
     with pytest.warns(UserWarning, match="train, val are used, not logs"):
-        table = load_table("folder", tmp_path, 0.25)
+        table = read_table("folder", tmp_path, 0.25)
     assert table["split"].value_counts().to_dict() == {"train": 6, "validation": 2, "test": 4}
 
 
@@ -670,25 +670,25 @@ def test_train_alone_is_no_split_and_classes_may_be_called_train(tmp_path):
 
 def test_validation_is_stratified_and_never_from_test(tmp_path):
     root = write_cub(tmp_path, ["001.Crow", "002.Wren", "003.Owl"], train=10, test=4)
-    plain, table = load_table("cub", root, 0), load_table("cub", root, 0.3, seed=5)
+    plain, table = read_table("cub", root, 0), read_table("cub", root, 0.3, seed=5)
     assert plain["split"].value_counts().to_dict() == {"train": 30, "test": 12}
     assert table["split"][plain["split"] == "test"].eq("test").all()
     drawn = table[table["split"] == "validation"]
     assert drawn["class_name"].value_counts().to_dict() == dict.fromkeys(table["class_name"], 3)
-    other = load_table("cub", root, 0.3, seed=6)
+    other = read_table("cub", root, 0.3, seed=6)
     assert (other["split"] != table["split"]).any()
     pd.testing.assert_frame_equal(table.drop(columns="split"), plain.drop(columns="split"))
 
 
 def test_validation_does_not_depend_on_row_order_place_or_process(tmp_path):
-    first = load_table("cub", write_cub(tmp_path / "one/CUB_200_2011", train=10), 0.3, seed=5)
+    first = read_table("cub", write_cub(tmp_path / "one/CUB_200_2011", train=10), 0.3, seed=5)
     moved = write_cub(tmp_path / "two", train=10)
     for name in ("images", "bounding_boxes"):
         lines = (moved / f"{name}.txt").read_text().splitlines()
         write(moved / f"{name}.txt", "\n".join(lines[::-1]))
     code = (
-        "import sys; from ramslib.data.datasets import load_table, relative_paths as p; "
-        "t = load_table('cub', sys.argv[1], 0.3, seed=5); "
+        "import sys; from ramslib.data.datasets import read_table, relative_paths as p; "
+        "t = read_table('cub', sys.argv[1], 0.3, seed=5); "
         "print(*sorted(p(t)[t['split'] == 'validation']))"
     )
     env = os.environ | {"PYTHONHASHSEED": "7"}
@@ -723,23 +723,23 @@ def test_diagnostic_set_is_drawn_once(tmp_path, monkeypatch):
     write_set = "ramslib.data.diagnostic.write_diagnostic_set"
     monkeypatch.setattr(write_set, lambda root: drawn.append(write_cub(root)), raising=False)
     for _ in range(2):
-        assert len(load_table("diagnostic", tmp_path / "new")) == 12
+        assert len(read_table("diagnostic", tmp_path / "new")) == 12
     assert drawn == [tmp_path / "new"]
     write(tmp_path / "other/file.txt")
-    assert "no images.txt here" in message(lambda: load_table("diagnostic", tmp_path / "other"))
+    assert "no images.txt here" in message(lambda: read_table("diagnostic", tmp_path / "other"))
 
 
-def test_load_table_refuses(tmp_path):
-    assert "choose one of diagnostic, folder, cub" in message(lambda: load_table("cubs", tmp_path))
-    assert "validation_fraction is 1" in message(lambda: load_table("cub", tmp_path, 1))
+def test_read_table_refuses(tmp_path):
+    assert "choose one of diagnostic, folder, cub" in message(lambda: read_table("cubs", tmp_path))
+    assert "validation_fraction is 1" in message(lambda: read_table("cub", tmp_path, 1))
 
 
 def test_fingerprint(tmp_path):
     root = write_cub(tmp_path / "one")
-    table = load_table("cub", root, 0.2)
+    table = read_table("cub", root, 0.2)
     found = fingerprint(table)
     assert len(found) == 64 and fingerprint(table.sample(frac=1, random_state=0)) == found
-    assert fingerprint(load_table("cub", write_cub(tmp_path / "two"), 0.2)) == found
+    assert fingerprint(read_table("cub", write_cub(tmp_path / "two"), 0.2)) == found
     csv = tmp_path / "table.csv"
     table.to_csv(csv, index=False)
     assert fingerprint(pd.read_csv(csv)) == found
@@ -754,7 +754,7 @@ def test_fingerprint(tmp_path):
 def test_describe(tmp_path):
     root = write_cub(tmp_path)
     write_image(root / "images/001.Crow/Crow_0000.jpg", (80, 5))
-    summary = describe(load_table("cub", root, 0.25))
+    summary = describe(read_table("cub", root, 0.25))
     assert summary.index.tolist() == ["train", "validation", "test"]
     assert summary["images"].tolist() == [6, 2, 4]
     assert summary.loc["test"].drop("box_share").to_dict() == {

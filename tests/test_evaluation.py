@@ -13,7 +13,7 @@ from tiny import draw_photos, tiny_config
 
 import ramslib.evaluation
 from ramslib.classifier import RAMSOutput
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
@@ -38,7 +38,7 @@ def table(tmp_path_factory):
     for name in ("train", "test"):
         (root / "more" / name / "bird 1").rename(root / name / "bird 1")
     shutil.rmtree(root / "more")
-    table = load_table("folder", root, 0)
+    table = read_table("folder", root, 0)
     return table[table["split"] == "test"].reset_index(drop=True)
 
 

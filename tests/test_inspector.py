@@ -14,7 +14,7 @@ from tiny import draw_photos, tiny_config
 
 from ramslib.attention import attention_probabilities, record_attention
 from ramslib.backbone import create_backbone
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
@@ -60,7 +60,7 @@ from ramslib.strength import STRENGTHS, attention_strength
 @pytest.fixture
 def table(tmp_path):
     """Photos of three classes with made-up boxes; the last test photo has none."""
-    table = load_table("folder", draw_photos(tmp_path / "photos"), 0.25)
+    table = read_table("folder", draw_photos(tmp_path / "photos"), 0.25)
     table[["top", "left", "bottom", "right"]] = 5.0, 8.0, 30.0, 40.0
     table.loc[table.index[-1], ["top", "left", "bottom", "right"]] = np.nan
     return table

@@ -26,7 +26,7 @@ def batches(count, size):
     labels = torch.arange(count * size) % 3
     for start in range(0, count * size, size):
         part = slice(start, start + size)
-        yield {"source": pixels[part].byte(), "label": labels[part]}
+        yield {"pixels": pixels[part].byte(), "label": labels[part]}
 
 
 def test_accumulated_micro_batches_are_one_batch():

@@ -9,7 +9,7 @@ import reference
 import torch
 from tiny import draw_photos, tiny_config
 
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX, predict
@@ -154,7 +154,7 @@ def test_best_median_and_worst():
 def photos(tmp_path_factory):
     """Test photos of three classes."""
     root = draw_photos(tmp_path_factory.mktemp("photos"))
-    table = load_table("folder", root, 0)
+    table = read_table("folder", root, 0)
     return table[table["split"] == "test"].reset_index(drop=True)
 
 

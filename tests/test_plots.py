@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import draw_photos
 
 from ramslib import plots
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.dppm import propose
 from ramslib.evaluation import expected_calibration_error
 from ramslib.model import RAMSTrans
@@ -227,7 +227,7 @@ def test_build_up_has_one_map_per_block(photo):
 
 
 def test_samples_show_every_class_in_turn(tmp_path):
-    table = load_table("folder", draw_photos(tmp_path / "photos"), 0.2)
+    table = read_table("folder", draw_photos(tmp_path / "photos"), 0.2)
     axes = plots.plot_samples(table, rows=1, columns=3)
     assert sorted(ax.get_title(loc="left") for ax in axes.flat) == ["bird 0", "bird 1", "bird 2"]
 

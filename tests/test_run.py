@@ -15,7 +15,7 @@ from tiny import draw_photos, held_elsewhere, tiny_config
 
 import ramslib
 from ramslib.config import Config
-from ramslib.data.datasets import fingerprint, load_table
+from ramslib.data.datasets import fingerprint, read_table
 from ramslib.errors import InputError
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import TrainState, save_checkpoint
@@ -39,7 +39,7 @@ def made(tmp_path):
     config = tiny_config(
         draw_photos(tmp_path / "photos"), threshold=(1.2, 1.3), image_size=(32, 48)
     )
-    table = load_table(config.data, config.root, 0.2)
+    table = read_table(config.data, config.root, 0.2)
     run = tmp_path / "run"
     run.mkdir()
     open_run(run, config, table, "random weights")
@@ -75,7 +75,7 @@ def test_odd_names_survive(tmp_path):
             photo = tmp_path / "photos" / name / f"{number} {name}.png"
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photo)
     config = tiny_config(tmp_path / "photos")
-    table = load_table("folder", config.root, 0)
+    table = read_table("folder", config.root, 0)
     (tmp_path / "run").mkdir()
     open_run(tmp_path / "run", config, table, "random weights")
     _, description, read = read_run(tmp_path / "run")

@@ -201,12 +201,12 @@ def test_large_jpeg_is_decoded_smaller_only_where_that_will_do(tmp_path, monkeyp
     item = ImageDataset(table, ImageTransform((20, 30)))[0]
     assert item["size"].tolist() == [800, 400]
     seen = []
-    monkeypatch.setattr(ImageTransform, "__call__", lambda view, image: seen.append(image.size))
+    monkeypatch.setattr(ImageTransform, "__call__", lambda self, image: seen.append(image.size))
     ImageDataset(table, ImageTransform((40, 50), 1.0))[0]
     assert seen == [(100, 200)]
     monkeypatch.undo()
     whole = ImageTransform((20, 30))(open_image(path))
-    assert (item["source"].int() - whole.int()).abs().max() <= 6
+    assert (item["pixels"].int() - whole.int()).abs().max() <= 6
 
 
 # ---------------------------------------------------------------- the view
@@ -341,7 +341,7 @@ def table(tmp_path_factory):
 
 
 def sources(batches):
-    return torch.cat([batch["source"] for batch in batches])
+    return torch.cat([batch["pixels"] for batch in batches])
 
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
@@ -391,7 +391,7 @@ def test_global_generators_are_left_alone(table, augment):
 def test_item(table):
     dataset = ImageDataset(table, ImageTransform(16))
     item = dataset[4]
-    assert item["source"].shape == (3, 16, 16) and item["source"].dtype == torch.uint8
+    assert item["pixels"].shape == (3, 16, 16) and item["pixels"].dtype == torch.uint8
     assert (item["label"], item["index"], item["size"].tolist()) == (1, 4, [40, 54])
     assert dataset[-1]["index"] == 5 and len(dataset) == 6
     with pytest.raises(IndexError):

@@ -1,13 +1,15 @@
 """Data sets as tables: one function to load any of them, own photos included.
 
-``load_table`` is the way in. The columns of a table are described in `annotations`. The validation
-split is taken from the training images, class by class; the test split is never touched. An image
-is drawn by a hash of the seed and its path, so the draw depends neither on the order of the rows
-nor on the process, and other images coming or going hardly change it.
+``load_table`` reads what a configuration names, ``read_table`` any data set. The columns of a table
+are described in `annotations`. The validation split is taken from the training images, class by
+class; the test split is never touched. An image is drawn by a hash of the seed and its path, so the
+draw depends neither on the order of the rows nor on the process, and other images coming or going
+hardly change it.
 """
 
 import csv
 import hashlib
+import inspect
 import os
 import warnings
 from collections import Counter
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ramslib.config import Config
 from ramslib.data import annotations, readers
 from ramslib.errors import InputError
 
@@ -217,7 +220,15 @@ READERS: dict[str, Callable[..., pd.DataFrame]] = {
 }
 
 
-def load_table(
+def load_table(config: Config) -> pd.DataFrame:
+    """The data set that a configuration names, with its validation split; see `read_table`."""
+    wanted = {name: getattr(config, name, None) for name in ("allow_missing", "test_fraction")}
+    accepted = inspect.signature(READERS[config.data]).parameters if config.data in READERS else ()
+    options = {k: v for k, v in wanted.items() if k in accepted and v is not None}
+    return read_table(config.data, config.root, config.validation_fraction, config.seed, **options)
+
+
+def read_table(
     data: str, root: Path | str, validation_fraction: float = 0.1, seed: int = 0, **options: object
 ) -> pd.DataFrame:
     """Read a data set and take a validation split from its training images.

@@ -8,7 +8,7 @@ source; `prepare` makes the input of scale 1 from it on the device, so that both
 import random
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -178,18 +178,18 @@ def _augmentation(name: str, side: int):
 
 
 class ImageDataset(Dataset):
-    """Images of a table, as seen through a view.
+    """Images of a table, transformed.
 
-    Items: ``source`` (3, Hs, Ws) uint8, ``label``, ``index`` (the row) and ``size`` (2,), height
+    Items: ``pixels`` (3, Hs, Ws) uint8, ``label``, ``index`` (the row) and ``size`` (2,), height
     and width of the upright image in the file. What is random about it depends on seed, epoch and
     row alone: not on the worker or process that makes it, nor on what was made before. The epoch is
     given with the key, ``dataset[epoch, row]``; a row alone is of epoch 0.
     """
 
-    def __init__(self, table: pd.DataFrame, view: ImageTransform, seed: int = 0):
+    def __init__(self, table: pd.DataFrame, transform: ImageTransform, seed: int = 0):
         self.paths = table["path"].tolist()
         self.labels = table["label"].tolist()
-        self.view, self.seed = view, seed
+        self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -197,18 +197,12 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, row = key if isinstance(key, tuple) else (0, key)
         row = range(len(self))[row]
-        image, size = _open(self.paths[row], 2 * max(self.view.resized))
-        if self.view.is_random:
-            with temporary_seed(self.seed, epoch, row):
-                source = self.view(image)
-        else:
-            source = self.view(image)
-        return {
-            "source": source,
-            "label": self.labels[row],
-            "index": row,
-            "size": torch.tensor(size),
-        }
+        image, size = _open(self.paths[row], 2 * max(self.transform.resized))
+        seeded = temporary_seed(self.seed, epoch, row)
+        with seeded if self.transform.is_random else nullcontext():
+            pixels = self.transform(image)
+        size = torch.tensor(size)
+        return {"pixels": pixels, "label": self.labels[row], "index": row, "size": size}
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def scale_training(config: Config, factor: float) -> Config:
 
 def run_folder(config: Config, folder: Path | str) -> Path:
     """Where a cell's run lies: below ``folder``, named by the key of configuration and data."""
-    table = load_table(config.data, config.root, config.validation_fraction, config.seed)
+    table = load_table(config)
     return Path(folder) / run_key(config, fingerprint(table))
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from ramslib.data.annotations import TABLE_COLUMNS
-from ramslib.data.datasets import load_table
+from ramslib.data.datasets import read_table
 from ramslib.errors import InputError
 from ramslib.evaluation import BOX
 from ramslib.explorer.browser import ImageBrowser
@@ -64,7 +64,7 @@ class Explorer:
     """The page; show it by naming it in a notebook cell.
 
     Args:
-        data: which reader, see `load_table`.
+        data: which reader, see `read_table`.
         root: folder of the data set; photos of other folders and uploads work without one.
         out: folder below which finished runs are found and surveys are stored.
         lens: what to look through first: a `LoadedModel`, a run's folder or timm's name of a backbone; the
@@ -143,7 +143,7 @@ class Explorer:
         self.message.value = line if text else ""
 
     def _read_table(self, data: str, root: Path | str) -> None:
-        self.table = load_table(data, root)
+        self.table = read_table(data, root)
 
     def _offer_models(self, first: LoadedModel | str | None) -> None:
         """List the finished runs, newest first, and what is always there; choose the first."""

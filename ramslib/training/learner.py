@@ -69,7 +69,7 @@ class Learner:
     def _micro_batch(self, batch: dict) -> Tensor:
         """Back-propagate one micro-batch; returns its share of the step's losses."""
         config, device = self.config, self.processes.device
-        pixels = batch["source"].to(device, non_blocking=True)
+        pixels = batch["pixels"].to(device, non_blocking=True)
         images, source = prepare(pixels, self.model.image_size, *self.model.mean_std)
         share = torch.tensor(1 / config.grad_accum_steps, device=device)
         labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]

@@ -63,7 +63,7 @@ class Trainer:
 
     def _read_data(self) -> None:
         config = self.config
-        table = load_table(config.data, config.root, config.validation_fraction, config.seed)
+        table = load_table(config)
         parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
         if missing := {"train", "test"} - set(parts):
             what = " or ".join(sorted(missing))
