@@ -1,19 +1,34 @@
-"""One frozen configuration for a run: every choice, its default, and the reason.
+"""One frozen configuration for a run: every setting, its default, its limits and the reason.
 
-Patch size and grid are not here: they are read from the backbone. Named settings to start from are
-in `ramslib.presets`.
+Patch size and grid are not here: they are read from the backbone. Settings to start from are in
+``presets.toml``. Where a setting takes a registered name it also takes one of your own, as
+``path/to/file.py:name`` (`ramslib.extensions`).
 """
 
 import difflib
 import json
 import math
+import tomllib
 import types
 import typing
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from ramslib.errors import InputError
-from ramslib.presets import PRESETS
+from ramslib.extensions import is_reference, locate_sources
+
+if TYPE_CHECKING:  # importing pandas takes a third of a second
+    import pandas as pd
+
+Pixels = int | tuple[int, int]  # one side, or (height, width)
+SMALLEST = 1e-12  # of what must be above 0
+
+
+def within(default: Any, low: float, high: float) -> Any:
+    """A field with its default and the range [low, high] of its numbers."""
+    return field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -21,73 +36,74 @@ class Config:
     """Everything that decides the result of a run."""
 
     # data
-    data: str = "diagnostic"  # a key of readers.READERS
-    root: str = "data/diagnostic"  # folder of that data set
-    image_size: int | tuple[int, int] = 112  # input pixels of every scale; (height, width) allowed
-    highres_size: int | tuple[int, int] | None = 336  # crops are cut here; None: the previous crop
-    crop_fraction: float = 0.875  # training crop and test center crop; the paper's is 448/600
+    data: str = "diagnostic"  # a key of datasets.READERS, or a reader of your own
+    root: str = "data/diagnostic"  # folder of that dataset
+    image_size: Pixels = within(112, 1, 8192)  # input of every scale
+    highres_size: Pixels | None = within(336, 1, 8192)  # crops are cut here; None: previous crop
+    crop_fraction: float = within(0.875, 0.1, 1)  # random and center crop; the paper's is 448/600
     augment: str = "flip"  # none, flip, autoaugment, or a timm string such as rand-m9-mstd0.5
-    normalization: str = (
-        "backbone"  # pixel mean and std of the backbone's pre-training, or imagenet
-    )
-    validation_fraction: float = 0.15  # of train, per class; the test split chooses nothing
-    workers: int = 1  # loader processes per training process
+    normalization: Literal["backbone", "imagenet"] = "backbone"  # whose pixel mean and std
+    validation_fraction: float = within(0.15, 0, 0.5)  # of train, per class
+    test_fraction: float = within(0.2, 0.01, 0.9)  # of folders without a test split, per class
+    allow_missing: bool = False  # leave missing images out instead of refusing the dataset
+    workers: int = within(1, 0, 512)  # loader processes per training process
 
     # model
-    model: str = "rams"  # rams, transfg, or vit, which is stored as rams with one scale
+    model: str = "rams"  # rams, transfg, vit (stored as rams with one scale), or your own
     backbone: str = "vit_small_patch14_dinov2"  # any timm Vision Transformer
-    pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights.sources)
-    pos_embed_resize: str = "timm"  # how a file's position grid is resized: timm or zoom (released)
-    final_norm: bool = True  # load the final LayerNorm; the released code does not
-    scales: int = 2  # 1 is a plain ViT
-    strength: str = "last_class"  # finds real birds best (README); released: rollout_mean
-    threshold: float | tuple[float, ...] = 1.0  # eta, one number or one per proposal
-    proposal: str = "attention"  # a key of dppm.PROPOSALS
-    class_token: str = "shared"  # or per_scale (paper), which is slow: back through frozen blocks
+    pretrained: str = "auto"  # auto, hub, offline, none, or a file (ramslib.weights)
+    pos_embed_resize: Literal["timm", "zoom"] = "timm"  # of a file's position grid; release: zoom
+    final_norm: bool = True  # load the final LayerNorm; the release does not
+    scales: int = within(2, 1, 16)  # 1 is a plain ViT
+    strength: str = "last_class"  # best on real birds (docs/results.md); release: rollout_mean
+    threshold: float | tuple[float, ...] = within(1.0, -1e6, 1e6)  # eta, or one per proposal
+    proposal: str = "attention"  # a key of dppm.PROPOSALS, or your own
+    class_token: Literal["shared", "per_scale"] = "shared"  # paper: per_scale, slow when frozen
     legacy_boxes: bool = False  # shift boxes as the released code does
-    align_corners: bool = False  # of the crop's resize; the released code has True
-    drop_path: float = 0.0  # stochastic depth, timm's
-    dropout: float = 0.0  # of embeddings and MLPs, never of attention; the paper's is 0.1
-    patch_stride: int | None = None  # pixels; below the patch size patches overlap (TransFG: 12)
-    grad_checkpointing: bool = (
-        False  # compute blocks again in the backward pass: slower, less memory
-    )
+    align_corners: bool = False  # of the crop's resize; the release has True
+    drop_path: float = within(0.0, 0, 0.99)  # stochastic depth, timm's
+    dropout: float = within(0.0, 0, 0.99)  # of embeddings and MLPs, not attention; paper: 0.1
+    patch_stride: int | None = within(None, 1, 8192)  # pixels; patches overlap (TransFG: 12)
+    grad_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
 
     # objective
-    # sum over scales (paper's figure 2), first (released), last, or one weight per scale: 1,0.5
-    loss: str | tuple[float, ...] = "sum"
-    label_smoothing: float = 0.0
-    contrastive_weight: float = 1.0  # TransFG: of its contrastive loss
-    contrastive_margin: float = 0.4  # TransFG: cosine below which two classes are far enough apart
+    # sum over scales (paper's figure 2), first (release), last, one weight per scale (1,0.5), or
+    # a loss of your own
+    loss: str | tuple[float, ...] = within("sum", 0, 1e6)
+    label_smoothing: float = within(0.0, 0, 0.99)
+    contrastive_weight: float = within(1.0, 0, 1e6)  # TransFG: of its contrastive loss
+    contrastive_margin: float = within(0.4, -1, 1)  # TransFG: largest cosine that costs nothing
 
     # optimization
-    epochs: int = 3
-    steps: int = 0  # train for so many, whatever the epochs; 0: epochs decide
-    batch_size: int = 16  # images per step over all processes
-    sampling: str = "stratified"  # every class evenly over an epoch (README); or random (paper)
-    grad_accum_steps: int = 1  # micro-batches per step
+    epochs: int = within(3, 1, 10**6)
+    steps: int = within(0, 0, 10**9)  # number of steps whatever the epochs; 0: epochs decide
+    batch_size: int = within(16, 1, 10**6)  # images per step over all processes
+    sampling: Literal["stratified", "random"] = "stratified"  # order of an epoch; paper: random
+    grad_accum_steps: int = within(1, 1, 10**6)  # micro-batches per step
     optimizer: str = "adamw"  # any timm optimizer name
-    learning_rate: float = 6e-5  # at 4e-5, three epochs of the diagnostic set taught less
-    weight_decay: float = 0.05
-    momentum: float = 0.9  # of SGD; AdamW keeps its own betas
-    head_lr_scale: float = 10.0  # learning-rate factor of the classifier, which starts from nothing
-    layer_decay: float = 1.0  # learning-rate factor per block, from the last to the first
-    warmup_steps: int = 20  # linear, then cosine to 0, by step
-    clip_grad_norm: float = 1.0  # 0 switches clipping off
-    frozen_blocks: int = 8  # first blocks (with the patch embedding) that are not trained
-    amp: str = "none"  # none, bf16 or fp16
-    ema_decay: float = 0.0  # 0 switches the moving average off
-    patience: int = 0  # epochs without a better validation accuracy before stopping; 0: never
-    seed: int = 0
+    learning_rate: float = within(6e-5, SMALLEST, 1e3)  # 4e-5 learns less in three epochs
+    weight_decay: float = within(0.05, 0, 100)
+    momentum: float = within(0.9, 0, 0.9999)  # of SGD; AdamW keeps its own betas
+    head_lr_scale: float = within(10.0, SMALLEST, 1e6)  # of the classifier, which starts at zero
+    layer_decay: float = within(1.0, 0.01, 1)  # learning-rate factor per block, last to first
+    warmup_steps: int = within(20, 0, 10**9)  # linear, then cosine to 0, by step
+    clip_grad_norm: float = within(1.0, 0, 1e6)  # 0 switches clipping off
+    frozen_blocks: int = within(
+        8, 0, 1000
+    )  # first blocks that are not trained, and patch embedding
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    ema_decay: float = within(0.0, 0, 0.99999)  # 0 switches the moving average off
+    patience: int = within(0, 0, 10**6)  # epochs without a better validation loss; 0: never stop
+    seed: int = within(0, 0, 2**32 - 1)
 
     @classmethod
     def names(cls) -> list[str]:
         """Field names in order."""
-        return [field.name for field in fields(cls)]
+        return [each.name for each in fields(cls)]
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
-        """A named starting point, a key of `ramslib.presets.PRESETS`."""
+        """The settings of a preset, a key of `PRESETS`, with some changed."""
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls().replace(**PRESETS[name]).replace(**changes)
@@ -95,25 +111,24 @@ class Config:
     @classmethod
     def from_file(cls, path: Path | str) -> "Config":
         """Read a configuration: a JSON object with some of the fields, or a run's config.json."""
+        path = Path(path)
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}: not a clean_class_name JSON configuration ({error})"
-            ) from None
+            raise InputError(f"{path}: not a readable JSON file ({error}); correct it") from None
         if isinstance(values, dict) and isinstance(values.get("config"), dict):
-            values = values["config"]
+            values = locate_sources(values["config"], path.parent)
         if not isinstance(values, dict):
             raise InputError(f"{path}: a configuration is a JSON object of names and values")
         try:
-            return cls().replace(**values)
+            return cls().replace(**current_names(values))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; strings are read as the field's type.
 
-        A model that looks once settles ``scales``. The plain Vision Transformer, ``vit``, is stored
+        Models of a single pass settle ``scales``. The plain Vision Transformer, ``vit``, is stored
         as ``rams`` with one scale: one model has one key, however it was asked for.
 
         Raises:
@@ -121,12 +136,12 @@ class Config:
         """
         read = {name: _read(name, value) for name, value in changes.items()}
         model = read.get("model", self.model)
-        if model in _LOOK_ONCE:
+        if model in SINGLE_PASS:
             if read.get("scales", 1) != 1:
-                raise InputError(f"model {model!r} looks once; leave 'scales' at 1")
-            read |= {"model": _LOOK_ONCE[model], "scales": 1}
+                raise InputError(f"model {model!r} has a single scale; leave 'scales' at 1")
+            read |= {"model": SINGLE_PASS[model], "scales": 1}
         config = replace(self, **read)
-        _check(config)
+        _check_combinations(config)
         return config
 
     def thresholds(self) -> tuple[float, ...]:
@@ -136,117 +151,153 @@ class Config:
         return given[:count]
 
 
-_LOOK_ONCE = {"transfg": "transfg", "vit": "rams"}  # as asked for: as stored
-_CHOICES = {
-    "model": ("rams", "transfg", "vit"),  # the keys of model.MODELS, and a word for one of them
-    "class_token": ("per_scale", "shared"),
-    "loss": ("sum", "first", "last"),
-    "sampling": ("stratified", "random"),
-    "amp": ("none", "bf16", "fp16"),
-    "pos_embed_resize": ("timm", "zoom"),
-    "normalization": ("backbone", "imagenet"),
+def _load_presets() -> dict[str, dict]:
+    """The tables of presets.toml, each with those it is based on merged in."""
+    presets: dict[str, dict] = {}
+    for name, own in tomllib.loads(Path(__file__).with_name("presets.toml").read_text()).items():
+        presets[name] = presets.get(own.pop("base", ""), {}) | own
+    return presets
+
+
+PRESETS = _load_presets()
+SINGLE_PASS = {"transfg": "transfg", "vit": "rams"}  # name of a model: the name it is stored by
+MODELS = ("rams", "transfg", "vit")
+LOSSES = ("sum", "first", "last")
+
+# Names of version 0.1, whose runs and tables are still read.
+RENAMED_SETTINGS = {
+    "source_size": "highres_size",
+    "normalise": "normalization",
+    "position_resize": "pos_embed_resize",
+    "released_boxes": "legacy_boxes",
+    "checkpointing": "grad_checkpointing",
+    "accumulate": "grad_accum_steps",
+    "head_factor": "head_lr_scale",
+    "clip_norm": "clip_grad_norm",
 }
-_POSITIVE = ("image_size", "highres_size", "scales", "epochs", "batch_size", "grad_accum_steps")
-_POSITIVE += ("learning_rate", "head_lr_scale", "patch_stride")
-_NOT_NEGATIVE = ("workers", "weight_decay", "momentum", "warmup_steps", "clip_grad_norm")
-_NOT_NEGATIVE += ("frozen_blocks", "patience", "seed", "steps", "contrastive_weight")
-_LARGEST = {"image_size": 8192, "highres_size": 8192, "scales": 16, "workers": 512}
-_LARGEST |= {"seed": 2**32 - 1}
-_FRACTIONS = {
-    "crop_fraction": (0.1, 1.0),
-    "validation_fraction": (0.0, 0.5),
-    "label_smoothing": (0.0, 0.99),
-    "ema_decay": (0.0, 0.99999),
-    "drop_path": (0.0, 0.99),
-    "dropout": (0.0, 0.99),
-    "layer_decay": (0.01, 1.0),
-    "contrastive_margin": (-1.0, 1.0),
+RENAMED_VALUES = {("proposal", "centre"): "center"}
+RENAMED_COLUMNS = {
+    "scale": "output",
+    "weights": "checkpoint",
+    "mean_class": "mean_per_class_accuracy",
+    "calibration_error": "ece",
+    "log_loss": "nll",
 }
 
 
-def _read(name: str, value):
-    """One value as the type of the field it is for."""
-    hints = typing.get_type_hints(Config)
-    if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
-        raise InputError(f"unknown setting {name!r}; did you mean {near!r}?")
-    hint = hints[name]
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their names and values of today, whatever version wrote them."""
+    named = {RENAMED_SETTINGS.get(name, name): value for name, value in values.items()}
+    return {
+        name: RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in named.items()
+    }
+
+
+def current_columns(table: "pd.DataFrame") -> "pd.DataFrame":
+    """A table of results, predictions or metrics with its columns' names of today."""
+    old = {name: new for name, new in RENAMED_COLUMNS.items() if new not in table}
+    return table.rename(columns=old)
+
+
+_HINTS = typing.get_type_hints(Config)
+_RANGES = {each.name: each.metadata.get("range") for each in fields(Config)}
+
+
+def _read(name: str, value: Any) -> Any:
+    """One value as the type of the field it is for, within its limits."""
+    if name not in _HINTS:
+        near = difflib.get_close_matches(name.lower(), _HINTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "docs/training.md lists all settings"
+        raise InputError(f"unknown setting {name!r}; {hint}")
+    hint = _HINTS[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and (str not in kinds or kinds[1:] and not value[:1].isalpha()):
-        value = _parse(name, value)  # of a field that takes numbers, or names and numbers
-    if isinstance(value, list):
-        value = tuple(value)
-    if type(value) is int and float in kinds and int not in kinds:  # a bool is no number
-        value = float(value)
-    bases = tuple(typing.get_origin(kind) or kind for kind in kinds)
-    wrong_bool = isinstance(value, bool) and bool not in bases
-    endless = isinstance(value, float) and not math.isfinite(value)
-    if wrong_bool or endless or not isinstance(value, bases):
-        expected = " or ".join(getattr(base, "__name__", str(base)) for base in bases)
-        raise InputError(f"setting {name!r} takes {expected}, not {value!r}")
-    if isinstance(value, tuple):
-        kind = int if name.endswith("size") else float
-        _check_items(name, value, kind)
-        value = tuple(map(kind, value))
+    named = str in kinds or typing.get_origin(hint) is Literal
+    if isinstance(value, str) and (not named or kinds[1:] and not value[:1].isalpha()):
+        value = value if is_reference(value) else _parse(name, value)
+    value = _promote(value, kinds)
+    if not any(_is_kind(value, kind) for kind in kinds):
+        expected = " or ".join(map(_describe, kinds))
+        raise InputError(f"setting {name!r} takes {expected}, not {_show(value)}")
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers if _RANGES[name] and not isinstance(value, str | None) else ():
+        low, high = _RANGES[name]
+        if not low <= number <= high:
+            bounds = f"above 0 and at most {high:g}" if low == SMALLEST else f"{low:g} to {high:g}"
+            raise InputError(f"setting {name!r} takes numbers {bounds}, not {_show(value)}")
     return value
 
 
-def _parse(name: str, text: str):
+def _parse(name: str, text: str) -> Any:
     """A value typed on a command line: JSON, or numbers with commas."""
     words = {"none": "null", "true": "true", "false": "false"}
     try:
         listed = "," in text and not text.startswith("[")
         return json.loads(words.get(text.lower(), f"[{text}]" if listed else text))
     except (ValueError, RecursionError):
-        shown = text if len(text) < 50 else text[:50] + ".."
-        raise InputError(f"setting {name!r} cannot read {shown!r}") from None
+        raise InputError(f"setting {name!r} cannot read {_show(text)}; correct it") from None
 
 
-def _check_items(name: str, values: tuple, kind: type) -> None:
-    plain = all(isinstance(v, (int, kind)) and not isinstance(v, bool) for v in values)
-    numbers = plain and all(math.isfinite(v) for v in values)
-    if not numbers or not values or (kind is int and len(values) != 2):
-        what = "(height, width)" if kind is int else "a list of numbers"
-        raise InputError(f"setting {name!r} takes {what}, not {values!r}")
+def _promote(value: Any, kinds: tuple) -> Any:
+    """Lists as tuples, and whole numbers as floats where the field holds floats."""
+    if isinstance(value, list | tuple):
+        return tuple(
+            float(v) if type(v) is int and tuple[float, ...] in kinds else v for v in value
+        )
+    return float(value) if type(value) is int and float in kinds and int not in kinds else value
 
 
-def _check(config: Config) -> None:
-    """Ranges and choices that no single type can say."""
-    for name, allowed in _CHOICES.items():
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as `Config` writes them; bool is no number, NaN no value."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        same = items[-1] is ... or isinstance(value, tuple) and len(value) == len(items)
+        return (
+            isinstance(value, tuple)
+            and same
+            and value
+            and all(_is_kind(item, items[0]) for item in value)
+        )
+    return type(value) is kind and not (kind is float and not math.isfinite(value))
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list of numbers" if ... in typing.get_args(kind) else "(height, width)"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(kind, "none")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}.. ({len(text):,} characters)"
+
+
+def _check_combinations(config: Config) -> None:
+    """Choices and combinations that no single type can express."""
+    for name, known in (("model", MODELS), ("loss", LOSSES)):
         value = getattr(config, name)
-        if isinstance(value, str) and value not in allowed:
-            raise InputError(f"setting {name!r} is {value!r}; choose one of {', '.join(allowed)}")
-    for name in _POSITIVE + _NOT_NEGATIVE:
-        value = getattr(config, name)
-        lowest = min(value) if isinstance(value, tuple) else value
-        if lowest is not None and (lowest < 0 or lowest == 0 and name in _POSITIVE):
-            floor = "above 0" if name in _POSITIVE else "0 or more"
-            raise InputError(f"setting {name!r} must be {floor}, not {value}")
-    for name, largest in _LARGEST.items():
-        value = getattr(config, name)
-        highest = max(value) if isinstance(value, tuple) else value
-        if highest is not None and highest > largest:
-            raise InputError(f"setting {name!r} must be at most {largest}")
-    for name, (low, high) in _FRACTIONS.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            raise InputError(f"setting {name!r} must lie in [{low}, {high}], not {value}")
-    _check_count(config, "threshold", config.scales - 1, "proposals", "scale after the first")
-    _check_count(config, "loss", config.scales, "scales", "output")
-    if isinstance(config.loss, tuple):
-        weights = config.loss[: config.scales]
-        if min(weights) < 0 or max(weights) == 0:
+        if isinstance(value, str) and value not in known and not is_reference(value):
             raise InputError(
-                f"setting 'loss' is {config.loss}; weights are 0 or more, one of them above 0"
+                f"setting {name!r} is {_show(value)}; choose one of {', '.join(known)}, or give "
+                "your own as path/to/file.py:name"
             )
+    _check_count("threshold", config.threshold, config.scales - 1, "proposals")
+    _check_count("loss", config.loss, config.scales, "scales")
+    if isinstance(config.loss, tuple) and max(config.loss[: config.scales]) == 0:
+        raise InputError(f"setting 'loss' is {config.loss}; one of the weights must be above 0")
     if config.patch_stride is not None and config.scales > 1:
-        raise InputError("a region is cut out by patches that tile; 'patch_stride' needs one scale")
+        raise InputError("regions are cut along patches that tile; 'patch_stride' needs one scale")
 
 
-def _check_count(config: Config, name: str, count: int, what: str, each: str) -> None:
-    """A list of numbers has enough of them; more are left unread, so that ``scales`` can vary."""
-    given = getattr(config, name)
+def _check_count(name: str, given: Any, count: int, what: str) -> None:
+    """A list of numbers has enough of them; more are not read, so that ``scales`` can vary."""
     if isinstance(given, tuple) and len(given) < count:
         raise InputError(
-            f"setting {name!r} has {len(given)} numbers for {count} {what}; give one per {each}"
+            f"setting {name!r} has {len(given)} numbers for {count} {what}; give one for each"
         )

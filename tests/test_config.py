@@ -4,9 +4,10 @@ import json
 import math
 from dataclasses import FrozenInstanceError, asdict
 
+import pandas as pd
 import pytest
 
-from ramslib.config import PRESETS, Config
+from ramslib.config import PRESETS, Config, current_columns
 from ramslib.errors import InputError
 
 
@@ -77,7 +78,7 @@ def test_models_that_look_once_settle_the_scales():
         (Config(), {"model": "transfg", "scales": 3}),
         (transfg, {"scales": 2}),
     ]:
-        assert "looks once; leave 'scales' at 1" in refused(config.replace, **changes)
+        assert "single scale; leave 'scales' at 1" in refused(config.replace, **changes)
     assert "'patch_stride' needs one scale" in refused(Config().replace, patch_stride=8)
     assert "choose one of rams, transfg, vit" in refused(Config().replace, model="resnet")
 
@@ -251,3 +252,36 @@ def test_a_bad_file_is_named(text, tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     assert str(tmp_path / "no.json") in refused(Config.from_file, tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("typo", ["EPOCHS", "Image_Size"])
+def test_a_setting_in_capitals_gets_the_nearest(typo):
+    assert repr(typo.lower()) in refused(Config().replace, **{typo: 1})
+
+
+def test_no_far_fetched_suggestion_and_no_long_echo():
+    assert "did you mean" not in refused(Config().replace, xyzzy=1)
+    assert len(refused(Config().replace, epochs="9" * 20_000 + "x")) < 200
+
+
+def test_settings_of_version_0_1_are_read(tmp_path):
+    old = {"source_size": 448, "normalise": "imagenet", "position_resize": "zoom"}
+    old |= {"released_boxes": True, "checkpointing": True, "accumulate": 2, "head_factor": 5.0}
+    old |= {"clip_norm": 0.5, "proposal": "centre", "epochs": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"config": old}))
+    config = Config.from_file(tmp_path / "config.json")
+    assert (config.highres_size, config.normalization, config.pos_embed_resize) == (
+        448,
+        "imagenet",
+        "zoom",
+    )
+    assert config.legacy_boxes and config.grad_checkpointing and config.grad_accum_steps == 2
+    assert (config.head_lr_scale, config.clip_grad_norm) == (5.0, 0.5)
+    assert (config.proposal, config.epochs) == ("center", 4)
+
+
+def test_columns_of_version_0_1_are_read():
+    old = pd.DataFrame(columns=["scale", "weights", "mean_class", "calibration_error", "log_loss"])
+    new = ["output", "checkpoint", "mean_per_class_accuracy", "ece", "nll"]
+    assert list(current_columns(old)) == new
+    assert list(current_columns(pd.DataFrame(columns=["output", "scale"]))) == ["output", "scale"]
