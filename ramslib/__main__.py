@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ramslib.config import PRESETS, Config
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
 
 PRESET_HELP = f"settings to start from: {', '.join(PRESETS)}; small by default"
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        print(f"error: {_with_place(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -43,13 +43,13 @@ def _end_with_parent(parent: int, every: float = 0.5) -> None:
     os._exit(1)
 
 
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _with_place(error: Exception) -> str:
+    text = one_line(error)
     if isinstance(error, InputError | OSError):
         return text
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
-    return f"{type(error).__name__}: {text[:300]} ({where}; --debug shows the traceback)"
+    return f"{text} ({where}; --debug shows the traceback)"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -176,7 +176,7 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from ramslib.files import write_table
+    from ramslib.errors import write_table
     from ramslib.runs.prediction import find_images, picture_paths, predict_paths, save_pictures
 
     if options.out and (options.out.exists() or not options.out.parent.is_dir()):
@@ -200,8 +200,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     _config(options)  # before the slow imports: typos are answered at once
+    from ramslib.errors import write_table
     from ramslib.experiments.ablation import grid, train_all
-    from ramslib.files import write_table
     from ramslib.training.launch import available_processes
 
     processes, why = available_processes(options.processes)

@@ -1,4 +1,17 @@
-"""The one error a person sees: bad input, told in one line."""
+"""Errors in one line, and files that are written whole or not at all."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # commands that only report an error need not wait for pandas
+    import pandas as pd
+
+MAX_LENGTH = 300  # characters of another library's message
 
 
 class InputError(ValueError):
@@ -10,6 +23,54 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line; errors made for people already are one."""
+    """Any exception as one line.
+
+    Messages of `InputError` and of the operating system speak for themselves; others are shortened
+    to ``MAX_LENGTH`` characters and start with the name of their type.
+    """
     text = " ".join(str(error).split())
-    return text if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, InputError | OSError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text[:MAX_LENGTH]}" if text else type(error).__name__
+
+
+def shorten(names: Sequence[object], count: int = 3) -> str:
+    """The first names of a list and the number of the others: ``a, b, c and 5 more``."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(str, names[:count])) + more
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary_path)``, flush it to the disk and move it to ``path`` in one step.
+
+    A file that is replaced is found whole, old or new, whatever stops the writer. Everyone who may
+    enter the folder may read the file.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; a file at ``path`` is intact.
+    """
+    temporary = temporary_path(path)
+    try:
+        write(temporary)
+        os.chmod(temporary, path.parent.stat().st_mode & 0o666)  # safetensors' are for the owner
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: cannot be written ({one_line(error)}); a file that was there is intact, "
+            "make room or choose another folder, and run the same command again"
+        ) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_path(path: Path, process: int | str | None = None) -> Path:
+    """Where `write_atomically` writes until the file is complete; ``*`` matches any process."""
+    return path.with_name(f".{path.name}.{process or os.getpid()}.part")
+
+
+def write_table(table: "pd.DataFrame", path: Path) -> None:
+    """Write a table as CSV, atomically; file names of any encoding are kept."""
+    write_atomically(path, lambda part: table.to_csv(part, index=False, errors="surrogateescape"))

@@ -13,8 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ramslib.errors import InputError
-from ramslib.files import write_atomically, write_table
+from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.runs.checkpoint import (
     TrainState,
     load_module,

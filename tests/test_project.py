@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The road that data take. Nothing here needs, directly or through others, what stands after it.
 ORDER = """
-errors files recipes config processes data weights attention strength regions dppm backbone looks
+errors recipes config processes data weights attention strength regions dppm backbone looks
 transfg model evaluation localization runs training plots experiments explorer __main__
 """.split()
 

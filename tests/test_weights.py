@@ -464,7 +464,7 @@ def test_download_that_fails_says_why(tmp_path):
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     source = OfflineSource(backbone="tiny")
-    refused(vit(), "offline", "FileExistsError", cache=tmp_path / "file", source=source)
+    refused(vit(), "offline", "File exists", cache=tmp_path / "file", source=source)
 
 
 def test_offline_source_of_another_backbone(tmp_path):

@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
 
 BOX_COLUMNS = ["top", "left", "bottom", "right"]
 TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS]
@@ -251,8 +251,9 @@ def file_errors(file: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # parsers of foreign files fail in any way they like
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{file}: not as expected ({why}); fetch this file again") from None
+        raise InputError(
+            f"{file}: not as expected ({one_line(error)}); fetch this file again"
+        ) from None
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -285,5 +286,4 @@ def image_file(path: str) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: too large to decode ({error}); scale it down") from None
     except Exception as error:  # decoders of broken files fail in any way they like
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: broken or truncated ({why}); replace it") from None
+        raise InputError(f"{path}: broken or truncated ({one_line(error)}); replace it") from None

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ramslib
 from ramslib.data.annotations import file_errors
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
 
 SOURCES = Path(__file__).with_name("sources.toml")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
@@ -89,7 +89,7 @@ def fetch(address: str, path: Path, checksum: str = "") -> None:
             break
         except (OSError, http.client.HTTPException) as error:
             if _size(part) <= before or isinstance(error, urllib.error.HTTPError):
-                why = " ".join(f"{error}".split())
+                why = one_line(error)
                 raise InputError(
                     f"{address}: not fetched ({why}); run the same command again, it goes on after "
                     f"{_size(part):,} bytes, or put the file there by hand: {path}"

@@ -24,8 +24,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from ramslib.errors import InputError
-from ramslib.files import write_atomically
+from ramslib.errors import InputError, write_atomically
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days

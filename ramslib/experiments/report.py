@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from ramslib import plots
 from ramslib.config import Config
 from ramslib.data.transforms import open_image
-from ramslib.errors import InputError
+from ramslib.errors import InputError, write_atomically
 from ramslib.evaluation import BOX, confusions
-from ramslib.files import write_atomically
 from ramslib.runs.run import is_finished, read_metrics, read_run
 from ramslib.training.launch import overrides
 

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import Connection, event
 
 from ramslib.config import Config
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
 from ramslib.runs.run import is_finished, lock_run
 
 Train = Callable[[Config, Path], object]
@@ -62,9 +62,10 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
                 study_name=folder.name, storage=database, direction="maximize", load_if_exists=True
             )
         except Exception as error:  # each database driver has its own
-            reason = " ".join(str(error).split())[:200]  # the address may hold a password
-            told = f"{folder}: its queue's database cannot be used ({reason}); check the address"
-            raise InputError(told) from None
+            raise InputError(
+                f"{folder}: its queue's database cannot be used ({one_line(error)}); "
+                "check the address"
+            ) from None  # without the address, which may hold a password
 
 
 def _lock_the_file(connection: Connection) -> None:
@@ -142,9 +143,8 @@ def _take(
     try:
         train(config, run)
     except Exception as error:
-        told = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        trial.set_user_attr("error", told)
-        say(f"{run}: failed: {told}")
+        trial.set_user_attr("error", one_line(error))
+        say(f"{run}: failed: {one_line(error)}")
         raise
     return float(pd.read_csv(run / "results.csv").query("checkpoint == 'last'")["top1"].iloc[-1])
 

@@ -22,7 +22,7 @@ import torch
 
 from ramslib.data.annotations import TABLE_COLUMNS
 from ramslib.data.datasets import read_table
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
 from ramslib.evaluation import BOX
 from ramslib.explorer.browser import ImageBrowser
 from ramslib.explorer.components import (
@@ -133,8 +133,7 @@ class Explorer:
     def complain(self, error: Exception) -> None:
         """Show an error as a message."""
         log.debug("in the explorer", exc_info=error)
-        name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        self.say(f"{name}{error}", bad=True)
+        self.say(one_line(error), bad=True)
 
     def say(self, text: str, bad: bool = False) -> None:
         """Show one line above everything; an empty one takes it away."""

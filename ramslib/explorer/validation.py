@@ -16,11 +16,10 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ramslib.errors import InputError
+from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import predict, score_boxes
 from ramslib.explorer.lenses import LoadedModel
 from ramslib.explorer.looking import SINGLE, strength_names
-from ramslib.files import write_atomically, write_table
 from ramslib.localization import (
     StrengthMaps,
     accuracy_by_threshold,

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 
-from ramslib.files import write_atomically
+from ramslib.errors import write_atomically
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of scales 1, 2, ..
 FUSED = {"mean softmax": "#222222", "mean logits": "#999999"}

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ramslib.errors import InputError
-from ramslib.files import write_atomically
+from ramslib.errors import InputError, one_line, write_atomically
 
 NUMBER = "=number"  # ends the name of a tensor that stands for a plain number
 
@@ -152,5 +151,6 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, part: str) -> None:
     try:
         module.load_state_dict(_under(part, checkpoint.tensors))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the checkpoint does not fit the configured model: {reason}") from None
+        raise InputError(
+            f"the checkpoint does not fit the configured model: {one_line(error)}"
+        ) from None

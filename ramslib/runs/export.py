@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ramslib.classifier import ImageClassifier
 from ramslib.data.transforms import ImageTransform, prepare
-from ramslib.errors import InputError
-from ramslib.files import write_atomically
+from ramslib.errors import InputError, write_atomically
 from ramslib.runs.run import load, read_run
 
 

@@ -11,9 +11,8 @@ from PIL import ImageDraw
 
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
 from ramslib.data.transforms import ImageTransform, open_image
-from ramslib.errors import InputError
+from ramslib.errors import InputError, write_atomically
 from ramslib.evaluation import BOX, predict
-from ramslib.files import write_atomically
 from ramslib.runs.run import load, read_run
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # of scales 2, 3, ..; safe for all eyes

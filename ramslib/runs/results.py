@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from ramslib.config import Config
+from ramslib.errors import write_atomically, write_table
 from ramslib.evaluation import score
-from ramslib.files import write_atomically, write_table
 from ramslib.runs.run import read_run
 
 METHODS = {"rams": "RAMS-Trans", "transfg": "TransFG"}

@@ -29,9 +29,8 @@ from ramslib import __version__
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint
-from ramslib.errors import InputError
+from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import BOX
-from ramslib.files import write_atomically, write_table
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 

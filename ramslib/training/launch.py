@@ -20,8 +20,7 @@ import pandas as pd
 import torch
 
 from ramslib.config import Config
-from ramslib.errors import InputError
-from ramslib.files import write_atomically
+from ramslib.errors import InputError, write_atomically
 from ramslib.runs.run import check_run, is_finished, read_metrics, read_run
 from ramslib.training.sampling import total_steps
 

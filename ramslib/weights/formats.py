@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line, shorten
 
 State = dict[str, Tensor]
 GOOGLE_NAMES = {  # pattern in the file's names: timm's
@@ -62,10 +62,10 @@ def read_weights(path: Path) -> State:
         bad = [k for k, v in state.items() if not isinstance(v, Tensor) or not v.isfinite().all()]
     except Exception as error:  # damaged and planted files raise many kinds
         raise InputError(
-            f"{path} is no file of plain tensors ({line(error)}); replace it"
+            f"{path} is no file of plain tensors ({one_line(error)}); replace it"
         ) from error
     if bad or not state:
-        raise InputError(f"{path}: no finite tensor in {some(bad) or 'it'}; replace it")
+        raise InputError(f"{path}: no finite tensor in {shorten(bad) or 'it'}; replace it")
     return state
 
 
@@ -140,14 +140,3 @@ def digest(state: State) -> str:
         result.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         result.update(value.flatten().numpy())
     return result.hexdigest()
-
-
-def some(keys: list[str]) -> str:
-    """The first names of a list, and how many more."""
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def line(error: Exception) -> str:
-    """An error in one line; our own errors already are one."""
-    text = (str(error).splitlines() or [""])[0]
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ramslib.errors import InputError
-from ramslib.weights.formats import State, convert_onnx, digest, line, read_weights, some
+from ramslib.errors import InputError, one_line, shorten
+from ramslib.weights.formats import State, convert_onnx, digest, read_weights
 
 REMEDY = "pass a weights file, or pretrained='none' for random weights"
 LEFT_OUT = ("head.", "head_dist.", "lm_head.", "fc.", "pre_logits.", "mask_token")
@@ -101,7 +101,7 @@ def load_pretrained(
     try:
         state, notes = _fit(state, backbone, pos_embed_resize, final_norm)
     except Exception as error:  # timm's filters raise many kinds on foreign files
-        reason = f"{origin} does not fit {name}: {line(error)}"
+        reason = f"{origin} does not fit {name}: {one_line(error)}"
         raise InputError(f"{reason}; use weights of this model") from error
     backbone.load_state_dict(state)
     return f"{name}: {len(state)} tensors from {'; '.join([origin, *notes])}."
@@ -125,7 +125,7 @@ def _find(name: str, pretrained: str, cache: Path, source: OfflineSource) -> tup
             found = _from_hub(hub_name) if place == "hub" else _from_offline(name, cache, source)
             return found[0], "; ".join([found[1], *failures])
         except (InputError, OSError) as error:  # OSError: a cache that cannot be written
-            failures.append(f"{place} not used: {line(error)}")
+            failures.append(f"{place} not used: {one_line(error)}")
     raise InputError(f"no weights for {name}; {'; '.join(failures)}; {REMEDY}")
 
 
@@ -151,7 +151,7 @@ def _from_hub(name: str) -> tuple[State, str]:
     try:
         path = hf_hub_download(repository, file, revision=revision or None, local_files_only=alone)
     except Exception as error:  # network, access and cache errors of many kinds
-        reason = "the hub does not answer and its cache has none" if alone else line(error)
+        reason = "the hub does not answer and its cache has none" if alone else one_line(error)
         raise InputError(f"{address or name}: {reason}") from error
     state, origin = _from_file(Path(path))
     return state, f"hub {address}, {origin}"
@@ -230,8 +230,8 @@ def _fit(
     _compare(state, own)
     changed = [key for key in state if key in given and given[key].shape != state[key].shape]
     sizes = [f"{k} {list(given[k].shape)} to {list(state[k].shape)}" for k in changed]
-    notes += [f"resampled ({resize}) {some(sizes)}"] if sizes else []
-    notes += [f"left out {some(left_out)}"] if left_out else []
+    notes += [f"resampled ({resize}) {shorten(sizes)}"] if sizes else []
+    notes += [f"left out {shorten(left_out)}"] if left_out else []
     return state, notes
 
 
@@ -262,6 +262,6 @@ def _compare(state: State, own: State) -> None:
             f"{k} {list(state[k].shape)}, not {list(own[k].shape)}" for k in other
         ],
     }
-    found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in faults.items() if keys]
+    found = [f"{len(keys)} {kind}: {shorten(keys)}" for kind, keys in faults.items() if keys]
     if found:
         raise InputError("; ".join(found))

@@ -1,0 +1,40 @@
+"""Errors as one line, short lists, files written whole."""
+
+import os
+
+import pytest
+
+from ramslib.errors import InputError, one_line, shorten, temporary_path, write_atomically
+
+
+def test_an_error_is_one_line():
+    assert one_line(InputError("a\n  b")) == "a b"
+    assert one_line(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
+    assert one_line(KeyError("top1")) == "KeyError: 'top1'"
+    assert one_line(RuntimeError("a\nb\tc")) == "RuntimeError: a b c"
+    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line(OSError()) == "OSError"
+    assert len(one_line(ValueError("x" * 10_000))) < 400
+
+
+def test_a_long_list_is_shortened():
+    assert shorten(["a"]) == "a"
+    assert shorten(["a", "b", "c"]) == "a, b, c"
+    assert shorten(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert shorten(range(5), count=1) == "0 and 4 more"
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file_and_no_part(tmp_path, error):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+
+    def write(part):
+        assert part == temporary_path(path) and part.name == f".table.csv.{os.getpid()}.part"
+        part.write_text("half")
+        raise error
+
+    with pytest.raises((InputError, KeyboardInterrupt)):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["table.csv"]
