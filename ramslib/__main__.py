@@ -201,14 +201,15 @@ def _export(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     _config(options)  # before the slow imports: typos are answered at once
     from ramslib.errors import write_table
-    from ramslib.experiments.ablation import grid, train_all
+    from ramslib.experiments.comparison import collect, grid
+    from ramslib.experiments.sweep import train_all
     from ramslib.training.launch import available_processes
 
     processes, why = available_processes(options.processes)
     print(why)
     axes = _axes(options.settings)
-    cells = grid(_base(options), **axes)
-    results = train_all(cells, options.out, processes, storage=options.storage)
+    configs = grid(_base(options), **axes)
+    results = collect(train_all(configs, options.out, processes, storage=options.storage))
     write_table(results, options.out / "results.csv")
     asked = [name for name, values in axes.items() if len(values) > 1]
     print(results[[*asked, "output", "images", "top1", "standard_error", "run"]].to_string())

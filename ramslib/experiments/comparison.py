@@ -1,11 +1,17 @@
-"""Methods side by side: equal seeds, equal epochs and equal training time, differences in pairs.
+"""Results of many runs side by side: which configurations to compare, and how sure a difference is.
 
-Two methods that are tested on the same images share the images' difficulty, so their difference is
-told far better by pairs than by two accuracies: over images within a seed
-(`paired_image_differences`), and over seeds by `ablation.summarize` of those differences.
+`grid` and `one_at_a_time` list the configurations of an ablation, `plan_methods` those of several
+methods. `sweep.train_all` trains them; `collect` reads what came out, one row per run and output.
+
+Two models that are tested on the same images share their difficulty, and two that start from one
+seed share its luck. So a difference is measured in pairs, over images within a seed
+(`paired_image_differences`) or over seeds (`paired_differences`): that is far more precise than the
+difference of two accuracies with an uncertainty each.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,74 +19,188 @@ import pandas as pd
 from scipy import stats
 
 from ramslib.config import Config
+from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
-from ramslib.experiments.ablation import collect, run_folder, scale_training, train_all
+from ramslib.evaluation import score_boxes
+from ramslib.experiments.sweep import run_folder, train_all
+from ramslib.runs.results import read_predictions, read_results
+from ramslib.runs.run import NON_RESULT_SETTINGS, read_run
+from ramslib.strength import STRENGTHS
 
-METHODS: dict[str, dict] = {  # name: settings that differ from those all methods share
-    "plain ViT": {"model": "vit"},
-    "TransFG": {"model": "transfg"},
-    "RAMS-Trans": {"model": "rams", "scales": 2},
-    "RAMS-Trans, crop of the view": {"model": "rams", "scales": 2, "highres_size": None},  # paper
+AXES: dict[str, Sequence] = {  # settings that an ablation varies by name
+    "scales": (1, 2, 3, 4),
+    "threshold": (0.8, 1.0, 1.2, 1.5),
+    "strength": tuple(STRENGTHS),
+    "proposal": tuple(PROPOSALS),
+    "loss": ("first", "sum", "last", (1.0, 0.5, 0.25, 0.125)),
+    "class_token": ("per_scale", "shared"),
+    "highres_size": (None,),  # crops of the previous input; the base crops high-resolution pixels
 }
+
+_DATA = tomllib.loads(Path(__file__).with_name("comparison.toml").read_text("utf-8"))
+METHODS: dict[str, dict] = _DATA["methods"]  # name: settings that differ from the shared ones
 BASELINE = "plain ViT"
-COMPARED = ["budget", "checkpoint", "method", "seed"]  # what tells one evaluated model from another
+COMPARED = ["budget", "checkpoint", "method", "seed"]  # what identifies one evaluated model
 
-# Hu et al., "RAMS-Trans", ACM Multimedia 2021, Table 1: CUB-200-2011, accuracy in percent.
-PUBLISHED = {
-    "ResNet-50": 84.5,
-    "RA-CNN": 85.3,
-    "GP-256": 85.8,
-    "MaxExt": 86.6,
-    "DFL-CNN": 87.4,
-    "NTS-Net": 87.5,
-    "Cross-X": 87.7,
-    "DCL": 87.8,
-    "CIN": 88.1,
-    "DBTNet": 88.1,
-    "ACNet": 88.1,
-    "S3N": 88.5,
-    "FDL": 89.1,
-    "PMG": 89.6,
-    "MMAL-Net": 89.6,
-    "API-Net": 90.0,
-    "StackedLSTM": 90.4,
-    "ViT-B/16": 90.6,
-    "TransFG with PSM": 90.9,
-    "RAMS-Trans": 91.3,
-}
+
+def choose_axes(chosen: Iterable[str] | Mapping[str, Sequence]) -> dict[str, Sequence]:
+    """Settings to vary, with their values: given, or by name with those of ``AXES``.
+
+    Raises:
+        InputError: a name without values that ``AXES`` does not have.
+    """
+    if isinstance(chosen, Mapping):
+        return dict(chosen)
+    if unknown := ", ".join(sorted(set(chosen) - set(AXES))):
+        raise InputError(f"no values for {unknown}; give them, or choose from {', '.join(AXES)}")
+    return {name: AXES[name] for name in chosen}
+
+
+def grid(base: Config, **axes: Sequence) -> list[Config]:
+    """All combinations of settings: ``grid(base, scales=[1, 2], seed=[0, 1])`` has four."""
+    combinations = itertools.product(*axes.values())
+    return [base.replace(**dict(zip(axes, values, strict=True))) for values in combinations]
+
+
+def one_at_a_time(base: Config, **axes: Sequence) -> list[Config]:
+    """The base, then every single change of it: the rows of an ablation table, none twice."""
+    changed = (base.replace(**{name: value}) for name in axes for value in axes[name])
+    return list(dict.fromkeys([base, *changed]))
+
+
+def describe(config: Config, base: Config) -> str:
+    """What a configuration changes, except the seed: ``scales=3, threshold=1.2``, or ``base``."""
+    names = [name for name in Config.names() if name not in ("seed", *NON_RESULT_SETTINGS)]
+    pairs = [(name, getattr(config, name)) for name in names]
+    changed = [f"{name}={value}" for name, value in pairs if value != getattr(base, name)]
+    return ", ".join(changed) or "base"
+
+
+def scale_training(config: Config, factor: float) -> Config:
+    """The same training, longer by a factor: in whole epochs (or steps), never shorter."""
+    name = "steps" if config.steps else "epochs"
+    length = getattr(config, name)
+    return config.replace(**{name: max(length, round(length * factor))})
+
+
+def collect(
+    runs: Iterable[Path | str], checkpoint: str = "best", base: Config | None = None
+) -> pd.DataFrame:
+    """Results of finished runs: one row per run and output, settings beside scores.
+
+    Args:
+        runs: folders of finished runs.
+        checkpoint: ``best`` (by validation) or ``last``.
+        base: adds a column ``condition``: how each run differs from it, see `describe`.
+
+    Returns:
+        The columns of ``results.csv``, ``run`` (name of the folder), the run's settings, and
+        ``iou`` (mean over test images of a scale's crop with the annotated box) where there are
+        boxes.
+
+    Raises:
+        InputError: a run that is not finished, or one of its files is damaged.
+    """
+    tables = []
+    for run in dict.fromkeys(map(Path, runs)):
+        config, _, table = read_run(run)
+        results = read_results(run).query("checkpoint == @checkpoint")
+        if table["top"].notna().any():
+            predictions = read_predictions(run, checkpoint)
+            iou = score_boxes(predictions, table).groupby("output")["iou"].mean()
+            results = results.assign(iou=results["output"].map(iou))
+        if base:
+            results = results.assign(condition=describe(config, base))
+        names = [name for name in Config.names() if name not in results]
+        settings = {name: [getattr(config, name)] * len(results) for name in names}
+        tables.append(results.assign(run=run.name, **settings))
+    return pd.concat(tables, ignore_index=True)
+
+
+def summarize(results: pd.DataFrame, by: Sequence[str], value: str = "top1") -> pd.DataFrame:
+    """Mean of a score over seeds with its 95 % confidence interval (Student's t).
+
+    Args:
+        results: from `collect`.
+        by: columns that identify a condition.
+        value: the score.
+
+    Returns:
+        One row per condition: ``mean, half_width, runs``; no interval for a single run.
+    """
+    groups = results.groupby(list(by), sort=False)[value]
+    summary = groups.agg(mean="mean", deviation="std", runs="size").reset_index()
+    quantile = stats.t.ppf(0.975, (summary["runs"] - 1).clip(lower=1))
+    half_width = quantile * summary["deviation"] / np.sqrt(summary["runs"])
+    return summary.assign(half_width=half_width).drop(columns="deviation")
+
+
+def paired_differences(
+    results: pd.DataFrame, by: Sequence[str], baseline: Mapping, value: str = "top1"
+) -> pd.DataFrame:
+    """Differences to a baseline with the same seed: mean and 95 % interval over seeds.
+
+    What a seed does to both (order of the images, crops) cancels, so that the interval is narrower
+    than those of the means. It covers seeds alone: a single seed has none, and all runs share the
+    test images.
+
+    Args:
+        results: from `collect`.
+        by: columns that identify a condition.
+        baseline: value of some of these columns, ``{"condition": "base"}``: all others are compared
+            with the baseline of their own value, such as their own ``output``.
+        value: the score.
+
+    Returns:
+        One row per condition that has the baseline's seeds: ``mean, half_width, runs``.
+
+    Raises:
+        InputError: no such baseline, or several with one seed.
+    """
+    shared = ["seed", *(name for name in by if name not in baseline)]
+    chosen = np.logical_and.reduce([results[name] == is_ for name, is_ in baseline.items()])
+    reference = results.loc[chosen, [*shared, value]]
+    if reference.empty or reference.duplicated(shared).any():
+        count = "several rows" if len(reference) else "no row"
+        wanted = ", ".join(f"{name}={is_}" for name, is_ in baseline.items())
+        raise InputError(f"{count} of the results for {wanted} and one seed; name one baseline")
+    pairs = results.merge(reference, on=shared, suffixes=("", "_baseline"))
+    difference = pairs[value] - pairs[f"{value}_baseline"]
+    return summarize(pairs.assign(difference=difference), by, "difference")
 
 
 def published() -> pd.DataFrame:
-    """``PUBLISHED``, not run here, with the standard error that 5,794 test images give each."""
-    table = pd.DataFrame({"published": PUBLISHED.keys(), "top1": PUBLISHED.values()})
+    """Published accuracies (not run here) with the standard error of CUB's 5,794 test images."""
+    table = pd.DataFrame(_DATA["published"].items(), columns=["method", "top1"])
     share = table["top1"] / 100
     return table.assign(standard_error=100 * np.sqrt(share * (1 - share) / 5794))
 
 
 def plan_methods(
-    base: Config, methods: Sequence[str], seeds: Sequence[int]
+    base: Config, methods: Sequence[str] | Mapping[str, dict], seeds: Sequence[int]
 ) -> dict[str, list[Config]]:
-    """The cells of each method, one per seed.
+    """The configurations of each method, one per seed.
 
     Args:
         base: what all methods share.
-        methods: keys of ``METHODS``; the baseline stands first, named or not.
+        methods: keys of ``METHODS``, or names of your own with their settings; the baseline comes
+            first, named or not.
         seeds: of every method.
 
     Raises:
         InputError: an unknown method, or none but the baseline.
     """
-    known = "; ".join(METHODS)
-    if unknown := ", ".join(sorted(set(methods) - set(METHODS))):
-        raise InputError(f"unknown method {unknown}; choose from {known}")
+    known = METHODS | dict(methods) if isinstance(methods, Mapping) else METHODS
+    if unknown := ", ".join(sorted(set(methods) - set(known))):
+        raise InputError(f"unknown method {unknown}; choose from {'; '.join(known)}")
     if not set(methods) - {BASELINE}:
-        raise InputError(f"nothing to compare with the {BASELINE}; choose from {known}")
+        raise InputError(f"nothing to compare with the {BASELINE}; choose from {'; '.join(known)}")
     names = dict.fromkeys([BASELINE, *methods])
-    return {name: [base.replace(**METHODS[name], seed=seed) for seed in seeds] for name in names}
+    return {name: [base.replace(**known[name], seed=seed) for seed in seeds] for name in names}
 
 
 def match_training_time(plan: Mapping[str, Sequence[Config]], results: pd.DataFrame) -> dict:
-    """The same plan, each method for as many epochs as fit into the slowest method's time.
+    """The same plan with each method trained for as many epochs as fit into the slowest one's time.
 
     Args:
         plan: from `plan_methods`.
@@ -89,8 +209,8 @@ def match_training_time(plan: Mapping[str, Sequence[Config]], results: pd.DataFr
     seconds = results.groupby("method")["train_seconds"].mean()
     factors = seconds.max() / seconds
     return {
-        name: [scale_training(cell, factors[name]) for cell in cells]
-        for name, cells in plan.items()
+        name: [scale_training(config, factors[name]) for config in configs]
+        for name, configs in plan.items()
     }
 
 
@@ -100,95 +220,96 @@ def compare(
     processes: int = 1,
     budget: str = "equal epochs",
 ) -> pd.DataFrame:
-    """Train all cells of a plan that are not finished and collect their results.
+    """Train all runs of a plan that are not finished and collect their results.
 
     Args:
-        plan: cells per method.
-        folder: where runs lie.
+        plan: configurations per method.
+        folder: of all runs.
         processes: per training.
         budget: what the methods have in common, a name for the table.
 
     Returns:
-        `ablation.collect` of the last and of the best epoch, with ``method`` and ``budget``.
+        `collect` of the best and of the last checkpoint, with ``method`` and ``budget``.
     """
-    train_all([cell for cells in plan.values() for cell in cells], folder, processes)
+    train_all([config for configs in plan.values() for config in configs], folder, processes)
     tables = []
-    for name, cells in plan.items():
-        runs = [run_folder(cell, folder) for cell in cells]
-        both = [collect(runs, checkpoint) for checkpoint in ("last", "best")]
+    for name, configs in plan.items():
+        runs = [run_folder(config, folder) for config in configs]
+        both = [collect(runs, checkpoint) for checkpoint in ("best", "last")]
         tables.append(pd.concat(both).assign(method=name, budget=budget))
     return pd.concat(tables, ignore_index=True)
 
 
 def differences(results: pd.DataFrame, folder: Path | str) -> pd.DataFrame:
-    """Every view of every method against the baseline of the same budget, weights and seed.
+    """Every output of every method against the baseline of equal budget, checkpoint and seed.
 
     Args:
         results: from `compare`.
-        folder: where its runs lie.
+        folder: of its runs.
 
     Returns:
         The keys ``budget, checkpoint, method, seed`` and the columns of `paired_image_differences`.
     """
     runs = results.drop_duplicates(COMPARED).set_index(COMPARED)["run"]
-    pairs = {}
-    for key, run in runs.items():
-        budget, checkpoint, method, seed = key
+    tables = []
+    for (budget, checkpoint, method, seed), run in runs.items():
         if method != BASELINE:
             both = run, runs[budget, checkpoint, BASELINE, seed]
-            files = (Path(folder, name, f"predictions_{checkpoint}.csv") for name in both)
-            tables = [pd.read_csv(file, encoding_errors="surrogateescape") for file in files]
-            pairs[key] = paired_image_differences(*tables)
-    return pd.concat(pairs, names=COMPARED).reset_index(COMPARED).reset_index(drop=True)
+            pair = (read_predictions(Path(folder, name), checkpoint) for name in both)
+            keys = dict(zip(COMPARED, (budget, checkpoint, method, seed), strict=True))
+            tables.append(paired_image_differences(*pair).assign(**keys))
+    found = pd.concat(tables, ignore_index=True)
+    return found[[*COMPARED, *found.columns.drop(COMPARED)]]
 
 
 def paired_image_differences(
-    predictions: pd.DataFrame, baseline: pd.DataFrame, baseline_scale: str = "scale 1"
+    predictions: pd.DataFrame, baseline: pd.DataFrame, baseline_output: str = "scale 1"
 ) -> pd.DataFrame:
     """How much more accurate one model is than another on the same images, image by image.
 
     Args:
         predictions: of a model, from `evaluation.predict`.
         baseline: of another, on the same images.
-        baseline_scale: which of its views is compared with.
+        baseline_output: which of its outputs is compared with.
 
     Returns:
-        One row per view name: ``scale, images``; ``difference`` in points with its
+        One row per output: ``output, images``; ``difference`` in points with its
         ``standard_error``; ``low, high`` its 95 % interval over images (Agresti and Min, 2005: half
-        an image is added to each cell of the table of pairs, so that few differing images do not
-        feign certainty); ``better, worse`` images right in one model only; ``p_value`` of
-        McNemar's exact test on these two counts. Other seeds move the difference too.
+        an image is added to each entry of the table of pairs, which keeps the interval from being
+        too narrow where few images differ); ``better, worse`` images right in one model only;
+        ``p_value`` of McNemar's exact test on these two counts. Other seeds move the difference
+        too.
 
     Raises:
         InputError: the two were not tested on the same images and labels.
     """
-    other = _correct(baseline, baseline_scale)
+    other = _correct(baseline, baseline_output)
     rows = []
-    for scale in predictions["output"].unique():
-        one = _correct(predictions, scale)
+    for output in predictions["output"].unique():
+        one = _correct(predictions, output)
         if not one.index.sort_values().equals(other.index.sort_values()):
-            raise InputError("two models tested on different images; compare runs of one data set")
+            raise InputError("two models tested on different images; compare runs of one dataset")
         other = other.reindex(one.index)
         better, worse = int((one & ~other).sum()), int((other & ~one).sum())
-        rows.append({"output": scale, "images": len(one)} | _paired(better, worse, len(one)))
+        rows.append({"output": output, "images": len(one)} | _paired(better, worse, len(one)))
     return pd.DataFrame(rows)
 
 
-def _correct(predictions: pd.DataFrame, scale: str) -> pd.Series:
-    """Whether each image, by path and label, is told right at one view."""
-    rows = predictions[predictions["output"] == scale]
+def _correct(predictions: pd.DataFrame, output: str) -> pd.Series:
+    """Whether one output is right, for each image by path and label."""
+    rows = predictions[predictions["output"] == output]
     return (rows.set_index(["path", "label"])["rank"] == 0).rename("correct")
 
 
 def _paired(better: int, worse: int, images: int) -> dict[str, float]:
     """Statistics of a sample of pairs, from the numbers of those that only one side gets right."""
-    difference, deviation = _mean_and_error(better, worse, images)
-    center, error = _mean_and_error(better + 0.5, worse + 0.5, images + 2)  # Agresti and Min
-    reach = stats.norm.ppf(0.975) * error
+    difference, error = _mean_and_error(better, worse, images)
+    center, padded_error = _mean_and_error(better + 0.5, worse + 0.5, images + 2)  # Agresti and Min
+    reach = stats.norm.ppf(0.975) * padded_error
     decided = better + worse
     return {
         "difference": difference,
-        "standard_error": deviation,
+        "standard_error": error,
         "low": max(-100.0, center - reach),
         "high": min(100.0, center + reach),
         "better": better,

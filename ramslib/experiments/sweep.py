@@ -1,71 +1,149 @@
-"""Cells that any number of workers train: in one shell, in several, or on many machines.
+"""Many runs, trained by any number of workers: in one shell, in several, or on many machines.
 
-The queue is an Optuna study in a database: by default a file, with nothing to start; at an address
-such as ``postgresql+psycopg://user@host/name`` the workers of many machines share it. A cell is a
-trial, and it is done when the folder of its run is, so all machines must see these folders. The
-study says who works on what and what failed. A worker that dies stops its heartbeat; another one
-takes its cell and goes on from the last checkpoint.
+The queue is an Optuna study in a database: by default a file, with nothing to start; at a URL such
+as ``postgresql+psycopg://user@host/name`` the workers of many machines share it. A trial trains one
+run, and it is done when the run's folder is finished, so all machines must see these folders. The
+study records who works on what and what failed. A worker that dies stops its heartbeat; another one
+takes its run over and resumes from the last checkpoint.
 """
 
+import sqlite3
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import optuna
-import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, make_url
+from sqlalchemy.exc import NoSuchModuleError
 
 from ramslib.config import Config
-from ramslib.errors import InputError, one_line
-from ramslib.runs.run import is_finished, lock_run
+from ramslib.data.datasets import fingerprint, load_table
+from ramslib.errors import InputError, one_line, shorten
+from ramslib.runs.results import read_results
+from ramslib.runs.run import is_finished, lock_run, run_key
+from ramslib.training.launch import train_in_processes
 
 Train = Callable[[Config, Path], object]
-Say = Callable[[str], object]
+Log = Callable[[str], object]
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 # What Optuna raises at the end of a trial that others took for dead while it was only slow.
 ENDED_BY_OTHERS = (UpdateFinishedTrialError, ValueError, AssertionError)
 
 
-def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) -> optuna.Study:
-    """The queue of a folder's cells, made when missing; the study has the folder's name.
+def run_folder(config: Config, folder: Path | str) -> Path:
+    """The folder of a configuration's run: below ``folder``, named by the key of all it depends on.
+
+    The key covers settings and data, so that a finished run is never trained twice.
+    """
+    return Path(folder) / run_key(config, fingerprint(load_table(config)))
+
+
+def train_all(
+    configs: Iterable[Config],
+    folder: Path | str,
+    processes: int = 1,
+    log: Log = print,
+    storage: str | None = None,
+) -> list[Path]:
+    """Train every configuration that has no finished run yet.
+
+    Call it with the same configurations and folder from as many shells or machines as there are:
+    each run is trained once.
 
     Args:
-        folder: where the runs of the cells lie.
-        storage: address of a database; by default ``sweep.db`` in the folder. SQLite serves the
-            workers of one machine, and no network file system.
+        configs: what to train; duplicates share a run.
+        folder: of all runs.
+        processes: training processes per run.
+        log: called with one line per event.
+        storage: URL of the queue's database; by default a file in the folder.
+
+    Returns:
+        The folders of the runs in the order of the configurations; see `comparison.collect`.
+
+    Raises:
+        InputError: a run failed twice; all others are finished.
+    """
+    runs = {run_folder(config, folder): config for config in configs}
+    finished = sum(map(is_finished, runs))
+    log(f"{finished} of {len(runs)} runs in {folder} are finished")
+    if finished < len(runs):
+        train = partial(train_in_processes, processes=processes, show=lambda metrics: None)
+        failed = run_worker(open_study(Path(folder), storage), runs, train, log=log)
+        if failed:
+            run, reason = next(iter(failed.items()))
+            raise InputError(
+                f"{len(failed)} of {len(runs)} runs failed, {run.name}: {reason}; the others are "
+                "finished, and the same command tries again"
+            )
+    return list(runs)
+
+
+def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) -> optuna.Study:
+    """The queue of a folder's runs, made when missing; the study has the folder's name.
+
+    Args:
+        folder: of the runs.
+        storage: URL of a database; by default ``sweep.db`` in the folder. SQLite serves the workers
+            of one machine, and no network file system.
         heartbeat: seconds between a worker's signs of life; after three without one it is dead.
 
     Raises:
-        InputError: no such database, no driver for it, or the folder cannot be written.
+        InputError: no such database, no driver for it, a file that is no queue, or a folder that
+            cannot be written.
     """
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # failures are told by `work`
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # `run_worker` reports failures
     with lock_run(folder, patience=300), _quiet():  # one by one, when workers start together
         folder = folder.resolve()
-        address = storage or f"sqlite:///{folder / 'sweep.db'}"
-        sqlite = address.startswith("sqlite")
-        patient = {"connect_args": {"timeout": 60, "isolation_level": None}} if sqlite else {}
+        url = storage or f"sqlite:///{folder / 'sweep.db'}"
+        options = {"heartbeat_interval": heartbeat, "grace_period": 3 * heartbeat}
+        sqlite = url.startswith("sqlite")
+        if sqlite:
+            _check_queue_file(Path(make_url(url).database or ""))
+            patient = {"timeout": 60, "isolation_level": None}
+            options["engine_kwargs"] = {"connect_args": patient}
         try:
-            database = RDBStorage(
-                address, patient, heartbeat_interval=heartbeat, grace_period=3 * heartbeat
-            )
+            database = RDBStorage(url, **options)
             if sqlite:
                 event.listen(database.engine, "begin", _lock_the_file)
             return optuna.create_study(
                 study_name=folder.name, storage=database, direction="maximize", load_if_exists=True
             )
-        except Exception as error:  # each database driver has its own
+        except Exception as error:  # each database driver has its own; the URL may have a password
+            driver = isinstance(error, ImportError | NoSuchModuleError)
+            remedy = "its driver: pip install 'ramslib[postgres]'" if driver else "check its URL"
             raise InputError(
-                f"{folder}: its queue's database cannot be used ({one_line(error)}); "
-                "check the address"
-            ) from None  # without the address, which may hold a password
+                f"{folder}: the database of the queue cannot be used ({one_line(error)}); {remedy}"
+            ) from None
+
+
+def _check_queue_file(path: Path) -> None:
+    """Check that an SQLite file, where there is one, is sound and holds a queue.
+
+    Raises:
+        InputError: it is damaged or belongs to another program.
+    """
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    except sqlite3.DatabaseError as error:
+        raise InputError(
+            f"{path}: the file of the queue is damaged ({one_line(error)}); remove it and run the "
+            "same command again, finished runs are kept"
+        ) from None
+    if names and "studies" not in names:
+        raise InputError(
+            f"{path}: holds tables of another program ({shorten(sorted(names))}); give another file"
+        )
 
 
 def _lock_the_file(connection: Connection) -> None:
@@ -81,82 +159,92 @@ def _quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def work(
+def run_worker(
     study: optuna.Study,
-    cells: Mapping[Path, Config],
+    runs: Mapping[Path, Config],
     train: Train,
-    attempts: int = 2,
-    say: Say = print,
+    max_attempts: int = 2,
+    log: Log = print,
     poll: float = 2.0,
 ) -> dict[Path, str]:
-    """Take cells from the queue and train them, until none of ours is left.
+    """Take trials from the queue and train them, until none of ours is left.
 
     Args:
         study: from `open_study`; what others put into it is trained as well, while ours wait.
-        cells: configurations, by the folder of their run.
+        runs: configurations, by the folder of their run.
         train: called as ``train(config, run)``; it finishes the run or raises.
-        attempts: how often a cell may fail from now on.
-        say: told what happens.
-        poll: seconds between looks at the cells that others train.
+        max_attempts: how often a run may fail from now on.
+        log: called with one line per event.
+        poll: seconds between checks of the runs that others train.
 
     Returns:
-        The cells that failed too often: the folder of each, and why.
+        The runs that failed too often: the folder of each, and why.
     """
-    begin, take = len(study.get_trials(deepcopy=False)), partial(_take, study, cells, train, say)
+    begin = len(study.get_trials(deepcopy=False))
+    train_next = partial(run_trial, study, runs, train, log)
+    reported: list[Path] = []
     while True:
         with _quiet():
             fail_stale_trials(study)
-        trials = _by_cell(study)
-        failed = {run: _failures(trials[run.name], begin) for run in cells if not is_finished(run)}
-        left = [run for run, reasons in failed.items() if len(reasons) < attempts]
+        trials = _trials_by_run(study)
+        failed = {run: _failures(trials[run.name], begin) for run in runs if not is_finished(run)}
+        left = [run for run, reasons in failed.items() if len(reasons) < max_attempts]
         if not left:
             return {run: reasons[-1] for run, reasons in failed.items()}
         for run in left:
             if not any(trial.state in OPEN for trial in trials[run.name]):
-                _enqueue(study, run, cells[run])
+                _enqueue(study, run, runs[run])
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             with suppress(*ENDED_BY_OTHERS):
-                study.optimize(take, n_trials=1, catch=(Exception,))
-        else:
-            time.sleep(poll)
+                study.optimize(train_next, n_trials=1, catch=(Exception,))
+            continue
+        if left != reported:
+            names = shorten([run.name for run in left])
+            log(f"waiting for other workers: {names}; a killed worker is replaced in 2 to 3 min")
+            reported = left
+        time.sleep(poll)
 
 
 def _enqueue(study: optuna.Study, run: Path, config: Config) -> None:
     values = asdict(config)
     changed = {k: v for k, v in values.items() if v != getattr(Config(), k)}
-    study.enqueue_trial({}, user_attrs={"cell": run.name, "config": values, "changed": changed})
+    study.enqueue_trial({}, user_attrs={"run": run.name, "config": values, "changed": changed})
 
 
-def _take(
-    study: optuna.Study, cells: Mapping[Path, Config], train: Train, say: Say, trial: Trial
+def run_trial(
+    study: optuna.Study, runs: Mapping[Path, Config], train: Train, log: Log, trial: Trial
 ) -> float:
-    """Train the cell of one trial; the accuracy of its last view is what the dashboard shows."""
-    if (name := trial.user_attrs.get("cell")) is None:
+    """Train the run of one trial.
+
+    Returns:
+        Accuracy of the last output of the best checkpoint, the trial's value in a dashboard.
+    """
+    if (name := trial.user_attrs.get("run")) is None:
         raise optuna.TrialPruned  # another worker was faster: the queue is empty
-    known = {run.name: (run, config) for run, config in cells.items()}
-    elsewhere = next(iter(cells)).with_name(Path(name).name)
+    known = {run.name: (run, config) for run, config in runs.items()}
+    elsewhere = next(iter(runs)).with_name(Path(name).name)
     run, config = known.get(name) or (elsewhere, Config().replace(**trial.user_attrs["config"]))
-    running = [t for t in _by_cell(study)[name] if t.state == TrialState.RUNNING]
+    running = [t for t in _trials_by_run(study)[name] if t.state == TrialState.RUNNING]
     if is_finished(run) or min(t.number for t in running) < trial.number:
         raise optuna.TrialPruned  # two workers put it into the queue at the same moment
-    say(f"{run}: training ({sum(map(is_finished, cells))} of {len(cells)} cells are finished)")
+    log(f"{run}: training ({sum(map(is_finished, runs))} of {len(runs)} runs are finished)")
     try:
         train(config, run)
     except Exception as error:
         trial.set_user_attr("error", one_line(error))
-        say(f"{run}: failed: {one_line(error)}")
+        log(f"{run}: failed: {one_line(error)}")
         raise
-    return float(pd.read_csv(run / "results.csv").query("checkpoint == 'last'")["top1"].iloc[-1])
+    return float(read_results(run).query("checkpoint == 'best'")["top1"].iloc[-1])
 
 
-def _by_cell(study: optuna.Study) -> dict[str, list[FrozenTrial]]:
+def _trials_by_run(study: optuna.Study) -> dict[str, list[FrozenTrial]]:
     trials = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
-        trials[trial.user_attrs.get("cell")].append(trial)
+        trials[trial.user_attrs.get("run")].append(trial)
     return trials
 
 
 def _failures(trials: list[FrozenTrial], begin: int) -> list[str]:
-    """Why a cell failed, each time since trial ``begin``."""
+    """Why a run failed, each time since trial ``begin``."""
     failed = [t for t in trials if t.state == TrialState.FAIL and t.number >= begin]
     return [trial.user_attrs.get("error", "its worker died") for trial in failed]

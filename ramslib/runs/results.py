@@ -4,12 +4,53 @@ from pathlib import Path
 
 import pandas as pd
 
-from ramslib.config import Config
-from ramslib.errors import write_atomically, write_table
+from ramslib.config import Config, current_columns
+from ramslib.errors import InputError, one_line, write_atomically, write_table
 from ramslib.evaluation import score
 from ramslib.runs.run import read_run
 
 METHODS = {"rams": "RAMS-Trans", "transfg": "TransFG"}
+RESULTS = {"output": str, "checkpoint": str, "images": int, "top1": float, "standard_error": float}
+RESULTS |= {"top5": float, "mean_per_class_accuracy": float, "ece": float, "nll": float}
+PREDICTIONS = {"path": str, "label": int, "output": str, "prediction": int, "confidence": float}
+PREDICTIONS |= {"true_probability": float, "rank": int}
+REMEDY = "restore the file, or train the run again in another folder"
+
+
+def read_results(run: Path | str) -> pd.DataFrame:
+    """Scores of a finished run, one row per checkpoint and output.
+
+    Raises:
+        InputError: the run is not finished, or the file is damaged.
+    """
+    path = Path(run) / "results.csv"
+    if not path.exists():
+        raise InputError(f"{run}: the run is not finished; train it to the end first")
+    return _read_columns(path, RESULTS)
+
+
+def read_predictions(run: Path | str, checkpoint: str = "best") -> pd.DataFrame:
+    """Predictions of a finished run, one row per test image and output.
+
+    Raises:
+        InputError: the file is missing, damaged or lacks test images.
+    """
+    path = Path(run) / f"predictions_{checkpoint}.csv"
+    predictions = _read_columns(path, PREDICTIONS)
+    _, _, table = read_run(run)
+    images, found = (table["split"] == "test").sum(), predictions["output"].value_counts()
+    if found.empty or (found != images).any():
+        count = int(found.min()) if len(found) else 0
+        raise InputError(f"{path}: has {count} of {images} test images; {REMEDY}")
+    return predictions
+
+
+def _read_columns(path: Path, kinds: dict[str, type]) -> pd.DataFrame:
+    """A table of a run, whatever version wrote it, with at least these columns."""
+    try:
+        return current_columns(pd.read_csv(path, encoding_errors="surrogateescape")).astype(kinds)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); {REMEDY}") from None
 
 
 def write_results(run: Path, predictions: dict[str, pd.DataFrame], facts: dict) -> None:
