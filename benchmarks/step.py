@@ -30,7 +30,7 @@ WAYS = ("workbench", "plain", "plain together", "literal")
 
 def build(backbone: str, size: int, scales: int, strength: str = "rollout_mean") -> RAMSTrans:
     """The workbench's model with random weights."""
-    encoder, _ = create_backbone(backbone, size, class_tokens=scales)
+    encoder = create_backbone(backbone, size, class_tokens=scales)
     return RAMSTrans(encoder, CLASSES, scales, (1.0,) * (scales - 1), strength)
 
 

@@ -1,34 +1,121 @@
-"""Less memory for a training step: cheap outputs are computed again, free memory is returned.
+"""Faster or smaller forms of plain operations, each equal to the plain one (tested), each optional.
 
-A linear layer keeps its input for the gradient of its weights. Where that is the output of a layer
-norm or a GELU, whose own input is kept anyway, it can be computed again at a hundredth of the
-layer's cost. In float32 that is over a third of a Vision Transformer's activations (the idea:
-Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022). The
-same functions of the same inputs run again, so the gradients are the same to the bit.
+- `multiply_rows_in_cache`: attention probabilities formed as much at a time as a CPU's cache holds;
+- `last_block_for_one_token`: the last block's projection and MLP for the class token alone;
+- `selective_checkpointing`: outputs of norms and GELUs are computed again instead of kept, and
+  free pages of the heap are returned to the operating system on the way;
+- `largest_component_tensor`, `crop_and_resize_batch`: tensor operations for exported programs.
 
-What is freed between two kept tensors leaves a hole in the heap. glibc's ``posix_memalign``, which
-torch calls, does not find a hole of just the size that it is asked for, so a quarter of what a
-forward pass takes from the system lies idle. ``malloc_trim`` returns it while the pass goes on, for
-1 to 4 % of a step's time.
+Inside `plain_path` the first two are off.
 """
 
 import ctypes
+import math
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+CACHED = 2**19  # probabilities formed at a time on a CPU: two MiB
 RECOMPUTED_OPS = (
     F.layer_norm,
     F.gelu,
 )  # each keeps its input, the first argument, for its own gradient
 TRIMMED = 2**29  # bytes kept on a CPU from one trim of the heap to the next
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Inside, attention and encoder are computed as the equations have them."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_on() -> bool:
+    """Whether accelerated forms are used; an exported program takes plain ones."""
+    return not (_PLAIN.get() or torch.compiler.is_exporting())
+
+
+def multiply_rows_in_cache(rows: Tensor, block, probabilities: Callable) -> Tensor:
+    """`attention.multiply_rows`, with few probabilities formed at a time and in the same place.
+
+    A CPU forms as many as its cores' own caches hold, two heads at a time: half the time. Other
+    devices form those of one image.
+
+    Args:
+        rows: (B, A or 1, Q, N) float32.
+        block: `attention.QueryKey`.
+        probabilities: `attention.attention_probabilities`.
+    """
+    batch, heads, tokens, _ = block.query.shape
+    rows = rows.expand(batch, heads, -1, tokens)
+    products = rows.new_zeros(rows.shape)
+    group, count = (2, max(1, CACHED // 2 // tokens)) if rows.is_cpu else (heads, tokens)
+    buffer = rows.new_empty(group * count * tokens)
+    for image, first in product(range(batch), range(0, heads, group)):
+        place = image, slice(first, first + group)
+        part = _part(block, place)
+        for chunk in (slice(start, start + count) for start in range(0, tokens, count)):
+            weights = rows[place][..., chunk]
+            shape = len(weights), weights.shape[-1], tokens
+            formed = probabilities(part, chunk, buffer[: math.prod(shape)].view(shape))
+            products[place].baddbmm_(weights, formed)
+    return products
+
+
+def _part(block, place: tuple[int, slice]):
+    """Some heads of one image, without a dimension for images."""
+    bias = block.bias
+    if bias is not None:
+        bias = bias.expand(*block.query.shape[:3], block.key.shape[2])[place]
+    return block._replace(query=block.query[place], key=block.key[place], bias=bias)
+
+
+@contextmanager
+def last_block_for_one_token(backbone: nn.Module, class_index: int) -> Iterator[None]:
+    """Inside, the last block computes the output of one class token alone.
+
+    Where a class token is classified, nothing else is read after the last block. Its output
+    projection and MLP take one token at a time, so they take only that one: the same feature and
+    gradients, to rounding, for a sixteenth less work in the linear layers of a ViT-B or ViT-S.
+    Models that pool otherwise are left as they are.
+    """
+    thread = threading.get_ident()
+
+    def take_one(module: nn.Module, inputs: tuple) -> tuple:
+        mine = threading.get_ident() == thread  # hooks are seen by all who run this model
+        return (inputs[0][:, class_index : class_index + 1] if mine else inputs[0], *inputs[1:])
+
+    with ExitStack() as hooks:
+        for module in _token_wise(backbone) if is_on() or torch.compiler.is_exporting() else ():
+            hooks.enter_context(module.register_forward_pre_hook(take_one))
+        yield
+
+
+def _token_wise(backbone: nn.Module) -> list[nn.Module]:
+    """What the last block computes token by token, where only one token is read afterwards."""
+    block = backbone.blocks[-1]
+    parts = [getattr(getattr(block, "attn", None), "proj", None), getattr(block, "mlp", None)]
+    reads_one = getattr(backbone, "cls_token", None) is not None and backbone.global_pool == "token"
+    reads_one = reads_one and not hasattr(backbone, "dist_token")  # the mean of two tokens
+    # a checkpointed block runs again in the backward pass, when the hooks are gone
+    runs_again = getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
+    return parts if reads_one and not runs_again and None not in parts else []
 
 
 class RecomputeEntry(NamedTuple):
@@ -47,8 +134,19 @@ class RecomputeEntry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (reads as a verb, as record_attention)
-    """Inside, outputs of `RECOMPUTED_OPS` are kept as recipes, and the heap is trimmed now and then.
+class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (a verb)
+    """Inside, outputs of `RECOMPUTED_OPS` are computed again when a gradient needs them.
+
+    A linear layer keeps its input for the gradient of its weights. Where that is the output of a
+    layer norm or a GELU, whose own input is kept anyway, it can be computed again at a hundredth of
+    the layer's cost. In float32 that is over a third of a Vision Transformer's activations (the
+    idea: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models",
+    2022). The same functions of the same inputs run again: the gradients are bit-identical.
+
+    What is freed between two kept tensors leaves a hole in the heap. glibc's ``posix_memalign``,
+    which torch calls, does not find a hole of just the size that it is asked for, so a quarter of
+    what a forward pass takes from the system would be idle. ``malloc_trim`` returns it while the
+    pass runs, for 1 to 4 % of a step's time.
 
     The backward pass may run outside. For any model: torch's functions are watched in the current
     thread. What is cast on its way to the linear layer (autocast does that to the outputs of
@@ -133,3 +231,57 @@ def trim_heap() -> None:
 
 def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def largest_component_tensor(mask: Tensor) -> Tensor:
+    """`dppm.largest_component` as tensor operations.
+
+    Every foreground patch looks up the smallest label among its neighbors, passes it on to the
+    patch it is named after, and takes that patch's label (hooking and pointer jumping), until
+    nothing changes: six to eight rounds on random masks, a dozen on a spiral of 56 x 56 patches.
+    """
+    count, height, width = mask.shape
+    size = height * width
+    places = torch.arange(size, device=mask.device).reshape(height, width)
+    labels = torch.where(mask, places, size)
+
+    def differ(before: Tensor, labels: Tensor) -> Tensor:
+        return (before != labels).any()
+
+    def merge(before: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        lowest = -F.max_pool2d(-labels.float()[:, None], 3, stride=1, padding=1)[:, 0].long()
+        lowest = torch.where(mask, lowest, size).flatten(1)
+        hooked = F.pad(labels.flatten(1), (0, 1), value=size)
+        hooked = hooked.scatter_reduce(1, labels.flatten(1), lowest, "amin")
+        return labels.clone(), hooked.gather(1, lowest).reshape(mask.shape)
+
+    _, labels = torch.while_loop(differ, merge, (torch.full_like(labels, -1), labels))
+    labels = labels.flatten(1)
+    areas = labels.new_zeros(count, size + 1).scatter_add_(1, labels, mask.flatten(1).long())
+    largest = areas.argmax(dim=1, keepdim=True)  # the first: a label is its first patch's place
+    return (labels == largest).reshape(mask.shape) & mask
+
+
+def crop_and_resize_batch(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], align_corners: bool
+) -> Tensor:
+    """`boxes.crop_and_resize` as two matrix products over the whole batch."""
+    height, width = images.shape[2:]
+    rows = _sample_weights(boxes[:, 0], boxes[:, 2], size[0], height, align_corners)
+    columns = _sample_weights(boxes[:, 1], boxes[:, 3], size[1], width, align_corners)
+    return (rows[:, None] @ images.float() @ columns[:, None].mT).to(images.dtype)
+
+
+def _sample_weights(
+    first: Tensor, last: Tensor, count: int, limit: int, align_corners: bool
+) -> Tensor:
+    """The share of each pixel in each sample between two edges: (B,) -> (B, count, limit)."""
+    start = first.round().clamp(0, limit - 1)[:, None]
+    end = last.round().clamp(max=limit)[:, None].maximum(start + 1)
+    steps, pixels = (torch.arange(n, device=start.device) for n in (count, limit))
+    if align_corners:
+        inside = steps * ((end - start - 1) / max(count - 1, 1))
+    else:
+        inside = (steps + 0.5) * ((end - start) / count) - 0.5
+    places = start + inside.clamp(min=0).minimum(end - start - 1)
+    return (1 - (pixels - places[:, :, None]).abs()).clamp(min=0)

@@ -1,13 +1,19 @@
-"""Look inside any timm ViT from outside: query and key of every block, fused attention on.
+"""Attention of any timm ViT, recorded from outside, and the attention strength of each patch.
 
-Fused attention never forms the N x N attention probabilities, and the recurrence of RAMS-Trans does
-not need them all at once. So this module keeps query and key of each block (which the backward
-pass keeps anyway) and forms the probabilities of one block when they are asked for. The forward
-pass, its logits and its gradients are unchanged to the bit.
+Fused attention never forms the N x N attention probabilities, and RAMS-Trans does not need all of
+them at once. `record_attention` keeps query and key of each block, which the backward pass keeps
+anyway; `attention_probabilities` forms those of one block. The forward pass, its logits and its
+gradients stay bit-identical.
+
+A strength is a function of a `RecordedScale` that gives one value per patch. RAMS-Trans, section
+3.2, averages attention over heads, adds the identity for the residual connection, normalizes the
+rows and multiplies the blocks (attention rollout, Abnar & Zuidema 2020; the paper's equations 7 to
+9): ``g = G_L ... G_1`` with ``G_l = (I + mean_a A_l,a) / 2``. Only one weighted sum of g's rows is
+ever used, so no matrix product is formed: ``u <- u G_l``, from the last block to the first.
 """
 
-import math
-from itertools import product
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-CACHED = 2**19  # probabilities formed at a time on a CPU: two MiB
+from ramslib import acceleration
+from ramslib.errors import InputError
+from ramslib.extensions import reads, resolve
 
 
 class QueryKey(NamedTuple):
@@ -34,7 +42,26 @@ class QueryKey(NamedTuple):
     scale: float
 
 
-class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with record_attention(...))
+class RecordedScale(NamedTuple):
+    """What the forward pass of one scale leaves to strengths and proposals.
+
+    Attributes:
+        blocks: recorded attention, first block first: of all blocks, or of as many last ones as the
+            strength reads.
+        grid: (h, w) patches; the last h * w tokens, row by row.
+        class_index: which token of the sequence is the class token of this scale.
+        image: (B, 3, H, W) normalized input of this scale.
+        tokens: (B, h, w, D) patch tokens after the last block; None where nothing reads them.
+    """
+
+    blocks: Sequence[QueryKey]
+    grid: tuple[int, int]
+    class_index: int = 0
+    image: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class record_attention(TorchFunctionMode):  # noqa: N801 (a verb: with record_attention(...))
     """Record query and key of every block while a backbone runs.
 
     Use as ``with record_attention(backbone) as blocks: backbone.forward_features(images)``;
@@ -42,7 +69,7 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
     of training, query and key of the others are then freed as soon as they are used. It catches
     torch's ``scaled_dot_product_attention`` in the current thread, so query and key already include
     normalization, rotary embedding and head grouping, with no code per model family. Attention
-    whose query and key differ in length (attention pooling) is not a block and is passed over.
+    whose query and key differ in length (attention pooling) is not a block and is ignored.
 
     Raises:
         RuntimeError: on exit, unless each block was seen exactly once (fused attention switched
@@ -60,7 +87,7 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
         return self.blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Pass every call on, keeping what attention was given."""
+        """Pass every call on, and keep what attention is given."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._keep(*args, **kwargs)
@@ -77,7 +104,7 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (reads as a verb: with 
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Append one attention call, given what torch's function is given."""
+        """Append one attention call, with the arguments of torch's function."""
         query, key = query.detach(), key.detach()
         tokens = query.shape[-2]
         if tokens != key.shape[-2]:
@@ -131,31 +158,119 @@ def multiply_rows(rows: Tensor, block: QueryKey) -> Tensor:
         block: the recorded query and key.
 
     Returns:
-        (B, A, Q, N) ``rows @ probabilities``. Of these, a CPU forms only as many at a time as stay
-        in its cores' own caches, always in the same place, which takes half the time; other devices
-        form those of one image.
+        (B, A, Q, N) ``rows @ probabilities``.
     """
-    if torch.compiler.is_exporting():  # an exported program takes batches of any size
-        return rows @ attention_probabilities(block)
-    batch, heads, tokens, _ = block.query.shape
-    rows = rows.expand(batch, heads, -1, tokens)
-    products = rows.new_zeros(rows.shape)
-    group, count = (2, max(1, CACHED // 2 // tokens)) if rows.is_cpu else (heads, tokens)
-    room = rows.new_empty(group * count * tokens)
-    for image, first in product(range(batch), range(0, heads, group)):
-        place = image, slice(first, first + group)
-        part = _part(block, place)
-        for chunk in (slice(start, start + count) for start in range(0, tokens, count)):
-            weights = rows[place][..., chunk]
-            shape = len(weights), weights.shape[-1], tokens
-            formed = attention_probabilities(part, chunk, room[: math.prod(shape)].view(shape))
-            products[place].baddbmm_(weights, formed)
-    return products
+    if acceleration.is_on():
+        return acceleration.multiply_rows_in_cache(rows, block, attention_probabilities)
+    return rows @ attention_probabilities(block)
 
 
-def _part(block: QueryKey, place: tuple[int, slice]) -> QueryKey:
-    """Some heads of one image, without a dimension for images."""
-    bias = block.bias
-    if bias is not None:
-        bias = bias.expand(*block.query.shape[:3], block.key.shape[2])[place]
-    return block._replace(query=block.query[place], key=block.key[place], bias=bias)
+def rollout_rows(blocks: Sequence[QueryKey], weights: Tensor) -> Tensor:
+    """Weighted sum of the rows of the attention rollout, ``weights @ g``.
+
+    Args:
+        blocks: L recorded blocks, first block first.
+        weights: (B, N) float32, one weight per row of g.
+
+    Returns:
+        (B, N) float32; sums to the sum of the weights.
+    """
+    for block in reversed(blocks):
+        products = multiply_rows(weights[:, None, None], block)
+        weights = (weights + products.mean(dim=1).squeeze(1)) / 2
+    return weights
+
+
+def class_row(block: QueryKey, class_index: int = 0) -> Tensor:
+    """The row of a class token in one block, averaged over heads: (B, N)."""
+    row = attention_probabilities(block, slice(class_index, class_index + 1))
+    return row.mean(dim=1).squeeze(1)
+
+
+def on_grid(values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Values of all tokens as a map of the patches: (B, N) -> (B, h, w)."""
+    return values[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+
+@reads(blocks=None)
+def rollout_mean(recorded: RecordedScale) -> Tensor:
+    """Mean over all rows of the rollout, as in the released code."""
+    batch, _, tokens, _ = recorded.blocks[0].query.shape
+    weights = torch.full((batch, tokens), 1 / tokens, device=recorded.blocks[0].query.device)
+    return on_grid(rollout_rows(recorded.blocks, weights), recorded.grid)
+
+
+@reads(blocks=None)
+def rollout_class(recorded: RecordedScale) -> Tensor:
+    """The class token's row of the rollout; of the last block only that row is formed."""
+    row = class_row(recorded.blocks[-1], recorded.class_index)
+    row[:, recorded.class_index] += 1
+    return on_grid(rollout_rows(recorded.blocks[:-1], row / 2), recorded.grid)
+
+
+@reads(blocks=1)
+def last_class(recorded: RecordedScale) -> Tensor:
+    """The class token's row of the last block, averaged over heads (no rollout)."""
+    return on_grid(class_row(recorded.blocks[-1], recorded.class_index), recorded.grid)
+
+
+STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
+    "rollout_mean": rollout_mean,
+    "rollout_class": rollout_class,
+    "last_class": last_class,
+}
+
+
+@lru_cache
+def single_block(number: int, head: int | None = None, class_token: bool = True) -> Callable:
+    """The strength that reads one block, or one head of it, alone.
+
+    Args:
+        number: of the block, from 1.
+        head: from 1; None averages over heads.
+        class_token: read the class token's row; otherwise the mean of all rows.
+    """
+
+    @reads(blocks=None)
+    def strength(recorded: RecordedScale) -> Tensor:
+        block = recorded.blocks[number - 1]
+        block = block if head is None else _one_head(block, head - 1)
+        return (last_class if class_token else rollout_mean)(recorded._replace(blocks=[block]))
+
+    strength.is_single = True
+    return strength
+
+
+def _one_head(block: QueryKey, head: int) -> QueryKey:
+    bias, one = block.bias, slice(head, head + 1)
+    if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1:
+        bias = bias[..., one, :, :]
+    return block._replace(query=block.query[:, one], key=block.key[:, one], bias=bias)
+
+
+def attention_strength(recorded: RecordedScale, strength: str | Callable = "last_class") -> Tensor:
+    """Attention strength of every patch.
+
+    Args:
+        recorded: one scale.
+        strength: a key of ``STRENGTHS``, ``path/to/file.py:name``, or a function of a recorded
+            scale.
+
+    Returns:
+        (B, h, w) float32. Only ratios matter: the threshold is a multiple of the mean.
+
+    Raises:
+        InputError: unknown name, or a function that gives another shape.
+    """
+    function = strength if callable(strength) else resolve(strength, STRENGTHS, "strength")
+    query = recorded.blocks[-1].query
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        values = function(recorded)
+    wanted = (len(query), *recorded.grid)
+    if not isinstance(values, Tensor) or values.shape != wanted:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"strength {getattr(function, '__name__', strength)!r} gives {found}; it must return "
+            f"a tensor of shape (B, h, w) = {wanted}"
+        )
+    return values.float()

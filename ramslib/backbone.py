@@ -6,13 +6,11 @@ tokens through the parameters that it has anyway, so every timm feature keeps wo
 """
 
 import difflib
-import threading
-from contextlib import ExitStack
 
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from ramslib.errors import InputError
 from ramslib.weights.sources import load_pretrained
@@ -27,7 +25,7 @@ def create_backbone(
     drop_path: float = 0.0,
     dropout: float = 0.0,
     **weight_options,
-) -> tuple[nn.Module, str]:
+) -> nn.Module:
     """Build a timm Vision Transformer without classifier.
 
     Args:
@@ -42,7 +40,7 @@ def create_backbone(
         **weight_options: passed to `load_pretrained` (``pos_embed_resize``, ``final_norm``).
 
     Returns:
-        The model, and one sentence about the weights in it.
+        The model; its ``origin`` is one sentence about the weights in it.
 
     Raises:
         InputError: unknown name, no Vision Transformer of equal blocks, an image size that the
@@ -52,10 +50,10 @@ def create_backbone(
     set_dropout(backbone, dropout)
     if patch_stride is not None:
         overlap_patches(backbone, patch_stride)
-    origin = load_pretrained(backbone, name, pretrained, **weight_options)
+    backbone.origin = load_pretrained(backbone, name, pretrained, **weight_options)
     if class_tokens > 1:
         extend_class_tokens(backbone, class_tokens)
-    return backbone, origin
+    return backbone
 
 
 def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Module:
@@ -218,42 +216,3 @@ def _check_token_position(backbone: nn.Module) -> None:
     if backbone.pos_embed.shape[1] == backbone.patch_embed.num_patches:
         name = type(backbone).__name__
         raise InputError(f"{name} adds its class token after the positions; choose another")
-
-
-def encode(backbone: nn.Module, images: Tensor, class_index: int) -> Tensor:
-    """The feature that a scale classifies.
-
-    Where a class token is classified, nothing else is read after the last block. So the last
-    block's output projection and MLP, which take one token at a time, take only that one: the same
-    feature and gradients, to rounding, for a sixteenth less work in the encoder's linear layers.
-
-    Args:
-        backbone: from `create_backbone`.
-        images: (B, 3, H, W) normalized.
-        class_index: which class token. Models without one pool as timm built them, with index 0.
-
-    Returns:
-        (B, D).
-    """
-    thread = threading.get_ident()
-
-    def take_one(module: nn.Module, inputs: tuple) -> tuple:
-        mine = threading.get_ident() == thread  # hooks are seen by all who run this model
-        return (inputs[0][:, class_index : class_index + 1] if mine else inputs[0], *inputs[1:])
-
-    with ExitStack() as hooks:
-        for module in _last_token_wise(backbone):
-            hooks.enter_context(module.register_forward_pre_hook(take_one))
-        tokens = backbone.forward_features(images)
-    return backbone.forward_head(tokens[:, class_index:], pre_logits=True)
-
-
-def _last_token_wise(backbone: nn.Module) -> list[nn.Module]:
-    """What the last block does token by token before it adds to the tokens, where one is read."""
-    block = backbone.blocks[-1]
-    parts = [getattr(getattr(block, "attn", None), "proj", None), getattr(block, "mlp", None)]
-    reads_one = count_class_tokens(backbone) and backbone.global_pool == "token"
-    reads_one = reads_one and not hasattr(backbone, "dist_token")  # the mean of two tokens
-    # a checkpointed block runs again in the backward pass, when the hooks are gone
-    runs_again = getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
-    return parts if reads_one and not runs_again and None not in parts else []

@@ -1,14 +1,15 @@
-"""What every model of the workbench gives: looks at views, one after the other.
+"""What every model of the workbench is: scales that are run one after the other, from pixels.
 
-Training, evaluation, checkpoints and prediction ask a model for nothing but `ImageClassifier`. A new
-method is a subclass with `ImageClassifier.scales` and, where its loss has another term,
-`ImageClassifier.loss`, and an entry in ``model.MODELS``.
+Training, evaluation, checkpoints and prediction use nothing but `ImageClassifier`. A new model is a
+subclass with `iterate_scales` and, where its loss has another term, `loss`; a function ``(config,
+num_classes) -> ImageClassifier`` builds it, in ``model.MODELS`` or in a file of your own.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,22 +19,25 @@ from ramslib.errors import InputError
 
 
 class ScaleOutput(NamedTuple):
-    """One scale's look at its view.
+    """One scale: what it saw, what it says, and what it proposes.
+
+    Where a proposal gave R regions per image, the rows of each image follow each other.
 
     Attributes:
-        logits: (B, K).
-        view: (B, 3, H, W) what this scale saw.
-        boxes: (B, 4) float32, where that view lies, in pixels of the input image.
-        strength: (B, h, w) attention strength, None at the last scale.
-        proposal: what the next scale will look at, None at the last scale.
-        feature: (B, D) what was classified, where a model's loss needs it.
+        logits: (B, K); of several regions, their mean.
+        input: (B * R, 3, H, W) normalized pixels.
+        boxes: (B * R, 4) float32, where the input lies, in pixels of the input of scale 1; on the
+            CPU.
+        strength: (B * R, h, w) attention strength, None at the last scale.
+        proposal: what the next scale will see, None at the last scale.
+        feature: (B, D) what was classified.
     """
 
     logits: Tensor
-    view: Tensor
+    input: Tensor
     boxes: Tensor
-    strength: Tensor | None
-    proposal: Proposal | None
+    strength: Tensor | None = None
+    proposal: Proposal | None = None
     feature: Tensor | None = None
 
 
@@ -49,14 +53,20 @@ class RAMSOutput(NamedTuple):
     proposals: tuple[Proposal, ...]
 
 
+Scales = Generator[ScaleOutput, Tensor | None, None]
+
+
 class ImageClassifier(nn.Module, ABC):
-    """A backbone, a classifier that starts at zero, and a number of scales to look at.
+    """A backbone, a classifier that starts at zero, and pre-processing from pixels.
 
     Args:
         backbone: from `create_backbone`. Input size and patch grid are read from it.
         num_classes: K.
-        mean_std: (mean, std) per channel that inputs are normalized with; the backbone's own by
-            default. Kept for those who prepare inputs, see `transforms.prepare`.
+        mean_std: (mean, std) per channel that pixels in [0, 1] are normalized with; the backbone's
+            own by default.
+
+    Attributes:
+        origin: one sentence about where the weights come from.
     """
 
     num_scales = 1
@@ -68,42 +78,75 @@ class ImageClassifier(nn.Module, ABC):
         self.classifier = nn.Linear(backbone.num_features, num_classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
-        self.mean_std = mean_std or normalization(backbone)
+        for name, values in zip(("mean", "std"), mean_std or normalization(backbone), strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.image_size = image_size(backbone)
         self.grid = patch_grid(backbone)
+        self.origin = getattr(backbone, "origin", "")
 
-    def forward(self, images: Tensor, source: Tensor | None = None) -> RAMSOutput:
-        """Look at all scales.
+    def forward(self, pixels: Tensor) -> RAMSOutput:
+        """Run all scales.
+
+        Args:
+            pixels: (B, 3, Hs, Ws) uint8, or float in [0, 1]: RGB images at the highest resolution
+                at hand, as `transforms.ImageTransform` gives them. Scale 1 sees them resized to the
+                input size; further scales crop from them.
+        """
+        return self.forward_preprocessed(*self.preprocess(pixels))
+
+    def forward_preprocessed(self, images: Tensor, high_res: Tensor | None = None) -> RAMSOutput:
+        """`forward` for what `preprocess` returns."""
+        outputs = list(self.iterate_scales(images, high_res))
+        return RAMSOutput(
+            logits=tuple(output.logits for output in outputs),
+            boxes=tuple(output.boxes for output in outputs),
+            strengths=tuple(output.strength for output in outputs[:-1]),
+            proposals=tuple(output.proposal for output in outputs[:-1]),
+        )
+
+    def forward_scales(self, pixels: Tensor) -> Scales:
+        """Run one scale after the other, each only when it is asked for; see `forward`."""
+        return self.iterate_scales(*self.preprocess(pixels))
+
+    @abstractmethod
+    def iterate_scales(self, images: Tensor, high_res: Tensor | None = None) -> Scales:
+        """Yield a `ScaleOutput` per scale.
+
+        ``send`` a mask (B,) bool of the images of the last output, instead of calling ``next``, to
+        continue with those images alone.
 
         Args:
             images: (B, 3, H, W) normalized, of the backbone's input size.
-            source: (B, 3, Hs, Ws) the same view at a higher resolution, normalized alike; crops are
-                cut from it. None cuts each crop from the view of the scale before, as in the paper.
-
-        Returns:
-            `RAMSOutput`.
-        """
-        looks = list(self.scales(images, source))
-        return RAMSOutput(
-            logits=tuple(look.logits for look in looks),
-            boxes=tuple(look.boxes for look in looks),
-            strengths=tuple(look.strength for look in looks[:-1]),
-            proposals=tuple(look.proposal for look in looks[:-1]),
-        )
-
-    @abstractmethod
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[ScaleOutput]:
-        """Look at one scale after the other, each only when it is asked for.
-
-        Takes what `forward` takes. Yields a `ScaleOutput` per scale.
+            high_res: (B, 3, Hs, Ws) the same images at a higher resolution, normalized alike;
+                crops are cut from it. None cuts each crop from the previous input, as in the paper.
 
         Raises:
             InputError: images of another size than the backbone's.
         """
 
-    def loss(self, look: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def preprocess(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalize pixels on their device, and shrink them to the input size with antialiasing.
+
+        Args:
+            pixels: (B, 3, Hs, Ws) uint8, or float in [0, 1].
+
+        Returns:
+            The input (B, 3, H, W), and the high-resolution pixels (B, 3, Hs, Ws) to crop from, or
+            None where the sizes are equal; float32, normalized.
+        """
+        values = pixels.clone() if pixels.is_floating_point() else pixels.float().div_(255)
+        values = values.sub_(self.mean).div_(self.std)
+        if values.shape[-2:] == self.image_size:
+            return values, None
+        return F.interpolate(values, self.image_size, mode="bilinear", antialias=True), values
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Normalized images (..., 3, H, W) as uint8 pixels."""
+        return ((images * self.std + self.mean) * 255).round().clamp(0, 255).byte()
+
+    def loss(self, output: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """What training minimizes at one scale: the cross entropy of its logits, in float32."""
-        return F.cross_entropy(look.logits.float(), labels, label_smoothing=label_smoothing)
+        return F.cross_entropy(output.logits.float(), labels, label_smoothing=label_smoothing)
 
     def check_size(self, images: Tensor) -> None:
         """Raise InputError for images of another size than the backbone's."""

@@ -1,88 +1,42 @@
 """Evaluation: every image once, every scale and their fusions, accuracy with its uncertainty.
 
-Predictions are one tidy table with a row per image and view: ``scale 1`` .. ``scale S``, and for
+Predictions are one tidy table with a row per image and output: ``scale 1`` .. ``scale S``, and for
 S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from that table,
 so a notebook can recompute any of them from the CSV of a finished run.
+
+Early exit: an image whose scale 1 is confident is not looked at again. Above a threshold of its
+largest softmax probability, scale 1 is the answer; otherwise the later scales run for that image
+alone and the mean softmax of all is. `choose_exit_threshold` finds the threshold in predictions of
+the validation split, without a model.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from ramslib.boxes import box_area, box_iou
 from ramslib.classifier import ImageClassifier
-from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import Processes, load_batches, sum_over_processes
 from ramslib.dppm import seed_random_proposals
 from ramslib.errors import InputError
-from ramslib.regions import box_area, box_iou
 
-BOX = ["top", "left", "bottom", "right"]
-_COLUMNS = ["prediction", "confidence", "true_probability", "rank", *BOX]
+METRICS = ["prediction", "confidence", "true_probability", "rank"]
+COLUMNS = [*METRICS, *BOX_COLUMNS]
 
 
 def output_names(scales: int) -> list[str]:
-    """Names of the rows that an image has in a table of predictions."""
+    """Names of the rows that an image has in a table of predictions; the last but one is read."""
     fused = ["mean softmax", "mean logits"] if scales > 1 else []
     return [f"scale {scale + 1}" for scale in range(scales)] + fused
 
 
-@torch.inference_mode()
-def predict(
-    model: ImageClassifier,
-    table: pd.DataFrame,
-    view: ImageTransform,
-    batch_size: int = 32,
-    workers: int = 0,
-    processes: Processes | None = None,
-) -> pd.DataFrame:
-    """Predict every image of a table, once, however many processes share the work.
-
-    Random proposals are drawn per image, by its row, so they are the same in any batch.
-
-    Args:
-        model: in evaluation mode, on its device.
-        table: a data set table; its order is kept.
-        view: the deterministic view of the test.
-        batch_size: images per batch and process.
-        workers: loader processes per process.
-        processes: those that share the images; each calls this and gets the whole result.
-
-    Returns:
-        One row per image and view name: ``path, label, output, prediction, confidence,
-        true_probability, rank`` (classes ranked before the true one; 0 is correct) and, per scale,
-        the region it looked at as ``top, left, bottom, right`` in pixels of the upright image.
-
-    Raises:
-        InputError: an image that cannot be read, or for which the model gives no number.
-    """
-    processes = processes or Processes(device=next(model.parameters()).device)
-    mine = range(processes.rank, len(table), processes.world)
-    batches = load_batches(ImageDataset(table, view), workers, batch_size=batch_size, sampler=mine)
-    names = output_names(model.num_scales)
-    results = torch.zeros(len(table), len(names), len(_COLUMNS), dtype=torch.float64)
-    for batch in batches:
-        with seed_random_proposals(batch["index"]):
-            results[batch["index"]] = _rows(model, view, batch, processes.device)
-    results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
-    check_finite(results[:, :, _COLUMNS.index("confidence")].sum(axis=1), table)
-    return _tidy(results, table, names)
-
-
-def check_finite(confidence: np.ndarray, table: pd.DataFrame) -> None:
-    """Check that the model gave a number for every image of a table.
-
-    Raises:
-        InputError: NaN for one of them.
-    """
-    unknown = np.isnan(confidence)
-    if unknown.any():
-        path = table["path"].iloc[int(unknown.argmax())]
-        raise InputError(f"{path}: the model's logits are not finite; its weights are damaged")
-
-
 def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Class probabilities per view name: each scale, mean of softmax, softmax of mean logits.
+    """Class probabilities per output: each scale, mean of softmax, softmax of mean logits.
 
     Args:
         logits: (B, K) per scale.
@@ -97,26 +51,109 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
 
 
-def _rows(
-    model: ImageClassifier, view: ImageTransform, batch: dict, device: torch.device
-) -> Tensor:
-    """(B, views, columns) in the order of `_COLUMNS`; fused rows have no region."""
-    images, source = prepare(batch["pixels"].to(device), model.image_size, *model.mean_std)
-    output = model(images, source)
-    logits, labels = output.logits, batch["label"].to(device)[:, None]
+def iterate_batches(
+    model: ImageClassifier,
+    table: pd.DataFrame,
+    transform: ImageTransform,
+    batch_size: int = 32,
+    workers: int = 0,
+    rows: range | None = None,
+) -> Iterator[dict]:
+    """Batches of `ImageDataset` with ``pixels`` and ``label`` on the model's device.
+
+    Random proposals are drawn per image, by its row, so they are the same in any batch.
+
+    Args:
+        model: in evaluation mode.
+        table: a dataset table.
+        transform: the deterministic one of the test.
+        batch_size: images per batch.
+        workers: loader processes.
+        rows: which images; all by default.
+    """
+    device, dataset = next(model.parameters()).device, ImageDataset(table, transform)
+    for batch in load_batches(dataset, workers, batch_size=batch_size, sampler=rows):
+        for name in ("pixels", "label"):
+            batch[name] = batch[name].to(device, non_blocking=True)
+        with seed_random_proposals(batch["index"]):
+            yield batch
+
+
+@torch.inference_mode()
+def predict(
+    model: ImageClassifier,
+    table: pd.DataFrame,
+    transform: ImageTransform,
+    batch_size: int = 32,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> pd.DataFrame:
+    """Predict every image of a table, once, however many processes share the work.
+
+    Args:
+        model: in evaluation mode, on its device.
+        table: a dataset table; its order is kept.
+        transform: the deterministic one of the test.
+        batch_size: images per batch and process.
+        workers: loader processes per process.
+        processes: those that share the images; each calls this and gets the whole result.
+
+    Returns:
+        One row per image and output: ``path, label, output, prediction, confidence,
+        true_probability, rank`` (classes ranked before the true one; 0 is correct) and, per scale,
+        its region as ``top, left, bottom, right`` in pixels of the upright image.
+
+    Raises:
+        InputError: an image that cannot be read, or for which the model gives no number.
+    """
+    processes = processes or Processes(device=next(model.parameters()).device)
+    mine = range(processes.rank, len(table), processes.world)
+    names = output_names(model.num_scales)
+    results = torch.zeros(len(table), len(names), len(COLUMNS), dtype=torch.float64)
+    for batch in iterate_batches(model, table, transform, batch_size, workers, mine):
+        results[batch["index"]] = _rows(model, transform, batch)
+    results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
+    check_finite(results[:, :, COLUMNS.index("confidence")].sum(axis=1), table)
+    return _tidy(results, table, names)
+
+
+def check_finite(confidence: np.ndarray, table: pd.DataFrame) -> None:
+    """Check that the model gave a number for every image of a table.
+
+    Raises:
+        InputError: NaN for one of them.
+    """
+    unknown = np.isnan(confidence)
+    if unknown.any():
+        path = table["path"].iloc[int(unknown.argmax())]
+        raise InputError(
+            f"{path}: the model's logits are not finite; its weights are damaged, train it again "
+            "with a lower learning_rate"
+        )
+
+
+def _rows(model: ImageClassifier, transform: ImageTransform, batch: dict) -> Tensor:
+    """(B, outputs, columns) in the order of `COLUMNS`; fused rows have no region."""
+    output, labels = model(batch["pixels"]), batch["label"][:, None]
     regions = [
-        view.boxes_to_image(boxes.cpu(), batch["size"], model.image_size) for boxes in output.boxes
+        transform.boxes_to_image(first_region(boxes, len(labels)), batch["size"], model.image_size)
+        for boxes in output.boxes
     ]
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
     rows = []
-    for number, probabilities in enumerate(fuse(logits)):
+    for number, probabilities in enumerate(fuse(output.logits)):
         region = regions[number].double() if number < len(regions) else no_region
         rows.append(torch.cat([prediction_metrics(probabilities, labels), region], dim=1))
     return torch.stack(rows, dim=1)
 
 
+def first_region(boxes: Tensor, images: int) -> Tensor:
+    """Of R regions per image the first: (B * R, 4) -> (B, 4)."""
+    return boxes.unflatten(0, (images, -1))[:, 0]
+
+
 def prediction_metrics(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """What class probabilities say, and how right they are.
+    """What class probabilities predict, and how right they are.
 
     Args:
         probabilities: (B, K).
@@ -134,23 +171,24 @@ def prediction_metrics(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    images, views, columns = results.shape
-    tidy = pd.DataFrame(results.reshape(images * views, columns), columns=_COLUMNS)
+    images, outputs, columns = results.shape
+    tidy = pd.DataFrame(results.reshape(images * outputs, columns), columns=COLUMNS[:columns])
     tidy = tidy.astype({"prediction": int, "rank": int})
     keys = {
-        "path": table["path"].repeat(views).to_numpy(),
-        "label": table["label"].repeat(views).to_numpy(),
+        "path": table["path"].repeat(outputs).to_numpy(),
+        "label": table["label"].repeat(outputs).to_numpy(),
         "output": names * images,
     }
     return pd.concat([pd.DataFrame(keys), tidy], axis=1)
 
 
 def score(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Scores per scale and fusion, from a table of predictions.
+    """Scores per output, from a table of predictions.
 
     Returns:
-        One row per view name: ``images, top1, standard_error, top5, mean_per_class_accuracy, ece,
-        nll``; accuracies in percent, the standard error that of ``top1``.
+        One row per output: ``images, top1, standard_error, top5, mean_per_class_accuracy, ece,
+        nll``; accuracies and ``ece`` (expected calibration error) in percent, the standard error
+        that of ``top1``, ``nll`` (negative log-likelihood) in nats.
     """
     rows = []
     for name, group in predictions.groupby("output", sort=False):
@@ -179,11 +217,11 @@ def expected_calibration_error(confidence: pd.Series, correct: pd.Series, bins: 
 
 
 def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Intersection over union of each looked-at region with the annotated box.
+    """Intersection over union of each scale's region with the annotated box.
 
     Args:
         predictions: from `predict`.
-        table: the data set table that holds the annotated boxes.
+        table: the dataset table that holds the annotated boxes.
 
     Returns:
         One row per image and scale: ``path, output, iou, area`` (share of the annotated box's).
@@ -191,24 +229,134 @@ def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: no image of the predictions has an annotated box.
     """
-    annotated = table.dropna(subset=BOX)[["path", *BOX]]
-    looked = predictions.dropna(subset=BOX)
-    joined = looked.merge(annotated, on="path", suffixes=("", "_annotated"))
+    annotated = table.dropna(subset=BOX_COLUMNS)[["path", *BOX_COLUMNS]]
+    regions = predictions.dropna(subset=BOX_COLUMNS)
+    joined = regions.merge(annotated, on="path", suffixes=("", "_annotated"))
     if joined.empty:
-        raise InputError("none of these images has an annotated box; use a data set with boxes")
-    region = torch.tensor(joined[BOX].to_numpy(float))
-    truth = torch.tensor(joined[[f"{side}_annotated" for side in BOX]].to_numpy(float))
+        raise InputError("none of these images has an annotated box; use a dataset with boxes")
+    region = torch.tensor(joined[BOX_COLUMNS].to_numpy(float))
+    truth = torch.tensor(joined[[f"{side}_annotated" for side in BOX_COLUMNS]].to_numpy(float))
     scores = joined[["path", "output"]].copy()
     scores["iou"] = box_iou(region, truth).numpy()
     scores["area"] = (box_area(region) / box_area(truth)).numpy()
     return scores
 
 
-def confusions(
-    predictions: pd.DataFrame, names: list[str], output: str, count: int = 10
+def confusion_matrix(predictions: pd.DataFrame, num_classes: int, output: str) -> np.ndarray:
+    """(K, K) numbers of images by true (rows) and predicted label at one output."""
+    rows = predictions[predictions["output"] == output]
+    counts = np.zeros((num_classes, num_classes), dtype=int)
+    np.add.at(counts, (rows["label"], rows["prediction"]), 1)
+    return counts
+
+
+def most_confused(
+    predictions: pd.DataFrame, classes: list[str], output: str, count: int = 10
 ) -> pd.DataFrame:
     """The most frequent mistakes: ``true, predicted, images``, most frequent first."""
     wrong = predictions[(predictions["output"] == output) & (predictions["rank"] > 0)]
     counts = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False)
-    rows = [(names[true], names[given], images) for (true, given), images in counts.items()]
+    rows = [(classes[true], classes[given], images) for (true, given), images in counts.items()]
     return pd.DataFrame(rows[:count], columns=["true", "predicted", "images"])
+
+
+@torch.inference_mode()
+def early_exit(model: ImageClassifier, pixels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Run scale 1, and the later scales where it is not confident.
+
+    Args:
+        model: in evaluation mode.
+        pixels: (B, 3, Hs, Ws), see `ImageClassifier.forward`.
+        threshold: confidence in [0, 1] that scale 1 must exceed; 1 runs all scales.
+
+    Returns:
+        Class probabilities (B, K), and (B,) bool, true where scale 1 was enough.
+    """
+    outputs = model.forward_scales(pixels)
+    first = next(outputs).logits
+    probabilities = first.float().softmax(dim=1)
+    confident = probabilities.amax(dim=1) > threshold
+    if model.num_scales > 1 and not confident.all():
+        later = [outputs.send(~confident).logits, *(output.logits for output in outputs)]
+        fused = fuse((first[~confident], *later))
+        probabilities[~confident] = fused[output_names(model.num_scales).index("mean softmax")]
+    return probabilities, confident
+
+
+def predict_early_exit(
+    model: ImageClassifier,
+    table: pd.DataFrame,
+    transform: ImageTransform,
+    threshold: float,
+    batch_size: int = 32,
+    workers: int = 0,
+) -> pd.DataFrame:
+    """Predict every image of a table with as few scales as it needs.
+
+    Args:
+        model: in evaluation mode, on its device.
+        table: a dataset table; its order is kept.
+        transform: the deterministic one of the test.
+        threshold: see `early_exit`; from `choose_exit_threshold`.
+        batch_size: images whose scale 1 runs together.
+        workers: loader processes.
+
+    Returns:
+        One row per image, which `score` reads: ``path, label, output`` ("early exit"),
+        ``prediction, confidence, true_probability, rank`` and ``scales``, how many were run.
+
+    Raises:
+        InputError: an image that cannot be read, or for which the model gives no number.
+    """
+    metrics, scales = [], []
+    for batch in iterate_batches(model, table, transform, batch_size, workers):
+        probabilities, confident = early_exit(model, batch["pixels"], threshold)
+        metrics.append(prediction_metrics(probabilities, batch["label"][:, None]))
+        scales += torch.where(confident, 1, model.num_scales).tolist()
+    results = torch.cat(metrics).numpy()
+    check_finite(results[:, METRICS.index("confidence")], table)
+    return _tidy(results[:, None], table, ["early exit"]).assign(scales=scales)
+
+
+def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
+    """What each threshold that makes a difference would give.
+
+    Args:
+        predictions: of two scales or more, from `predict`.
+
+    Returns:
+        One row per threshold, from 0 up to 1: ``threshold, exit_rate`` (share of images with one
+        scale), ``top1`` and ``accuracy_drop``, the points of ``top1`` lost against all scales.
+
+    Raises:
+        InputError: predictions of one scale, or of no image.
+    """
+    first, full = (predictions.query("output == @name") for name in ("scale 1", "mean softmax"))
+    if full.empty:
+        raise InputError("early exit chooses between scales; give predictions of two or more")
+    confidence = first["confidence"].to_numpy()
+    correct = [(part["rank"] == 0).to_numpy() for part in (first, full)]
+    rows = []
+    for threshold in sorted({0.0, *confidence, 1.0}):
+        confident = confidence > threshold
+        top1 = 100 * (confident * correct[0] + ~confident * correct[1]).mean()
+        rows.append({"threshold": threshold, "exit_rate": confident.mean(), "top1": top1})
+    curve = pd.DataFrame(rows)
+    return curve.assign(accuracy_drop=100 * correct[1].mean() - curve["top1"])
+
+
+def choose_exit_threshold(predictions: pd.DataFrame, accuracy_drop: float = 0.5) -> float:
+    """The lowest threshold from which on no more than ``accuracy_drop`` points are lost.
+
+    Args:
+        predictions: of the validation split, see `early_exit_curve`.
+        accuracy_drop: points of top-1 accuracy, 0 or more.
+
+    Raises:
+        InputError: see `early_exit_curve`; or a negative drop.
+    """
+    if not accuracy_drop >= 0:
+        raise InputError(f"accuracy_drop is {accuracy_drop}; give 0 or more points")
+    curve = early_exit_curve(predictions)
+    too_much = curve.index[curve["accuracy_drop"] > accuracy_drop]
+    return float(curve["threshold"][0 if too_much.empty else too_much[-1] + 1])

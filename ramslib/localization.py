@@ -1,11 +1,12 @@
-"""Where a model looks, scored against annotated boxes and parts, as a function of the threshold.
+"""Where a model proposes to look, scored against annotated boxes and parts, by the threshold.
 
 Annotations score regions here and nowhere else: they never train or choose anything. Scale 1 runs
 once per image and its strengths are kept, so a sweep over thresholds, strengths and proposals costs
 no further forward pass; only accuracies of scale 2 do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -14,15 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ramslib.attention import record_attention
-from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
-from ramslib.distributed import load_batches
+from ramslib.attention import attention_strength
+from ramslib.boxes import box_area, box_iou, full_image_boxes, rescale_boxes
+from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import propose, seed_random_proposals
 from ramslib.errors import InputError
-from ramslib.evaluation import BOX, fuse, output_names
+from ramslib.evaluation import fuse, iterate_batches, output_names
 from ramslib.model import RAMSTrans
-from ramslib.regions import box_area, box_iou, full_image_boxes, rescale_boxes
-from ramslib.strength import attention_strength
 
 
 class StrengthMaps(NamedTuple):
@@ -31,72 +31,64 @@ class StrengthMaps(NamedTuple):
     Attributes:
         maps: (n, h, w) per name of strength.
         table: the images, in the same order.
-        view: through which they were seen.
+        transform: through which they were seen.
         sizes: (n, 2) height and width of the upright images.
         image_size: (H, W) of the input.
     """
 
     maps: dict[str, Tensor]
     table: pd.DataFrame
-    view: ImageTransform
+    transform: ImageTransform
     sizes: Tensor
     image_size: tuple[int, int]
-
-
-def _batches(
-    model: RAMSTrans, table: pd.DataFrame, view: ImageTransform, batch_size: int, workers: int
-) -> Iterator[tuple[Tensor, Tensor | None, dict]]:
-    """Normalized images and sources of a table, on the model's device, batch by batch."""
-    device = next(model.parameters()).device
-    for batch in load_batches(ImageDataset(table, view), workers, batch_size=batch_size):
-        pixels = batch["pixels"].to(device)
-        yield *prepare(pixels, model.image_size, *model.mean_std), batch
 
 
 @torch.inference_mode()
 def record_strengths(
     model: RAMSTrans,
     table: pd.DataFrame,
-    view: ImageTransform,
+    transform: ImageTransform,
     names: Sequence[str],
     batch_size: int = 32,
     workers: int = 0,
 ) -> StrengthMaps:
-    """Look at every image once, at scale 1, and keep its attention strengths.
+    """Run scale 1 once per image, and keep its attention strengths.
 
     Args:
         model: in evaluation mode; it needs no training.
         table: the images.
-        view: the deterministic view of the test.
-        names: keys of ``STRENGTHS``.
+        transform: the deterministic one of the test.
+        names: keys of ``STRENGTHS``, or references to your own.
         batch_size: images per forward pass.
         workers: loader processes.
     """
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
     sizes = []
-    for images, _, batch in _batches(model, table, view, batch_size, workers):
-        with record_attention(model.backbone) as blocks:
-            model.backbone.forward_features(images)
+    for batch in iterate_batches(model, table, transform, batch_size, workers):
+        images, _ = model.preprocess(batch["pixels"])
+        recorded = model.run_scale(images, 0, blocks=None, tokens=True)[2]
         for name in names:
-            maps[name].append(attention_strength(blocks, name, model.grid).cpu())
+            maps[name].append(attention_strength(recorded, name).cpu())
         sizes.append(batch["size"])
     joined = {name: torch.cat(parts) for name, parts in maps.items()}
-    return StrengthMaps(
-        joined, table.reset_index(drop=True), view, torch.cat(sizes), model.image_size
-    )
+    table = table.reset_index(drop=True)
+    return StrengthMaps(joined, table, transform, torch.cat(sizes), model.image_size)
 
 
-def regions(strengths: StrengthMaps, name: str, threshold: float, proposal: str) -> Tensor:
+def propose_boxes(
+    strengths: StrengthMaps, name: str, threshold: float, proposal: str | Callable
+) -> Tensor:
     """The proposed region of every image: (n, 4) in pixels of the upright images.
 
-    Random ones are those that `evaluation.predict` looks at.
+    Random ones are those that `evaluation.predict` uses.
     """
     strength = strengths.maps[name]
     with seed_random_proposals(range(len(strength))):
         patch_boxes = propose(strength, threshold, proposal).patch_boxes
+    patch_boxes = patch_boxes[:, 0] if patch_boxes.ndim == 3 else patch_boxes
     whole = torch.tensor([0.0, 0.0, *strengths.image_size])
     boxes = rescale_boxes(patch_boxes, strength.shape[1:], whole)
-    return strengths.view.boxes_to_image(boxes, strengths.sizes, strengths.image_size)
+    return strengths.transform.boxes_to_image(boxes, strengths.sizes, strengths.image_size)
 
 
 def score_regions(
@@ -107,13 +99,13 @@ def score_regions(
     Args:
         boxes: (n, 4) pixels of the upright images.
         strengths: whose table has the annotated boxes.
-        parts: visible parts (``path, y, x``), where the data set has them.
+        parts: visible parts (``path, y, x``), where the dataset has them.
 
     Returns:
         One row per image: ``path, iou`` (NaN without an annotated box), ``area`` (share of the
         image) and, with parts, ``parts_inside`` (share of its visible parts).
     """
-    annotated = torch.tensor(strengths.table[BOX].to_numpy(float))
+    annotated = torch.tensor(strengths.table[BOX_COLUMNS].to_numpy(float))
     scores = strengths.table[["path"]].copy()
     scores["iou"] = box_iou(boxes.double(), annotated).numpy()
     scores.loc[annotated.isnan().any(dim=1).numpy(), "iou"] = np.nan
@@ -121,6 +113,15 @@ def score_regions(
     if parts is not None:
         scores["parts_inside"] = scores["path"].map(_parts_inside(boxes, scores["path"], parts))
     return scores
+
+
+def _parts_inside(boxes: Tensor, paths: pd.Series, parts: pd.DataFrame) -> pd.Series:
+    """Share of visible parts inside its image's region, by path."""
+    region = pd.DataFrame(boxes.numpy(), columns=BOX_COLUMNS).assign(path=paths.to_numpy())
+    joined = parts.merge(region, on="path")
+    inside = joined["y"].between(joined["top"], joined["bottom"], inclusive="left")
+    inside &= joined["x"].between(joined["left"], joined["right"], inclusive="left")
+    return inside.groupby(joined["path"]).mean()
 
 
 def best_median_worst(scores: pd.Series) -> dict[str, int]:
@@ -131,15 +132,6 @@ def best_median_worst(scores: pd.Series) -> dict[str, int]:
     order = np.argsort(scores.to_numpy(), kind="stable")[: scores.notna().sum()]
     places = {"best": -1, "median": len(order) // 2, "worst": 0}
     return {name: int(order[place]) for name, place in places.items()} if len(order) else {}
-
-
-def _parts_inside(boxes: Tensor, paths: pd.Series, parts: pd.DataFrame) -> pd.Series:
-    """Share of visible parts inside its image's region, by path."""
-    region = pd.DataFrame(boxes.numpy(), columns=BOX).assign(path=paths.to_numpy())
-    joined = parts.merge(region, on="path")
-    inside = joined["y"].between(joined["top"], joined["bottom"], inclusive="left")
-    inside &= joined["x"].between(joined["left"], joined["right"], inclusive="left")
-    return inside.groupby(joined["path"]).mean()
 
 
 def sweep_thresholds(
@@ -156,7 +148,7 @@ def sweep_thresholds(
     """
     rows = []
     for name, proposal, threshold in product(strengths.maps, proposals, thresholds):
-        boxes = regions(strengths, name, threshold, proposal)
+        boxes = propose_boxes(strengths, name, threshold, proposal)
         scores = score_regions(boxes, strengths, parts)
         row = {"strength": name, "proposal": proposal, "threshold": threshold}
         row["iou_above_half"] = (scores["iou"].dropna() > 0.5).mean()
@@ -168,7 +160,7 @@ def sweep_thresholds(
 def accuracy_by_threshold(
     model: RAMSTrans,
     table: pd.DataFrame,
-    view: ImageTransform,
+    transform: ImageTransform,
     thresholds: Sequence[float],
     batch_size: int = 32,
     workers: int = 0,
@@ -178,7 +170,7 @@ def accuracy_by_threshold(
     Scale 1 runs once per image, scale 2 once per image and region; thresholds often share one.
 
     Returns:
-        One row per threshold and view name: ``threshold, scale, images, top1, standard_error``
+        One row per threshold and output: ``threshold, output, images, top1, standard_error``
         (percent).
 
     Raises:
@@ -188,26 +180,39 @@ def accuracy_by_threshold(
         raise InputError(f"this sweep needs a model of two scales, not {model.num_scales}")
     names = output_names(2)
     correct = torch.zeros(len(thresholds), len(names), dtype=torch.long)
-    for images, source, batch in _batches(model, table, view, batch_size, workers):
-        labels = batch["label"].to(images.device)
-        first, strength = model.look(images, 0)
-        whole = full_image_boxes(images)
-        known: dict[tuple, Tensor] = {}  # (image, its box): logits of scale 2
+    for batch in iterate_batches(model, table, transform, batch_size, workers):
+        images, high_res = model.preprocess(batch["pixels"])
+        first, _, recorded = model.run_scale(images, 0, *model.settings.reads)
+        second = _SecondScale(model, images, high_res)
         for row, threshold in enumerate(thresholds):
             with seed_random_proposals(batch["index"]):
-                boxes = propose(strength, threshold, model.proposal).patch_boxes
-            keys = [(image, *box) for image, box in enumerate(boxes.tolist())]
-            new = [key[0] for key in keys if key not in known]
-            if new:
-                large = None if source is None else source[new]
-                crops, _ = model.crop_region(images[new], large, whole[new], boxes[new])
-                found = model.look(crops, 1)[0]
-                known.update(zip([keys[image] for image in new], found, strict=True))
-            second = torch.stack([known[key] for key in keys])
-            probabilities = torch.stack(fuse((first, second)))
-            correct[row] += (probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()
+                settings = replace(model.settings, thresholds=(threshold,))
+                _, proposal = model.propose(recorded, settings, 0)
+            probabilities = torch.stack(fuse((first, second.logits(proposal.patch_boxes))))
+            correct[row] += (probabilities.argmax(dim=-1) == batch["label"]).sum(dim=1).cpu()
     share = correct.double().numpy() / len(table)
     keys = pd.MultiIndex.from_product([thresholds, names], names=["threshold", "output"])
     result = pd.DataFrame({"top1": 100 * share.ravel()}, index=keys).reset_index()
     error = 100 * np.sqrt(share * (1 - share) / len(table)).ravel()
     return result.assign(images=len(table), standard_error=error)
+
+
+class _SecondScale:
+    """Logits of scale 2 for a batch, each image and region run once."""
+
+    def __init__(self, model: RAMSTrans, images: Tensor, high_res: Tensor | None):
+        self.model, self.images, self.high_res = model, images, high_res
+        self.whole = full_image_boxes(images)
+        self.known: dict[tuple, Tensor] = {}  # (image, boxes): logits
+
+    def logits(self, patch_boxes: Tensor) -> Tensor:
+        """(B, K) of the proposed regions (B, 4) or (B, R, 4)."""
+        keys = [(image, *box) for image, box in enumerate(patch_boxes.flatten(1).tolist())]
+        new = [key[0] for key in keys if key not in self.known]
+        if new:
+            high_res = None if self.high_res is None else self.high_res[new]
+            place = self.whole[new], patch_boxes[new]
+            crops, _ = self.model.crop_region(self.images[new], high_res, *place)
+            logits = self.model.run_scale(crops, 1)[0].unflatten(0, (len(new), -1)).mean(dim=1)
+            self.known.update(zip([keys[image] for image in new], logits, strict=True))
+        return torch.stack([self.known[key] for key in keys])

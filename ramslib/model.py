@@ -1,33 +1,79 @@
-"""RAMS-Trans: one Vision Transformer that looks at the image, then at the region it chose.
+"""RAMS-Trans: one Vision Transformer for the image, then for the region that it proposes.
 
 Scale 1 sees the whole image. Its attention strength goes through the DPPM, the proposed region is
-cut out and resized to the input size, and scale 2 sees that with the same encoder and classifier
+cropped and resized to the input size, and scale 2 sees that with the same encoder and classifier
 but its own class token; recursively for any number of scales (RAMS-Trans, section 3, figure 2).
 
-No gradient flows through a crop, so the scales are independent given their views.
-`RAMSTrans.scales` hands them out one at a time: a training step can back-propagate and free one
-before the next runs, and inference can stop early. `RAMSTrans.forward` simply collects them.
+No gradient flows through a crop, so the scales are independent given their inputs.
+`RAMSTrans.iterate_scales` yields them one at a time: a training step can back-propagate and free
+one before the next runs, and inference can stop early.
 
 ``MODELS`` is the registry of models. RAMS-Trans with one scale is the plain Vision Transformer.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ramslib.attention import record_attention
-from ramslib.backbone import count_class_tokens, create_backbone, encode
-from ramslib.classifier import ImageClassifier, ScaleOutput
+from ramslib.acceleration import last_block_for_one_token
+from ramslib.attention import STRENGTHS, RecordedScale, attention_strength, record_attention
+from ramslib.backbone import count_class_tokens, create_backbone
+from ramslib.boxes import crop_and_resize, full_image_boxes, rescale_boxes
+from ramslib.classifier import ImageClassifier, ScaleOutput, Scales
 from ramslib.config import Config
-from ramslib.dppm import PROPOSALS, propose
+from ramslib.dppm import PROPOSALS, Proposal, keep_random_proposals, propose
 from ramslib.errors import InputError
-from ramslib.regions import crop_and_resize, full_image_boxes, rescale_boxes
-from ramslib.strength import LAST_BLOCKS, STRENGTHS, attention_strength
+from ramslib.extensions import resolve
 from ramslib.transfg import TransFG
 
-IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+@dataclass(frozen=True)
+class ProposalSettings:
+    """How one scale proposes the region of the next; a model has those it was trained with.
+
+    Attributes:
+        thresholds: the paper's eta, one per proposal; the last one also counts for further scales.
+        strength: a key of ``STRENGTHS``, ``path/to/file.py:name`` or a function.
+        proposal: a key of ``PROPOSALS``, ``path/to/file.py:name`` or a function.
+        scales: the number of scales.
+        from_high_res: crop from the high-resolution pixels, else from the previous input.
+    """
+
+    thresholds: tuple[float, ...] = (1.0,)
+    strength: str | Callable = "last_class"
+    proposal: str | Callable = "attention"
+    scales: int = 2
+    from_high_res: bool = True
+
+    @cached_property
+    def functions(self) -> tuple[Callable, Callable]:
+        """Strength and proposal as functions.
+
+        Raises:
+            InputError: an unknown name.
+        """
+        chosen = self.strength, STRENGTHS, "strength"
+        proposed = self.proposal, PROPOSALS, "proposal"
+        return tuple(
+            name if callable(name) else resolve(name, registry, kind)
+            for name, registry, kind in (chosen, proposed)
+        )
+
+    @property
+    def reads(self) -> tuple[int | None, bool]:
+        """Number of last blocks that both functions read (None: all), and whether tokens."""
+        blocks = [getattr(function, "reads_blocks", None) for function in self.functions]
+        tokens = [getattr(function, "reads_tokens", True) for function in self.functions]
+        return None if None in blocks else max(blocks), any(tokens)
+
+    def threshold(self, scale: int) -> float:
+        """Eta for the proposal of a scale, counted from 0."""
+        return self.thresholds[min(scale, len(self.thresholds) - 1)]
 
 
 class RAMSTrans(ImageClassifier):
@@ -35,162 +81,196 @@ class RAMSTrans(ImageClassifier):
 
     Args:
         backbone: from `create_backbone`, with one class token per scale, or a single one that all
-            scales share. Input size and patch grid are read from it.
+            scales share.
         num_classes: K.
-        scales: S >= 1; 1 is a plain Vision Transformer.
-        thresholds: the paper's eta for each of the S - 1 proposals.
-        strength: a key of ``STRENGTHS``.
-        proposal: a key of ``PROPOSALS``.
+        settings: number of scales, and how each proposes the next region.
         per_scale_token: scale s reads class token s; otherwise all read the first.
         legacy_boxes: shift each box by one pixel up and left and include its lower ends, as the
             released code does.
         align_corners: resize crops with coinciding corner pixels, as the released code does.
-        mean_std: (mean, std) per channel that inputs are normalized with; the backbone's own by
-            default. Kept for those who prepare inputs, see `transforms.prepare`.
+        mean_std: see `ImageClassifier`.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
-        scales: int = 2,
-        thresholds: Sequence[float] = (1.0,),
-        strength: str = "last_class",
-        proposal: str = "attention",
+        settings: ProposalSettings = ProposalSettings(),  # noqa: B008 (frozen)
         per_scale_token: bool = True,
         legacy_boxes: bool = False,
         align_corners: bool = False,
         mean_std: tuple | None = None,
     ):
-        _check_options(backbone, scales, thresholds, strength, proposal)
-        if per_scale_token and scales > 1 and count_class_tokens(backbone) != scales:
-            raise InputError(
-                f"{scales} scales need as many class tokens, {type(backbone).__name__} has "
-                f"{count_class_tokens(backbone)}; extend_class_tokens it, or share one token"
-            )
+        _check_settings(backbone, settings, per_scale_token)
         super().__init__(backbone, num_classes, mean_std)
-        self.num_scales = scales
-        self.thresholds = tuple(thresholds)
-        self.strength = strength
-        self.proposal = proposal
-        self.per_scale_token = per_scale_token and scales > 1
+        self.settings = settings
+        self.per_scale_token = per_scale_token and settings.scales > 1
         self.legacy_boxes = legacy_boxes
         self.align_corners = align_corners
 
-    def scales(
-        self, images: Tensor, source: Tensor | None = None
-    ) -> Generator[ScaleOutput, Tensor | None, None]:
-        """Look at the image, propose, cut out, and look there; see `ImageClassifier.scales`.
+    @property
+    def num_scales(self) -> int:
+        """S, the number of scales."""
+        return self.settings.scales
 
-        Who sends a mask (B,) bool of the images just looked at, instead of calling ``next``, goes
-        on with those images alone.
-        """
-        self.check_size(images)
-        view, boxes = images, full_image_boxes(images)
-        for scale in range(self.num_scales):
-            logits, strength = self.look(view, scale)
-            proposal = None
-            if strength is not None:
-                proposal = propose(strength, self.thresholds[scale], self.proposal)
-            kept = yield ScaleOutput(logits, view, boxes, strength, proposal)
-            if proposal is not None:
-                patch_boxes = proposal.patch_boxes
-                if kept is not None:
-                    view, boxes, patch_boxes = view[kept], boxes[kept], patch_boxes[kept]
-                    source = None if source is None else source[kept]
-                view, boxes = self.crop_region(view, source, boxes, patch_boxes)
-
-    def look(self, view: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
-        """Encode and classify one view.
+    def iterate_scales(
+        self,
+        images: Tensor,
+        high_res: Tensor | None = None,
+        settings: ProposalSettings | None = None,
+        run: Callable | None = None,
+    ) -> Scales:
+        """See `ImageClassifier.iterate_scales`.
 
         Args:
-            view: (B, 3, H, W) normalized.
-            scale: 0 for scale 1; chooses the class token.
+            images: (B, 3, H, W).
+            high_res: (B, 3, Hs, Ws) or None.
+            settings: other ones than the model was trained with.
+            run: takes the place of `run_scale`, such as a function that keeps what it returned.
+        """
+        self.check_size(images)
+        settings, run = settings or self.settings, run or self.run_scale
+        inputs, boxes = images, full_image_boxes(images)
+        for scale in range(settings.scales):
+            is_last = scale == settings.scales - 1
+            logits, feature, recorded = run(inputs, scale, *(() if is_last else settings.reads))
+            strength = proposal = None
+            if not is_last:
+                strength, proposal = self.propose(recorded, settings, scale)
+            logits, feature = (_mean_over_regions(each, len(images)) for each in (logits, feature))
+            kept = yield ScaleOutput(logits, inputs, boxes, strength, proposal, feature)
+            if is_last:
+                return
+            if kept is not None:
+                rows = kept.repeat_interleave(len(inputs) // len(images))
+                images, high_res = images[kept], None if high_res is None else high_res[kept]
+                inputs, boxes = inputs[rows], boxes[rows.cpu()]
+                proposal = Proposal(*(each[rows.cpu()] for each in proposal))
+                keep_random_proposals(rows)
+            source = high_res if settings.from_high_res else None
+            inputs, boxes = self.crop_region(inputs, source, boxes, proposal.patch_boxes)
+
+    def run_scale(
+        self, inputs: Tensor, scale: int, blocks: int | None = 0, tokens: bool = False
+    ) -> tuple[Tensor, Tensor, RecordedScale | None]:
+        """Encode and classify the input of one scale.
+
+        Args:
+            inputs: (B, 3, H, W) normalized.
+            scale: from 0; chooses the class token.
+            blocks: number of last blocks whose attention is recorded; None: all.
+            tokens: whether patch tokens are recorded.
 
         Returns:
-            Logits (B, K), and the attention strength (B, h, w), or None at the last scale, which
-            proposes nothing and so records nothing.
+            Logits (B, K), features (B, D), and what was recorded.
         """
-        token = scale if self.per_scale_token else 0
-        if scale == self.num_scales - 1:
-            return self.classifier(encode(self.backbone, view, token)), None
-        with record_attention(self.backbone, LAST_BLOCKS.get(self.strength)) as blocks:
-            feature = encode(self.backbone, view, token)
-        strength = attention_strength(blocks, self.strength, self.grid, token)
-        return self.classifier(feature), strength
+        token = min(scale, self.num_scales - 1) if self.per_scale_token else 0
+        accelerated = nullcontext() if tokens else last_block_for_one_token(self.backbone, token)
+        record = nullcontext() if blocks == 0 else record_attention(self.backbone, blocks)
+        with accelerated, record as recorded:
+            features = self.backbone.forward_features(inputs)
+        feature, patches = self.backbone.forward_head(features[:, token:], pre_logits=True), None
+        if tokens:
+            count = self.grid[0] * self.grid[1]
+            patches = features[:, -count:].detach().unflatten(1, self.grid)
+        recorded = RecordedScale(recorded or [], self.grid, token, inputs, patches)
+        return self.classifier(feature), feature, recorded
+
+    def propose(
+        self, recorded: RecordedScale, settings: ProposalSettings, scale: int
+    ) -> tuple[Tensor, Proposal]:
+        """Attention strength (B, h, w) and proposal of a recorded scale: no forward pass."""
+        strength_function, proposal_function = settings.functions
+        strength, eta = attention_strength(recorded, strength_function), settings.threshold(scale)
+        return strength, propose(strength, eta, proposal_function, recorded)
 
     @torch.no_grad()
     def crop_region(
-        self, view: Tensor, source: Tensor | None, boxes: Tensor, patch_boxes: Tensor
+        self, inputs: Tensor, high_res: Tensor | None, boxes: Tensor, patch_boxes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Region amplification: the next scale's view (no gradient) and where it lies.
+        """Region amplification: the next scale's input (no gradient) and where it lies.
 
         Args:
-            view: (B, 3, H, W) what this scale saw.
-            source: (B, 3, Hs, Ws) or None, see `forward`.
-            boxes: (B, 4) where that view lies, in input pixels.
-            patch_boxes: (B, 4) the proposed region, in patches of that view.
+            inputs: (B, 3, H, W) what this scale saw.
+            high_res: (B' , 3, Hs, Ws) or None; B is a multiple of B'.
+            boxes: (B, 4) where the inputs lie, in pixels of the input of scale 1.
+            patch_boxes: (B, 4) or (B, R, 4) the proposed regions, in patches of the inputs.
 
         Returns:
-            The next view (B, 3, H, W) and its boxes (B, 4) in input pixels.
+            The next inputs (B * R, 3, H, W) and their boxes (B * R, 4).
         """
-        inside = rescale_boxes(patch_boxes, self.grid, full_image_boxes(view))
+        regions = patch_boxes.shape[1] if patch_boxes.ndim == 3 else 1
+        boxes = boxes.repeat_interleave(regions, dim=0) if regions > 1 else boxes
+        whole = full_image_boxes(inputs[:1])
+        inside = rescale_boxes(patch_boxes.reshape(-1, 4), self.grid, whole)
         if self.legacy_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
-        regions = rescale_boxes(inside, self.image_size, boxes)
-        if source is not None:
-            view, inside = source, rescale_boxes(regions, self.image_size, full_image_boxes(source))
-        return crop_and_resize(view, inside, self.image_size, self.align_corners), regions
+        places = rescale_boxes(inside, self.image_size, boxes)
+        pixels = inputs if high_res is None else high_res
+        if high_res is not None:
+            inside = rescale_boxes(places, self.image_size, full_image_boxes(high_res[:1]))
+        if len(pixels) != len(inside):
+            pixels = pixels.repeat_interleave(len(inside) // len(pixels), dim=0)
+        return crop_and_resize(pixels, inside, self.image_size, self.align_corners), places
 
 
-def _check_options(
-    backbone: nn.Module, scales: int, thresholds: Sequence[float], strength: str, proposal: str
-) -> None:
+def _mean_over_regions(values: Tensor, images: int) -> Tensor:
+    """(B * R, D) -> (B, D)."""
+    return values if len(values) == images else values.unflatten(0, (images, -1)).mean(dim=1)
+
+
+def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: bool) -> None:
+    scales, thresholds = settings.scales, settings.thresholds
     if scales < 1:
         raise InputError(f"a model needs at least one scale, not {scales}")
-    if len(thresholds) != scales - 1 or any(eta != eta for eta in thresholds):
+    if len(thresholds) < scales - 1 or any(eta != eta for eta in thresholds):
         wanted = f"{scales} scales need {scales - 1} numbers as thresholds"
         raise InputError(f"{wanted}, not {tuple(thresholds)}")
-    for name, known in ((strength, STRENGTHS), (proposal, PROPOSALS)):
-        if name not in known:
-            raise InputError(f"unknown name {name!r}; choose one of {', '.join(known)}")
-    if scales > 1 and strength.endswith("_class") and not count_class_tokens(backbone):
+    strength, _ = settings.functions  # raises on unknown names
+    reads_class = strength.__name__.endswith("_class")
+    if scales > 1 and reads_class and not count_class_tokens(backbone):
         raise InputError(
-            f"{type(backbone).__name__} has no class token for strength {strength!r}; "
+            f"{type(backbone).__name__} has no class token for strength {settings.strength!r}; "
             "use 'rollout_mean'"
+        )
+    if per_scale and scales > 1 and count_class_tokens(backbone) != scales:
+        raise InputError(
+            f"{scales} scales need as many class tokens, {type(backbone).__name__} has "
+            f"{count_class_tokens(backbone)}; extend_class_tokens it, or share one token"
         )
 
 
-def _build_rams(config: Config, num_classes: int) -> tuple[RAMSTrans, str]:
+def build_rams(config: Config, num_classes: int) -> RAMSTrans:
+    """RAMS-Trans, or with one scale a plain Vision Transformer, as configured."""
     per_scale = config.class_token == "per_scale"
-    backbone, origin = _build_backbone(config, class_tokens=config.scales if per_scale else 1)
+    backbone = build_backbone(config, class_tokens=config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.grad_checkpointing)
-    model = RAMSTrans(
+    settings = ProposalSettings(
+        config.thresholds(), config.strength, config.proposal, config.scales
+    )
+    return RAMSTrans(
         backbone,
         num_classes,
-        scales=config.scales,
-        thresholds=config.thresholds(),
-        strength=config.strength,
-        proposal=config.proposal,
+        settings,
         per_scale_token=per_scale,
         legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
-        mean_std=_mean_std(config),
+        mean_std=configured_mean_std(config),
     )
-    return model, origin
 
 
-def _build_transfg(config: Config, num_classes: int) -> tuple[TransFG, str]:
+def build_transfg(config: Config, num_classes: int) -> ImageClassifier:
+    """TransFG, as configured."""
     if config.grad_checkpointing:  # a block computed again would get other tokens
         raise InputError(
             "model transfg exchanges tokens between blocks; use grad_checkpointing=False"
         )
-    backbone, origin = _build_backbone(config)
-    options = config.contrastive_weight, config.contrastive_margin, _mean_std(config)
-    return TransFG(backbone, num_classes, *options), origin
+    options = config.contrastive_weight, config.contrastive_margin, configured_mean_std(config)
+    return TransFG(build_backbone(config), num_classes, *options)
 
 
-def _build_backbone(config: Config, class_tokens: int = 1) -> tuple[nn.Module, str]:
+def build_backbone(config: Config, class_tokens: int = 1) -> nn.Module:
+    """The backbone that a configuration describes, with its pre-trained weights."""
     return create_backbone(
         config.backbone,
         config.image_size,
@@ -204,23 +284,28 @@ def _build_backbone(config: Config, class_tokens: int = 1) -> tuple[nn.Module, s
     )
 
 
-def _mean_std(config: Config) -> tuple | None:
-    return IMAGENET if config.normalization == "imagenet" else None
+def configured_mean_std(config: Config) -> tuple | None:
+    """(mean, std) of ImageNet where it is configured, None for the backbone's own."""
+    imagenet = config.normalization == "imagenet"
+    return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if imagenet else None
 
 
-MODELS: dict[str, Callable[[Config, int], tuple[ImageClassifier, str]]] = {
-    "rams": _build_rams,
-    "transfg": _build_transfg,
+MODELS: dict[str, Callable[[Config, int], ImageClassifier]] = {
+    "rams": build_rams,
+    "transfg": build_transfg,
 }
 
 
-def build_model(config: Config, num_classes: int) -> tuple[ImageClassifier, str]:
-    """The model that a configuration describes.
-
-    Returns:
-        The model, and one sentence about where its weights come from.
+def build_model(config: Config, num_classes: int) -> ImageClassifier:
+    """The model that a configuration describes; its ``origin`` says where its weights come from.
 
     Raises:
-        InputError: a configuration that no model fits.
+        InputError: a configuration that no model fits, or a builder that gives something else.
     """
-    return MODELS[config.model](config, num_classes)
+    model = resolve(config.model, MODELS, "model")(config, num_classes)
+    if not isinstance(model, ImageClassifier):
+        raise InputError(
+            f"model {config.model!r} gives a {type(model).__name__}; it must return an "
+            "ImageClassifier (docs/extending.md)"
+        )
+    return model

@@ -1,38 +1,39 @@
-"""TransFG: a Vision Transformer whose last block sees only the patches that its heads chose.
+"""TransFG: a Vision Transformer whose last block sees only the patches that its heads select.
 
 He et al., "TransFG: A Transformer Architecture for Fine-grained Recognition", AAAI 2022; a baseline
 for RAMS-Trans in the same training and evaluation. The attention of all blocks but the last is
-multiplied, head by head; each head names the patch that its class token attends to most. The class
-token and these patches go through the last block, and a contrastive loss keeps class tokens of
-different classes apart. Patches may overlap (`backbone.overlap_patches`).
+multiplied, head by head; each head selects the patch that its class token attends to most. The
+class token and these patches go through the last block, and a contrastive loss keeps class tokens
+of different classes apart. Patches may overlap (`backbone.overlap_patches`).
 
 Only the class token's row of the product is read, so a row vector per head runs from the last
-matrix to the first and no matrix product is formed, as in `ramslib.strength`.
+matrix to the first and no matrix product is formed, as in `attention.rollout_rows`.
 
 Added to the paper, which knows one class token only: register tokens go through the last block too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ramslib.acceleration import last_block_for_one_token
 from ramslib.attention import QueryKey, attention_probabilities, multiply_rows, record_attention
-from ramslib.backbone import count_class_tokens, encode, has_relative_positions
-from ramslib.classifier import ImageClassifier, ScaleOutput
+from ramslib.backbone import count_class_tokens, has_relative_positions
+from ramslib.boxes import full_image_boxes
+from ramslib.classifier import ImageClassifier, ScaleOutput, Scales
 from ramslib.errors import InputError
-from ramslib.regions import full_image_boxes
 
 
 class Parts(NamedTuple):
-    """What TransFG makes of a view.
+    """What TransFG computes for a batch of images.
 
     Attributes:
         logits: (B, K).
         feature: (B, D) the class token after the final norm: what is classified.
-        patches: (B, A) long, the patch that each head chose, counted row by row; heads may agree.
+        patches: (B, A) long, the patch that each head selected, row by row; heads may agree.
     """
 
     logits: Tensor
@@ -52,7 +53,7 @@ class TransFG(ImageClassifier):
         mean_std: see `ImageClassifier`.
 
     Raises:
-        InputError: a backbone whose last block cannot do with a subset of the tokens.
+        InputError: a backbone whose last block needs all tokens.
     """
 
     def __init__(
@@ -68,37 +69,39 @@ class TransFG(ImageClassifier):
         self.contrastive_weight = contrastive_weight
         self.contrastive_margin = contrastive_margin
 
-    def scales(self, images: Tensor, source: Tensor | None = None) -> Iterator[ScaleOutput]:
-        """The one look at the whole image, see `ImageClassifier.scales`; ``source`` is not needed."""
+    def iterate_scales(self, images: Tensor, high_res: Tensor | None = None) -> Scales:
+        """The single scale, the whole image; ``high_res`` is not read."""
         self.check_size(images)
-        logits, feature, _ = self.look(images)
+        parts = self.run_parts(images)
         boxes = full_image_boxes(images)
-        yield ScaleOutput(logits, images, boxes, None, None, feature)
+        yield ScaleOutput(parts.logits, images, boxes, feature=parts.feature)
 
-    def look(self, view: Tensor) -> Parts:
-        """Encode a view, (B, 3, H, W) normalized, choose patches before the last block, classify.
+    def run_parts(self, images: Tensor) -> Parts:
+        """Encode images (B, 3, H, W), select patches before the last block, and classify.
 
-        The tokens are exchanged by a hook, so the forward pass stays timm's own.
+        The tokens are exchanged by a hook, so the forward pass is timm's own.
         """
-        chosen = []
+        selected = []
 
         def keep_parts(block: nn.Module, inputs: tuple) -> tuple:
-            chosen.append(select_parts(blocks, self.grid))
-            return gather_tokens(inputs[0], chosen[0], self.grid), *inputs[1:]
+            selected.append(select_parts(blocks, self.grid))
+            return gather_tokens(inputs[0], selected[0], self.grid), *inputs[1:]
 
         hook = self.backbone.blocks[-1].register_forward_pre_hook(keep_parts)
-        with hook, record_attention(self.backbone) as blocks:
-            feature = encode(self.backbone, view, 0)
-        return Parts(self.classifier(feature), feature, chosen[0])
+        record, accelerate = record_attention(self.backbone), last_block_for_one_token
+        with hook, record as blocks, accelerate(self.backbone, 0):
+            tokens = self.backbone.forward_features(images)
+        feature = self.backbone.forward_head(tokens, pre_logits=True)
+        return Parts(self.classifier(feature), feature, selected[0])
 
-    def loss(self, look: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy plus the contrastive loss of the batch that was looked at.
+    def loss(self, output: ScaleOutput, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross entropy plus the contrastive loss of the batch.
 
-        That batch is a micro-batch of one process: with ``grad_accum_steps`` or several processes, pairs
-        are formed within each and the losses are averaged.
+        That batch is a micro-batch of one process: with ``grad_accum_steps`` or several processes,
+        pairs are formed within each and the losses are averaged.
         """
-        contrastive = contrastive_loss(look.feature, labels, self.contrastive_margin)
-        return super().loss(look, labels, label_smoothing) + self.contrastive_weight * contrastive
+        contrastive = contrastive_loss(output.feature, labels, self.contrastive_margin)
+        return super().loss(output, labels, label_smoothing) + self.contrastive_weight * contrastive
 
 
 def _check_backbone(backbone: nn.Module) -> None:
@@ -111,7 +114,7 @@ def _check_backbone(backbone: nn.Module) -> None:
     if has_relative_positions(backbone) or getattr(backbone, "rope", None) is not None:
         raise InputError(f"attention of {name} needs every patch in its place; {advice}")
     if len(backbone.blocks) < 2:
-        raise InputError(f"{name} has one block, and none before it to choose patches; {advice}")
+        raise InputError(f"{name} has one block, and none before it to select patches; {advice}")
 
 
 @torch.no_grad()

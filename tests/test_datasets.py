@@ -20,7 +20,7 @@ from ramslib.data.datasets import fingerprint, read_folder, read_table
 from ramslib.data.summary import describe, describe_boxes, describe_parts, load_parts
 from ramslib.errors import InputError
 
-BOX = annotations.BOX_COLUMNS
+BOX_COLUMNS = annotations.BOX_COLUMNS
 
 
 def write(path, text=""):
@@ -78,7 +78,7 @@ def test_cub_table(tmp_path):
     assert table["split"].value_counts().to_dict() == {"train": 8, "test": 4}
     assert table["label"].tolist() == [0] * 6 + [1] * 6
     assert set(table["class_name"]) == {"001.Crow", "002.Wren"}
-    assert (table[BOX] == [2.0, 1.0, 6.0, 4.0]).all(axis=None)
+    assert (table[BOX_COLUMNS] == [2.0, 1.0, 6.0, 4.0]).all(axis=None)
     assert table["path"].map(os.path.isabs).all() and table["path"].map(os.path.exists).all()
 
 
@@ -87,7 +87,7 @@ def test_cub_archive_folder_relative_root_and_optional_boxes(tmp_path, monkeypat
     (tmp_path / "CUB_200_2011/bounding_boxes.txt").unlink()
     monkeypatch.chdir(tmp_path)
     table = readers.read_cub(".")
-    assert table[BOX].isna().all(axis=None)
+    assert table[BOX_COLUMNS].isna().all(axis=None)
     assert table["path"][0].startswith(str(tmp_path / "CUB_200_2011/images"))
 
 
@@ -131,7 +131,7 @@ def test_mistake_is_named_by_file_and_line(tmp_path, file, line, text, why):
 def test_box_rounded_beyond_the_edge_is_clipped(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "bounding_boxes.txt", 7, "7 -1.0 -0.5 30.0 4.0")
-    assert readers.read_cub(root).loc[6, BOX].tolist() == [0.0, 0.0, 3.5, 29.0]
+    assert readers.read_cub(root).loc[6, BOX_COLUMNS].tolist() == [0.0, 0.0, 3.5, 29.0]
 
 
 @pytest.mark.parametrize("name", ["image_class_labels", "train_test_split", "bounding_boxes"])
@@ -278,7 +278,9 @@ def test_nabirds_labels_are_contiguous_and_boxes_clipped(tmp_path):
     table = readers.read_nabirds(write_nabirds(tmp_path))
     assert table["label"].tolist() == [1, 1, 1, 0, 0, 0, 2, 2, 2]
     assert table["class_name"].iloc[[0, 3, 6]].tolist() == ["Titmouse", "Teal", "Grebe (Adult)"]
-    assert (table[BOX] == [2.0, 1.0, 6.0, 3.0]).all(axis=None)  # width 3 clips the right edge
+    assert (table[BOX_COLUMNS] == [2.0, 1.0, 6.0, 3.0]).all(
+        axis=None
+    )  # width 3 clips the right edge
 
 
 def test_nabirds_mistakes_and_hierarchy(tmp_path):
@@ -321,7 +323,7 @@ def test_cars(tmp_path):
     assert table["split"].value_counts().to_dict() == {"train": 4, "test": 3}
     assert table["label"].tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert table["class_name"][1] == "Audi TT"
-    assert table[BOX].iloc[2].tolist() == [1.0, 0.0, 40.0, 302.0]  # 302 is beyond a byte
+    assert table[BOX_COLUMNS].iloc[2].tolist() == [1.0, 0.0, 40.0, 302.0]  # 302 is beyond a byte
     assert table["path"][4] == str(tmp_path / "cars_test/00001.jpg")
 
 
@@ -374,8 +376,8 @@ def test_dogs(tmp_path):
     table = readers.read_dogs(root)
     assert table["label"].tolist() == [0, 0, 0, 1, 1, 1, 0, 1]
     assert table["class_name"][3] == "n0208b-b_dog"
-    assert (table[BOX] == [20.0, 10.0, 45.0, 40.0]).all(axis=None)  # largest, clipped at 45
-    assert readers.read_dogs(root, boxes=False)[BOX].isna().all(axis=None)
+    assert (table[BOX_COLUMNS] == [20.0, 10.0, 45.0, 40.0]).all(axis=None)  # largest, clipped at 45
+    assert readers.read_dogs(root, boxes=False)[BOX_COLUMNS].isna().all(axis=None)
     file = write(root / "Annotation/n0208a-a_dog/n0208a_2", "<annotation><xmin>3</xmin>")
     assert f"{file}: not as expected" in message(lambda: readers.read_dogs(root))
 
@@ -447,7 +449,7 @@ def test_aircraft_equals_torchvision(tmp_path):
         assert part["path"].tolist() == reference._image_files
         assert part["label"].tolist() == reference._labels
         assert part["class_name"].tolist() == [reference.classes[i] for i in reference._labels]
-    assert (table[BOX] == [143.0, 2.0, 431.0, 998.0]).all(axis=None)
+    assert (table[BOX_COLUMNS] == [143.0, 2.0, 431.0, 998.0]).all(axis=None)
 
 
 def test_aircraft_image_in_two_splits(tmp_path):
@@ -780,7 +782,7 @@ def test_describe_boxes(tmp_path):
     wanted = {"area": 18 / 48, "height": 0.5, "width": 0.75, "aspect": 2.0, "y": 0.75, "x": 5 / 8}
     assert found.to_dict() == pytest.approx(wanted)
     assert len(describe_boxes(table, sample=5)) == 4
-    none = table.assign(**dict.fromkeys(BOX, np.nan))
+    none = table.assign(**dict.fromkeys(BOX_COLUMNS, np.nan))
     assert len(describe_boxes(none)) == 0
     assert len(describe_parts(none, load_parts("pets", root))) == 0
 

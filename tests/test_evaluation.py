@@ -18,7 +18,7 @@ from ramslib.data.transforms import ImageTransform
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.evaluation import (
-    BOX,
+    BOX_COLUMNS,
     confusions,
     expected_calibration_error,
     fuse,
@@ -94,7 +94,7 @@ def test_processes_share_the_images_without_overlap(table, monkeypatch, world, p
         predict(model, table, VIEW, 4, processes=Processes(rank, world))
     filled = torch.stack([part[:, 0, 1] > 0 for part in parts])
     assert filled.sum(dim=0).tolist() == [1] * 17
-    columns = ["prediction", "confidence", "true_probability", "rank", *BOX]
+    columns = ["prediction", "confidence", "true_probability", "rank", *BOX_COLUMNS]
     total = sum(parts).numpy().reshape(-1, len(columns))
     np.testing.assert_allclose(total, whole[columns].to_numpy(float), rtol=1e-4)
 
@@ -117,7 +117,7 @@ def test_regions_are_in_pixels_of_the_photo(table):
     predictions = predict(opinionated(), table, VIEW, 4)
     sizes = {path: (40, 48) if "bird 0" in path else (60, 68) for path in table["path"]}
     resized, margin = 55, 3  # 48 / 0.875, and (55 - 48) / 2 rounded
-    for row in predictions.dropna(subset=BOX).itertuples():
+    for row in predictions.dropna(subset=BOX_COLUMNS).itertuples():
         height, width = sizes[row.path]
         box = np.array([row.top, row.left, row.bottom, row.right])
         inside = box * (np.array([resized] * 4) / [height, width, height, width]) - margin
@@ -125,7 +125,7 @@ def test_regions_are_in_pixels_of_the_photo(table):
         if row.output == "scale 1":
             assert inside == pytest.approx([0, 0, 48, 48], abs=1.01)
     fused = predictions["output"].str.startswith("mean")
-    assert predictions.loc[fused, BOX].isna().all(axis=None)
+    assert predictions.loc[fused, BOX_COLUMNS].isna().all(axis=None)
 
 
 def test_weights_that_give_no_number_are_told_not_counted_as_correct(table):
@@ -227,11 +227,11 @@ def test_boxes_are_scored_against_annotations_in_the_same_pixels():
             ("a", "scale 2", 0, 0, 5, 10),
             ("b", "scale 1", 1, 1, 2, 2),
         ],
-        columns=["path", "output", *BOX],
+        columns=["path", "output", *BOX_COLUMNS],
     )
     fused = pd.DataFrame({"path": ["a"], "output": ["mean softmax"]})
     table = pd.DataFrame(
-        [("a", 0, 5, 10, 15), ("b", np.nan, np.nan, np.nan, np.nan)], columns=["path", *BOX]
+        [("a", 0, 5, 10, 15), ("b", np.nan, np.nan, np.nan, np.nan)], columns=["path", *BOX_COLUMNS]
     )
     scores = score_boxes(pd.concat([looked, fused]), table)
     assert scores["output"].tolist() == ["scale 1", "scale 2"]

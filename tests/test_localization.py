@@ -12,7 +12,8 @@ from tiny import draw_photos, tiny_config
 from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
-from ramslib.evaluation import BOX, predict
+from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.evaluation import predict
 from ramslib.localization import (
     StrengthMaps,
     accuracy_by_threshold,
@@ -38,8 +39,8 @@ def strengths():
         top, left = draw.uniform(0, 0.4, 2) * (height, width)
         bottom, right = draw.uniform(0.6, 1, 2) * (height, width)
         rows.append((f"{number}.jpg", top, left, bottom, right))
-    table = pd.DataFrame(rows, columns=["path", *BOX])
-    table.loc[3, BOX] = np.nan
+    table = pd.DataFrame(rows, columns=["path", *BOX_COLUMNS])
+    table.loc[3, BOX_COLUMNS] = np.nan
     maps = {
         name: torch.rand(5, *GRID, generator=torch.Generator().manual_seed(1)) ** 3 for name in "ab"
     }
@@ -92,7 +93,7 @@ def test_scores_equal_the_loops(strengths, parts, threshold):
         row = scores.iloc[number]
         share = (region[2] - region[0]) * (region[3] - region[1]) / (size[0] * size[1])
         assert row["area"] == pytest.approx(share, rel=1e-4)
-        annotated = strengths.table.loc[number, BOX].tolist()
+        annotated = strengths.table.loc[number, BOX_COLUMNS].tolist()
         if number == 3:
             assert math.isnan(row["iou"])
         else:
@@ -126,7 +127,7 @@ def test_a_sweep_has_the_means_of_every_combination(strengths, parts):
 
 
 def test_without_boxes_there_is_no_overlap(strengths):
-    table = strengths.table.assign(**dict.fromkeys(BOX, np.nan))
+    table = strengths.table.assign(**dict.fromkeys(BOX_COLUMNS, np.nan))
     swept = sweep_thresholds(strengths._replace(table=table), [1.0])
     assert swept[["iou", "iou_above_half"]].isna().all(axis=None)
     assert swept["area"].notna().all() and "parts_inside" not in swept
@@ -173,7 +174,7 @@ def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(photos, 
     model, view = opinionated(proposal=proposal, threshold=1.1), ImageTransform(48, 0.875)
     predictions = predict(model, photos, view, batch_size=4)
     strengths = record_strengths(model, photos, view, ["last_class"], batch_size=5)
-    looked = predictions.query("output == 'scale 2'")[BOX].to_numpy()
+    looked = predictions.query("output == 'scale 2'")[BOX_COLUMNS].to_numpy()
     found = regions(strengths, "last_class", 1.1, proposal)
     np.testing.assert_allclose(found, looked, rtol=1e-4, atol=1e-3)
     accuracy = accuracy_by_threshold(model, photos, view, [0.5, 1.1], batch_size=7)

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ramslib.attention import STRENGTHS
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
@@ -25,7 +26,6 @@ from ramslib.evaluation import score_boxes
 from ramslib.experiments.sweep import run_folder, train_all
 from ramslib.runs.results import read_predictions, read_results
 from ramslib.runs.run import NON_RESULT_SETTINGS, read_run
-from ramslib.strength import STRENGTHS
 
 AXES: dict[str, Sequence] = {  # settings that an ablation varies by name
     "scales": (1, 2, 3, 4),

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 
 from ramslib import plots
 from ramslib.config import Config
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError, write_atomically
-from ramslib.evaluation import BOX, confusions
+from ramslib.evaluation import confusions
 from ramslib.runs.run import is_finished, read_metrics, read_run
 from ramslib.training.launch import overrides
 
@@ -231,10 +232,10 @@ def _photo(ax: Axes, row, looks: pd.DataFrame, table: pd.DataFrame, names: Seque
     factor = min(1.0, longest / max(photo.size))
     photo = photo.resize([max(1, round(side * factor)) for side in photo.size])
     boxes = {
-        look.output: [factor * getattr(look, side) for side in BOX]
-        for look in looks.dropna(subset=BOX).iloc[1:].itertuples()
+        look.output: [factor * getattr(look, side) for side in BOX_COLUMNS]
+        for look in looks.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples()
     }
-    annotated = table.loc[table["path"] == row.path, BOX].to_numpy(dtype=float)[0] * factor
+    annotated = table.loc[table["path"] == row.path, BOX_COLUMNS].to_numpy(dtype=float)[0] * factor
     said = "" if row.rank == 0 else f"\nsaid: {plots.clean_class_name(names[row.prediction])}"
     title = f"{plots.clean_class_name(names[row.label])}, {row.true_probability:.2f}{said}"
     plots.plot_image(photo, boxes, annotated, title, ax)

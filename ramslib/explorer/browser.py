@@ -7,7 +7,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import pandas as pd
 
-from ramslib.evaluation import BOX
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.explorer.components import set_options, small
 from ramslib.plots.drawing import clean_class_name
 from ramslib.runs.prediction import find_images
@@ -118,4 +118,6 @@ class ImageBrowser(widgets.VBox):
 def _foreign(paths: Sequence[Path]) -> pd.DataFrame:
     """Rows of photos that no data set knows."""
     table = pd.DataFrame({"path": [str(path) for path in paths]})
-    return table.assign(label=-1, class_name="", split="", **dict.fromkeys(BOX, float("nan")))
+    return table.assign(
+        label=-1, class_name="", split="", **dict.fromkeys(BOX_COLUMNS, float("nan"))
+    )

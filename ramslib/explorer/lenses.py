@@ -126,12 +126,12 @@ def open_backbone(name: str, table: pd.DataFrame, image_size=224, highres_size=4
     stored = cache_folder() / f"{name}.safetensors"
     pretrained = str(stored) if stored.exists() else "auto"
     classes = int(table["label"].max()) + 1 if len(table) else 1  # never read, but scored
-    model, origin = build_model(config.replace(pretrained=pretrained), classes)
+    model = build_model(config.replace(pretrained=pretrained), classes)
     if count_class_tokens(model.backbone):
         model.strength = "last_class"
     view = ImageTransform(highres_size, config.crop_fraction)
     model = model.eval().to(_device())
-    return LoadedModel(name, model, view, [], table, origin, run_key(config, origin))
+    return LoadedModel(name, model, view, [], table, model.origin, run_key(config, model.origin))
 
 
 def _device() -> torch.device:

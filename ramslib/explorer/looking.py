@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ramslib.attention import QueryKey, record_attention
 from ramslib.backbone import count_class_tokens
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import Proposal, propose, seed_random_proposals
-from ramslib.evaluation import BOX
 from ramslib.explorer.lenses import LoadedModel, Photo
 from ramslib.localization import StrengthMaps, regions, score_regions
 from ramslib.regions import box_area, box_iou, label_components
@@ -197,7 +197,7 @@ def measure(lens: LoadedModel, photo: Photo, region: Region) -> dict[str, float]
     mask, component = region.proposal.mask, region.proposal.component
     iou = float(box_iou(boxes, photo.truth)[0])
     return {
-        **dict(zip(BOX, boxes[0].tolist(), strict=True)),
+        **dict(zip(BOX_COLUMNS, boxes[0].tolist(), strict=True)),
         "area": float(box_area(boxes)[0] / photo.size.prod()),
         "iou": torch.nan if photo.truth.isnan().any() else iou,
         "patches": int(mask.sum()),
@@ -221,7 +221,7 @@ def threshold_curve(
         One row per threshold: ``threshold, area`` (share of the photo), and ``iou`` if annotated.
     """
     count, strength = len(thresholds), strength_of(lens, seen, choice).cpu()
-    table = pd.DataFrame(photo.truth.tolist() * count, columns=BOX).assign(path=photo.path)
+    table = pd.DataFrame(photo.truth.tolist() * count, columns=BOX_COLUMNS).assign(path=photo.path)
     sizes, maps = photo.size.repeat(count, 1), {"": strength.repeat(count, 1, 1)}
     copies = StrengthMaps(maps, table, lens.view, sizes, lens.model.image_size)
     boxes = regions(copies, "", torch.tensor(thresholds), choice.proposal)

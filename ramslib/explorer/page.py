@@ -20,10 +20,9 @@ import ipywidgets as widgets
 import pandas as pd
 import torch
 
-from ramslib.data.annotations import TABLE_COLUMNS
+from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
-from ramslib.evaluation import BOX
 from ramslib.explorer.browser import ImageBrowser
 from ramslib.explorer.components import (
     STYLE,
@@ -181,7 +180,7 @@ class Explorer:
 
     def _pick(self, row: pd.Series) -> None:
         label = None if row["label"] < 0 else int(row["label"])
-        self._open(row["path"], label, row[BOX].to_numpy(float))
+        self._open(row["path"], label, row[BOX_COLUMNS].to_numpy(float))
 
     def _open(self, path: str, label: int | None, truth) -> None:
         """Look at a photo; if it cannot be opened, the one before stays."""
@@ -217,7 +216,7 @@ class Explorer:
             opacity = self.controls.opacity.value
             row.draw(self.lens, self.photo, seen[-1], region, numbers, choice, opacity)
             if choice.scales > 1:
-                boxes[f"scale {row.number + 2}"] = [numbers[side] for side in BOX]
+                boxes[f"scale {row.number + 2}"] = [numbers[side] for side in BOX_COLUMNS]
                 following = self.seen[len(seen) : len(seen) + 1]
                 is_fresh = bool(following) and torch.equal(following[0].view, region.crop)
                 seen = seen + following if is_fresh else seen

@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
-from ramslib.evaluation import BOX
+from ramslib.boxes import rescale_boxes
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.explorer.components import Panel, fit
 from ramslib.explorer.lenses import LoadedModel, Photo
 from ramslib.explorer.looking import ProposalSettings, RecordedScale, Region
@@ -22,7 +23,6 @@ from ramslib.plots.drawing import (
     relative_strength,
     to_picture,
 )
-from ramslib.regions import rescale_boxes
 
 _STOPS = ", ".join(to_hex(color) for color in colormaps[HEATMAP_CMAP](np.linspace(0, 1, 9)))
 
@@ -146,7 +146,7 @@ def say_mask(numbers: dict, patches: int, threshold: float) -> str:
 
 def say_region(numbers: dict) -> str:
     """Where a region lies in the photo."""
-    top, left, bottom, right = (f"{numbers[side]:.0f}" for side in BOX)
+    top, left, bottom, right = (f"{numbers[side]:.0f}" for side in BOX_COLUMNS)
     iou = "" if np.isnan(numbers["iou"]) else f", IoU {numbers['iou']:.2f}"
     share = f"{100 * numbers['area']:.0f} % of the photo"
     return f"y {top}–{bottom}, x {left}–{right} px<br>{share}{iou}"

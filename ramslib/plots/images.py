@@ -17,10 +17,12 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from ramslib.boxes import rescale_boxes
 from ramslib.classifier import ScaleOutput
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
-from ramslib.evaluation import BOX, fuse, output_names
+from ramslib.evaluation import fuse, output_names
 from ramslib.plots.drawing import (
     ANNOTATION_COLOR,
     HEATMAP_CMAP,
@@ -34,7 +36,6 @@ from ramslib.plots.drawing import (
     styled,
     to_picture,
 )
-from ramslib.regions import rescale_boxes
 
 
 @styled
@@ -265,6 +266,6 @@ def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int
     for ax in axes.flat:
         ax.axis("off")
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):
-        box = [row[side] for side in BOX]
+        box = [row[side] for side in BOX_COLUMNS]
         plot_image(open_image(row["path"]), None, box, clean_class_name(row["class_name"]), ax)
     return axes

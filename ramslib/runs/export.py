@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ramslib.classifier import ImageClassifier
-from ramslib.data.transforms import ImageTransform, prepare
+from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError, write_atomically
 from ramslib.runs.run import load, read_run
 
@@ -33,7 +33,7 @@ class Pixels(nn.Module):
             ``logits_1`` .. ``logits_S`` (B, K) and ``boxes_1`` .. ``boxes_S`` (B, 4), where each
             scale looked, in pixels of the model's input.
         """
-        output = self.model(*prepare(pixels, self.model.image_size, *self.model.mean_std))
+        output = self.model(pixels)
         named = {f"logits_{scale + 1}": logits for scale, logits in enumerate(output.logits)}
         return named | {f"boxes_{scale + 1}": boxes for scale, boxes in enumerate(output.boxes)}
 

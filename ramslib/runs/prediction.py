@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from PIL import ImageDraw
 
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
 from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.errors import InputError, write_atomically
-from ramslib.evaluation import BOX, predict
+from ramslib.evaluation import predict
 from ramslib.runs.run import load, read_run
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # of scales 2, 3, ..; safe for all eyes
@@ -70,7 +71,7 @@ def predict_paths(
     names = np.array(description["classes"], dtype=object)[predictions["prediction"]]
     told = predictions[["path", "output"]].assign(class_name=names)
     told["probability"] = predictions["confidence"].round(4)
-    return pd.concat([told, predictions[BOX]], axis=1)
+    return pd.concat([told, predictions[BOX_COLUMNS]], axis=1)
 
 
 def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
@@ -93,7 +94,7 @@ def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
         photo = open_image(path)
         draw = ImageDraw.Draw(photo)
         width = max(2, round(max(photo.size) / 150))
-        looks = rows.dropna(subset=BOX).iloc[1:].itertuples()
+        looks = rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples()
         for color, look in zip(COLORS, looks, strict=False):
             box = look.left, look.top, look.right, look.bottom
             draw.rectangle(box, outline=color, width=width)

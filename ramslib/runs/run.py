@@ -28,9 +28,9 @@ import pandas as pd
 from ramslib import __version__
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError, write_atomically, write_table
-from ramslib.evaluation import BOX
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 
@@ -165,10 +165,10 @@ def _read_table(path: Path) -> pd.DataFrame:
         path,
         dtype={"path": str, "class_name": str, "split": str, "label": int},
         keep_default_na=False,
-        na_values={side: [""] for side in BOX},
+        na_values={side: [""] for side in BOX_COLUMNS},
         encoding_errors="surrogateescape",
     )
-    return table[["path", "label", "class_name", "split", *BOX]]
+    return table[["path", "label", "class_name", "split", *BOX_COLUMNS]]
 
 
 def is_finished(run: Path | str) -> bool:
@@ -259,6 +259,6 @@ def load(run: Path | str, checkpoint: str = "best") -> ImageClassifier:
     """
     config, description, _ = read_run(run)
     checkpoint = read_checkpoint(Path(run) / f"{checkpoint}.safetensors")
-    model, _ = build_model(config.replace(pretrained="none"), len(description["classes"]))
+    model = build_model(config.replace(pretrained="none"), len(description["classes"]))
     load_module(model, checkpoint, "ema" if config.ema_decay else "model")
     return model.eval()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
-from ramslib.data.transforms import prepare
 from ramslib.distributed import Processes, average_gradients, sum_over_processes
 from ramslib.runs.checkpoint import TrainState, read_checkpoint, restore, save_checkpoint
 from ramslib.training.optimization import (
@@ -70,10 +69,9 @@ class Learner:
         """Back-propagate one micro-batch; returns its share of the step's losses."""
         config, device = self.config, self.processes.device
         pixels = batch["pixels"].to(device, non_blocking=True)
-        images, source = prepare(pixels, self.model.image_size, *self.model.mean_std)
         share = torch.tensor(1 / config.grad_accum_steps, device=device)
         labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]
-        given = images, source, labels, self.weights, config.label_smoothing, amp
+        given = pixels, labels, self.weights, config.label_smoothing, amp
         losses = backward_scales(self.model, *given, factor=self.scaler.scale(share))
         return losses * share
 

@@ -36,8 +36,7 @@ def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
 
 def backward_scales(
     model: ImageClassifier,
-    images: Tensor,
-    source: Tensor | None,
+    pixels: Tensor,
     labels: Tensor,
     weights: list[float],
     label_smoothing: float = 0.0,
@@ -50,8 +49,7 @@ def backward_scales(
 
     Args:
         model: in training mode.
-        images: (B, 3, H, W), see `ImageClassifier.forward`.
-        source: (B, 3, Hs, Ws) or None.
+        pixels: (B, 3, Hs, Ws), see `ImageClassifier.forward`.
         labels: (B,).
         weights: of each scale's loss; a scale of weight 0 is looked at without gradient.
         label_smoothing: of the cross entropy.
@@ -61,14 +59,14 @@ def backward_scales(
     Returns:
         (S,) the scales' losses, detached.
     """
-    looks = model.scales(images, source)
+    outputs = model.forward_scales(pixels)
     losses = []
     for weight in weights:
         with torch.set_grad_enabled(weight > 0):
-            autocast = torch.autocast(images.device.type, amp, enabled=amp is not None)
+            autocast = torch.autocast(pixels.device.type, amp, enabled=amp is not None)
             with autocast, selective_checkpointing():
-                look = next(looks)
-            loss = model.loss(look, labels, label_smoothing)
+                output = next(outputs)
+            loss = model.loss(output, labels, label_smoothing)
             if weight > 0:
                 (loss * weight * factor).backward()
         losses.append(loss.detach())

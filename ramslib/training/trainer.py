@@ -83,12 +83,12 @@ class Trainer:
         """The model before its first step; a new run is described in its folder."""
         config = self.config.replace(pretrained="none") if resuming else self.config
         torch.manual_seed(config.seed)
-        model, origin = build_model(config, int(self.table["label"].max()) + 1)
+        model = build_model(config, int(self.table["label"].max()) + 1)
         if self.processes.is_first:
-            open_run(self.run, self.config, self.table, origin)
+            open_run(self.run, self.config, self.table, model.origin)
         else:  # on another machine, too, it must be there by now
             check_run(self.run, self.config)
-        self._say(f"going on with {self.run}" if resuming else origin)
+        self._say(f"going on with {self.run}" if resuming else model.origin)
         return model
 
     def fit(self, stop: threading.Event, save_every: float) -> bool:

@@ -1,0 +1,300 @@
+"""Look into a model: set an image once, then move strength, threshold and proposal.
+
+The forward pass of a scale runs once and leaves the attention of all blocks. What follows from it,
+strength, mask, component, box and crop, is computed for any `ProposalSettings` without another one;
+only what a further scale makes of a changed crop needs a forward pass, when it is asked for. The
+recursion itself is the model's: an inspector gives it other settings and remembers its scales.
+
+    inspector = ramslib.inspect("runs/birds")
+    inspector.set_image("heron.jpg")
+    region = inspector.region(threshold=0.8)  # no forward pass
+    outputs = inspector.outputs(threshold=0.8)  # scale 2 on the new crop
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ramslib.attention import (
+    STRENGTHS,
+    RecordedScale,
+    attention_strength,
+    single_block,
+)
+from ramslib.backbone import count_class_tokens
+from ramslib.boxes import box_area, box_iou, full_image_boxes
+from ramslib.classifier import ScaleOutput
+from ramslib.data.annotations import BOX_COLUMNS, image_size
+from ramslib.data.transforms import ImageTransform, open_image
+from ramslib.dppm import Proposal, label_components, propose, seed_random_proposals
+from ramslib.errors import InputError
+from ramslib.evaluation import fuse, output_names
+from ramslib.model import ProposalSettings, RAMSTrans
+
+DISPLAY = 900  # pixels; the longer side of the copy of an image that is kept to show
+
+
+class Region(NamedTuple):
+    """What one scale proposes, and the next one's input.
+
+    Attributes:
+        strength: (1, h, w).
+        proposal: of one image.
+        crop: (R, 3, H, W) normalized.
+        boxes: (R, 4) where the crops lie, in pixels of the input of scale 1.
+    """
+
+    strength: Tensor
+    proposal: Proposal
+    crop: Tensor
+    boxes: Tensor
+
+
+@dataclass(eq=False)
+class _Scale:
+    """A scale that was run: what went in and came out, and strengths computed from it."""
+
+    inputs: Tensor
+    logits: Tensor
+    feature: Tensor
+    recorded: RecordedScale
+    boxes: Tensor | None = None  # where the inputs lie
+    strengths: dict[Callable, Tensor] = field(default_factory=dict)
+
+
+class Inspector:
+    """A model and one image, ready to be asked.
+
+    Args:
+        model: in evaluation mode, on its device.
+        transform: the deterministic one of the test.
+        classes: K names; empty for a backbone without a trained classifier.
+
+    Attributes:
+        settings: how the model was trained to propose. Methods take other ones, or changes as
+            keywords: ``threshold``, ``strength``, ``proposal``, ``scales``, ``from_high_res``.
+        picture: the upright image, at most ``DISPLAY`` pixels, to show.
+        pixels: (3, Hs, Ws) uint8, the transformed image at the highest resolution at hand.
+        size: (1, 2) height and width of the upright image.
+        label: true class, or None.
+        box: (1, 4) annotated box in pixels of the upright image, NaN where unknown.
+    """
+
+    def __init__(self, model: RAMSTrans, transform: ImageTransform, classes: Sequence[str] = ()):
+        self.model, self.transform, self.classes = model, transform, list(classes)
+        high_res = tuple(transform.size) != tuple(model.image_size)
+        thresholds = model.settings.thresholds or (1.0,)
+        self.settings = replace(model.settings, thresholds=thresholds, from_high_res=high_res)
+        self._scales: tuple[_Scale, ...] = ()
+
+    def set_image(
+        self,
+        image: Path | str | Image.Image,
+        label: int | None = None,
+        box: Sequence[float] | None = None,
+    ) -> "Inspector":
+        """Read an image and run scale 1 on it.
+
+        Args:
+            image: a file, or an upright RGB image.
+            label: the true class, if known.
+            box: annotated box in pixels of the upright image, if known.
+
+        Raises:
+            InputError: not a readable image, or one of fewer pixels than a patch.
+        """
+        if isinstance(image, Image.Image):
+            opened, size = image, image.size[::-1]
+        else:
+            opened, size = open_image(image, 2 * max(self.transform.resized)), image_size(image)
+        self.size = torch.tensor([size])
+        self._check_size(image)
+        self.path, self.label, self.pixels = str(image), label, self.transform(opened)
+        self.picture = opened.copy()
+        self.picture.thumbnail((DISPLAY, DISPLAY))
+        self.box = torch.full((1, 4), torch.nan) if box is None else torch.as_tensor([list(box)])
+        self.box = self.box.double()
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            self._images = self.model.preprocess(self.pixels[None].to(device))
+            self._scales = (self._run(self._images[0], 0),)
+        self._scales[0].boxes = full_image_boxes(self._images[0])
+        return self
+
+    def _check_size(self, image: object) -> None:
+        sides = zip(self.model.image_size, self.model.grid, strict=True)
+        patch, (height, width) = [side // count for side, count in sides], self.size[0].tolist()
+        if height < patch[0] or width < patch[1]:
+            raise InputError(
+                f"{image}: {height} x {width} pixels are less than one patch ({patch[0]} x "
+                f"{patch[1]}); choose a larger image"
+            )
+
+    def _run(self, inputs: Tensor, scale: int) -> _Scale:
+        """Run one scale and record all of it; scales beyond the trained ones run as the last."""
+        return _Scale(inputs, *self.model.run_scale(inputs, scale, blocks=None, tokens=True))
+
+    def changed(self, settings: ProposalSettings | None = None, **changes) -> ProposalSettings:
+        """Settings with some changed; ``threshold`` is one number for all proposals."""
+        if "threshold" in changes:
+            changes["thresholds"] = (changes.pop("threshold"),)
+        return replace(settings or self.settings, **changes)
+
+    @torch.inference_mode()
+    def region(self, scale: int = 0, settings: ProposalSettings | None = None, **changes) -> Region:
+        """What a scale that was run proposes to the next one: no forward pass.
+
+        Args:
+            scale: from 0.
+            settings: other ones than the model's.
+            **changes: see `changed`.
+        """
+        settings, run = self.changed(settings, **changes), self._scales[scale]
+        strength, proposal = settings.functions
+        if strength not in run.strengths:
+            run.strengths[strength] = attention_strength(run.recorded, strength)
+        values, eta = run.strengths[strength], settings.threshold(scale)
+        proposed = propose(values, eta, _steady(proposal), run.recorded)
+        source = self._images[1] if settings.from_high_res else None
+        crop, boxes = self.model.crop_region(run.inputs, source, run.boxes, proposed.patch_boxes)
+        return Region(values, proposed, crop, boxes)
+
+    @torch.inference_mode()
+    def outputs(self, settings: ProposalSettings | None = None, **changes) -> list[ScaleOutput]:
+        """All scales; those whose input is as before are not run again."""
+        settings, runs = self.changed(settings, **changes), []
+
+        def recall(inputs: Tensor, scale: int, *_) -> tuple:
+            known = self.has_run(scale, inputs)
+            runs.append(self._scales[scale] if known else self._run(inputs, scale))
+            return runs[-1].logits, runs[-1].feature, runs[-1].recorded
+
+        steady = replace(settings, proposal=_steady(settings.functions[1]))
+        outputs = list(self.model.iterate_scales(*self._images, steady, recall))
+        for run, output in zip(runs, outputs, strict=True):
+            run.boxes = output.boxes
+        self._scales = tuple(runs)
+        return outputs
+
+    def has_run(self, scale: int, inputs: Tensor) -> bool:
+        """Whether a scale was run last on exactly these inputs."""
+        return scale < len(self._scales) and torch.equal(self._scales[scale].inputs, inputs)
+
+    def logits(self, count: int) -> tuple[Tensor, ...]:
+        """(1, K) of the first scales that were run; of several regions, their mean."""
+        return tuple(run.logits.mean(dim=0, keepdim=True) for run in self._scales[:count])
+
+    def image_boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (B, 4) in pixels of the input of scale 1, as boxes in the upright image."""
+        return self.transform.boxes_to_image(boxes.cpu(), self.size, self.model.image_size)
+
+    def region_stats(self, region: Region) -> dict[str, float]:
+        """The numbers of a region; of several, those of the first.
+
+        Returns:
+            ``top, left, bottom, right`` in pixels of the upright image; ``area``, its share of the
+            image; ``iou`` with the annotated box, NaN without one; and, in patches of the input
+            that it was proposed in, ``patches`` above the threshold, their number of
+            ``components``, and ``kept``.
+        """
+        boxes, mask = self.image_boxes(region.boxes[:1]), region.proposal.mask
+        iou = float(box_iou(boxes, self.box)[0])
+        return {
+            **dict(zip(BOX_COLUMNS, boxes[0].tolist(), strict=True)),
+            "area": float(box_area(boxes)[0] / self.size.prod()),
+            "iou": torch.nan if self.box.isnan().any() else iou,
+            "patches": int(mask.sum()),
+            "components": int(label_components(mask).max()),
+            "kept": int(region.proposal.component.sum()),
+        }
+
+    def threshold_curve(
+        self, thresholds: Sequence[float], settings: ProposalSettings | None = None, **changes
+    ) -> pd.DataFrame:
+        """What any threshold of scale 1 does to this image: no forward pass.
+
+        Returns:
+            One row per threshold: ``threshold, area`` (share of the image), and ``iou`` if a box is
+            annotated.
+        """
+        settings = self.changed(settings, **changes)
+        regions = [self.region(0, settings, threshold=eta) for eta in thresholds]
+        boxes = self.image_boxes(torch.cat([region.boxes[:1] for region in regions]))
+        curve = pd.DataFrame({"threshold": thresholds, "area": box_area(boxes) / self.size.prod()})
+        return curve if self.box.isnan().any() else curve.assign(iou=box_iou(boxes, self.box))
+
+    def probability_curve(
+        self, thresholds: Sequence[float], settings: ProposalSettings | None = None, **changes
+    ) -> Iterator[float]:
+        """Probability of the true class at scale 2, threshold by threshold of scale 1.
+
+        Where the true class is unknown, that of the class which scale 1 predicts. One forward pass
+        per different crop.
+        """
+        settings, known = self.changed(settings, **changes), {}
+        label = self._scales[0].logits[0].argmax() if self.label is None else self.label
+        for threshold in thresholds:
+            region = self.region(0, settings, threshold=threshold)
+            key = tuple(region.boxes.flatten().tolist())
+            if key not in known:
+                with torch.inference_mode():
+                    logits = self.model.run_scale(region.crop, 1)[0].mean(dim=0)
+                known[key] = float(logits.softmax(dim=0)[label])
+            yield known[key]
+
+    @torch.inference_mode()
+    def strength_per_block(self, settings: ProposalSettings | None = None, **changes) -> Tensor:
+        """The strength (L, h, w) of scale 1 if the network ended after each block.
+
+        Strengths of a single block are computed block by block.
+        """
+        strength, recorded = (
+            self.changed(settings, **changes).functions[0],
+            self._scales[0].recorded,
+        )
+        numbers = range(1, len(recorded.blocks) + 1)
+        if getattr(strength, "is_single", False):
+            maps = [single_block(n, None, self.has_class_token)(recorded) for n in numbers]
+        else:
+            ends = [recorded._replace(blocks=recorded.blocks[:n]) for n in numbers]
+            maps = [attention_strength(end, strength) for end in ends]
+        return torch.cat(maps)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the backbone has a class token."""
+        return count_class_tokens(self.model.backbone) > 0
+
+    def strengths(self) -> list[str]:
+        """The built-in strengths that this backbone has: those of a class token need one."""
+        return [name for name in STRENGTHS if self.has_class_token or not name.endswith("_class")]
+
+
+def _steady(proposal: Callable) -> Callable:
+    """A proposal whose random regions stay the same while settings change."""
+
+    @wraps(proposal)
+    def seeded(strength: Tensor, threshold: float, recorded: RecordedScale) -> Proposal:
+        with seed_random_proposals([0] * len(strength)):
+            return proposal(strength, threshold, recorded)
+
+    return seeded
+
+
+def probabilities(logits: Sequence[Tensor], index: int = 0) -> dict[str, Tensor]:
+    """(K,) class probabilities of one image by output: each scale, and mean softmax of several.
+
+    Args:
+        logits: (B, K) per scale.
+        index: of the image in the batch.
+    """
+    fused = fuse(tuple(scale[index : index + 1] for scale in logits))
+    names = [name for name in output_names(len(logits)) if name != "mean logits"]
+    return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}
