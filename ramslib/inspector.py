@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -186,6 +187,19 @@ class Inspector:
     def has_run(self, scale: int, inputs: Tensor) -> bool:
         """Whether a scale was run last on exactly these inputs."""
         return scale < len(self._scales) and torch.equal(self._scales[scale].inputs, inputs)
+
+    def probabilities(self, outputs: Sequence[ScaleOutput]) -> dict[str, Tensor]:
+        """(K,) class probabilities by output, see `probabilities`."""
+        return probabilities([output.logits for output in outputs])
+
+    def plot(self, settings: ProposalSettings | None = None, **changes) -> Figure:
+        """All scales as a figure: boxes, strength, mask, next input, class probabilities."""
+        from ramslib.plots.images import plot_recursion  # importing pyplot takes half a second
+
+        outputs = self.outputs(settings, **changes)
+        box = self.transform.boxes_to_input(self.box, self.size, self.transform.size)[0]
+        axes = plot_recursion(outputs, self.pixels, self.model, self.classes, self.label, box)
+        return axes[0].figure
 
     def logits(self, count: int) -> tuple[Tensor, ...]:
         """(1, K) of the first scales that were run; of several regions, their mean."""
