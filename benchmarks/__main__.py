@@ -15,7 +15,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("benchmarks", description="Ratios, measured side by side.")
     parser.add_argument("--out", default="runs/bench", help="folder for table.csv and curves.svg")
-    parser.add_argument("--run", help="a trained run, for adaptive inference")
+    parser.add_argument("--run", help="a trained run, for early exit")
     parser.add_argument("--only", nargs="+", choices=[*FIGURES, "curves"], default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +16,25 @@ from torch import Tensor, nn
 
 from benchmarks.step import build, in_own_process, plain, training_step
 from benchmarks.timing import ratios, row
-from ramslib.attention import record_attention
-from ramslib.data.transforms import ImageDataset, ImageTransform, prepare
+from ramslib.attention import (
+    STRENGTHS,
+    RecordedScale,
+    attention_strength,
+    record_attention,
+)
+from ramslib.boxes import full_image_boxes
+from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import load_batches
 from ramslib.dppm import propose
-from ramslib.early_exit import choose_threshold, early_exit_predict, predict_early_exit
-from ramslib.evaluation import predict, score
+from ramslib.evaluation import (
+    choose_exit_threshold,
+    early_exit,
+    predict,
+    predict_early_exit,
+    score,
+)
 from ramslib.model import RAMSTrans
 from ramslib.runs.run import load, read_run
-from ramslib.strength import STRENGTHS, attention_strength
 
 
 def inference(options: SimpleNamespace) -> Iterator[dict]:
@@ -33,8 +44,8 @@ def inference(options: SimpleNamespace) -> Iterator[dict]:
         for batch in options.batches:
             images = torch.randn(batch, 3, options.size, options.size)
             for strength in STRENGTHS:
-                model.strength = strength
-                both = partial(model, images), partial(twice, other, images)
+                model.settings = replace(model.settings, strength=strength)
+                both = partial(model.forward_preprocessed, images), partial(twice, other, images)
                 with torch.inference_mode():
                     times = ratios(*both, options.repeats)
                 what = f"two scales, {strength} / two forwards; {backbone}, batch {batch}"
@@ -43,7 +54,7 @@ def inference(options: SimpleNamespace) -> Iterator[dict]:
 
 def training(options: SimpleNamespace) -> Iterator[dict]:
     """One step of two scales against two plain forward and backward passes and one update."""
-    images = torch.randn(2, 3, options.size, options.size)
+    images = torch.rand(2, 3, options.size, options.size)
     backbone = options.backbones[0]
     for strength in STRENGTHS:
         model, other = build(backbone, options.size, 2, strength), plain(backbone, options.size)
@@ -72,7 +83,7 @@ def proposal(options: SimpleNamespace) -> Iterator[dict]:
     model, other = build(backbone, options.size, 2).eval(), plain(backbone, options.size).eval()
     for batch in options.batches:
         images = torch.randn(batch, 3, options.size, options.size)
-        boxes = torch.tensor([[0.0, 0.0, options.size, options.size]]).repeat(batch, 1)
+        boxes = full_image_boxes(images)
         strength = smooth_noise(batch, *model.grid)
 
         both = partial(dppm, model, images, boxes, strength), partial(other, images)
@@ -90,7 +101,7 @@ def growth(options: SimpleNamespace) -> Iterator[dict]:
             other.forward_features(images)
         for name in STRENGTHS:
             both = (
-                partial(attention_strength, blocks, name, (height, width)),
+                partial(attention_strength, RecordedScale(blocks, (height, width)), name),
                 partial(other, images),
             )
             with torch.inference_mode():
@@ -98,30 +109,28 @@ def growth(options: SimpleNamespace) -> Iterator[dict]:
             yield row(f"strength {name} / one forward; {height} x {width} patches", "", *times)
 
 
-def adaptive(options: SimpleNamespace) -> Iterator[dict]:
-    """Images per second of adaptive inference on a trained run, its threshold from validation."""
+def exits(options: SimpleNamespace) -> Iterator[dict]:
+    """Images per second with early exit on a trained run, its threshold from validation."""
     if options.run is None:
         return
     config, _, table = read_run(options.run)
-    view = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
+    transform = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
     model = load(options.run)
     parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
-    threshold = choose_threshold(predict(model, parts["validation"], view), 0.5)
-    full = score(predict(model, parts["test"], view)).set_index("output")["top1"]
-    found = predict_early_exit(model, parts["test"], view, threshold)
-    batches = [
-        prepare(batch["pixels"], model.image_size, *model.mean_std)
-        for batch in load_batches(ImageDataset(parts["test"], view), 0, batch_size=16)
-    ]
+    threshold = choose_exit_threshold(predict(model, parts["validation"], transform), 0.5)
+    full = score(predict(model, parts["test"], transform)).set_index("output")["top1"]
+    found = predict_early_exit(model, parts["test"], transform, threshold)
+    loaded = load_batches(ImageDataset(parts["test"], transform), 0, batch_size=16)
+    batches = [batch["pixels"] for batch in loaded]
     both = (
         partial(over, batches, model),
-        partial(over, batches, partial(early_exit_predict, model, threshold=threshold)),
+        partial(over, batches, partial(early_exit, model, threshold=threshold)),
     )
     with torch.inference_mode():
         all_scales, stopping = ratios(*both, options.repeats)
-    stopped, top1 = (found["looks"] == 1).mean(), score(found)["top1"].item()
-    note = f"threshold {threshold:.3f}, {100 * stopped:.0f} % stopped, {len(found)} images"
-    yield row(f"images/s, adaptive / all scales; {note}", ">= 1.6", all_scales, stopping)
+    rate, top1 = (found["scales"] == 1).mean(), score(found)["top1"].item()
+    note = f"threshold {threshold:.3f}, {100 * rate:.0f} % exit, {len(found)} images"
+    yield row(f"images/s, early exit / all scales; {note}", ">= 1.6", all_scales, stopping)
     points = full["mean softmax"] - top1
     yield row(f"points lost of {full['mean softmax']:.1f}", "<= 0.5", [points], [1.0])
 
@@ -167,14 +176,14 @@ def twice(model: nn.Module, images: Tensor) -> None:
 
 
 def dppm(model: RAMSTrans, images: Tensor, boxes: Tensor, strength: Tensor) -> None:
-    """All that lies between the strength of one scale and the view of the next."""
+    """All that is between the strength of one scale and the input of the next."""
     model.crop_region(images, None, boxes, propose(strength, 1.0).patch_boxes)
 
 
 def over(batches: list, function: Callable) -> None:
     """Call a function with each batch."""
     for batch in batches:
-        function(*batch)
+        function(batch)
 
 
 FIGURES = {
@@ -185,7 +194,7 @@ FIGURES = {
         memory,
         proposal,
         growth,
-        adaptive,
+        exits,
         loader,
     )
 }

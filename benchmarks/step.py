@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.literal import LiteralRAMS
 from ramslib.backbone import create_backbone
-from ramslib.model import RAMSTrans
+from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.training.optimization import backward_scales
 
 CLASSES = 200
@@ -31,7 +31,9 @@ WAYS = ("workbench", "plain", "plain together", "literal")
 def build(backbone: str, size: int, scales: int, strength: str = "rollout_mean") -> RAMSTrans:
     """The workbench's model with random weights."""
     encoder = create_backbone(backbone, size, class_tokens=scales)
-    return RAMSTrans(encoder, CLASSES, scales, (1.0,) * (scales - 1), strength)
+    return RAMSTrans(
+        encoder, CLASSES, ProposalSettings((1.0,) * (scales - 1), strength, scales=scales)
+    )
 
 
 def plain(backbone: str, size: int) -> nn.Module:
@@ -40,7 +42,11 @@ def plain(backbone: str, size: int) -> nn.Module:
 
 
 def training_step(model: nn.Module, way: str, images: Tensor, scales: int) -> Callable[[], None]:
-    """A function that takes one step of momentum SGD on the sum of the scales' losses."""
+    """A function that takes one step of momentum SGD on the sum of the scales' losses.
+
+    ``images`` are pixels in [0, 1] for the workbench, which normalizes them, and normalized images
+    for the other ways.
+    """
     labels = torch.arange(len(images)) % CLASSES
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
 
@@ -50,7 +56,7 @@ def training_step(model: nn.Module, way: str, images: Tensor, scales: int) -> Ca
     def step() -> None:
         model.train()
         if way == "workbench":
-            backward_scales(model, images, None, labels, [1.0] * scales)
+            backward_scales(model, images, labels, [1.0] * scales)
         elif way == "plain":
             for _ in range(scales):
                 loss(model(images)).backward()
@@ -71,7 +77,7 @@ def memory(what: str) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Build the model, take the steps, and tell time and memory."""
+    """Build the model, take the steps, and return time and memory."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.way.startswith("plain"):
@@ -81,7 +87,7 @@ def measure(options: argparse.Namespace) -> dict:
         model.backbone.set_grad_checkpointing(options.grad_checkpointing)
     if options.way == "literal":
         model = LiteralRAMS(model.backbone, model.classifier, options.scales)
-    images = torch.randn(options.batch, 3, options.size, options.size)
+    images = torch.rand(options.batch, 3, options.size, options.size)
     step = training_step(model, options.way, images, options.scales)
     before, seconds = memory("VmRSS"), []
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

@@ -30,17 +30,18 @@ def opinionated(scales):
 def test_the_literal_implementation_computes_the_same(scales):
     model = opinionated(scales)
     literal = LiteralRAMS(copy.deepcopy(model.backbone), copy.deepcopy(model.classifier), scales)
-    images = torch.randn(3, 3, 64, 64)
-    output = model(images)
-    assert len(output.boxes[1].unique(dim=0)) > 1, "the second look differs from the first"
-    for one, other in zip(literal(images), output.logits, strict=True):
+    pixels = torch.rand(3, 3, 64, 64)
+    output = model(pixels)
+    assert len(output.boxes[1].unique(dim=0)) > 1, "scale 2 sees a part of the image"
+    for one, other in zip(literal(model.preprocess(pixels)[0]), output.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_all_ways_to_train_take_the_same_step():
-    model, images = opinionated(2).eval(), torch.randn(3, 3, 64, 64)
+    model, pixels = opinionated(2).eval(), torch.rand(3, 3, 64, 64)
+    normalized = model.preprocess(pixels)[0]
     literal = LiteralRAMS(copy.deepcopy(model.backbone), copy.deepcopy(model.classifier), 2)
-    for each, way in ((model, "workbench"), (literal, "literal")):
+    for each, way, images in ((model, "workbench", pixels), (literal, "literal", normalized)):
         before = each.classifier.weight.clone()
         training_step(each, way, images, 2)()
         assert not torch.equal(each.classifier.weight, before)
