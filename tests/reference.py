@@ -189,34 +189,34 @@ def cross_entropy(logits, labels):
     return sum(losses) / len(losses)
 
 
-def recursion(look, image, grid, scales, thresholds, source=None):
+def recursion(run, image, grid, scales, thresholds, high_res=None):
     """The whole method for one image.
 
     Args:
-        look: function (view (C, H, W), scale) -> (logits, strength (h, w)).
+        run: function (input (C, H, W), scale) -> (logits, strength (h, w)).
         image: (C, H, W).
         grid: (h, w).
         scales: S.
         thresholds: S - 1 numbers.
-        source: (C, Hs, Ws) the same view with more pixels, or None. Only boxes that fall on whole
-            pixels can be cut here.
+        high_res: (C, Hs, Ws) the same image with more pixels, or None. Only boxes that fall on
+            whole pixels can be cut here.
 
     Returns:
         Logits and boxes (pixels of ``image``), one per scale.
     """
     size = image.shape[1:]
-    view, box = image, (0, 0, *size)
+    crop, box = image, (0, 0, *size)
     logits, boxes = [], []
     for scale in range(scales):
-        scores, values = look(view, scale)
+        scores, values = run(crop, scale)
         logits.append(scores)
         boxes.append(box)
         if scale == scales - 1:
             return logits, boxes
         inside = place(propose(values, thresholds[scale]), grid, (0, 0, *size))
         box = place(inside, size, box)
-        if source is None:
-            view = crop_and_resize(view, [round(side) for side in inside], size)
+        if high_res is None:
+            crop = crop_and_resize(crop, [round(side) for side in inside], size)
         else:
-            cut = place(box, size, (0, 0, *source.shape[1:]))
-            view = crop_and_resize(source, [round(side) for side in cut], size)
+            cut = place(box, size, (0, 0, *high_res.shape[1:]))
+            crop = crop_and_resize(high_res, [round(side) for side in cut], size)

@@ -17,14 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 
-from ramslib.attention import attention_probabilities, record_attention
+from ramslib.attention import (
+    RecordedScale,
+    attention_probabilities,
+    attention_strength,
+    record_attention,
+)
 from ramslib.backbone import extend_class_tokens, overlap_patches
 from ramslib.config import Config
 from ramslib.dppm import propose
-from ramslib.model import IMAGENET, RAMSTrans
-from ramslib.strength import attention_strength
+from ramslib.model import ProposalSettings, RAMSTrans, configured_mean_std
 from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
 from ramslib.transfg import TransFG, contrastive_loss
 from ramslib.weights.sources import load_pretrained
@@ -56,12 +61,17 @@ def golden(name):
     return arrays
 
 
+def pixels_of(golden):
+    """(B, 3, H, W) uint8."""
+    return torch.from_numpy(golden["images"]).permute(0, 3, 1, 2)
+
+
 @pytest.fixture(scope="module")
 def images(golden):
     """(B, 3, H, W) normalized as the release does."""
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in IMAGENET)
-    pixels = torch.from_numpy(golden["images"]).permute(0, 3, 1, 2)
-    return (pixels / 255 - mean) / std
+    values = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = (torch.tensor(value).reshape(3, 1, 1) for value in values)
+    return (pixels_of(golden) / 255 - mean) / std
 
 
 def build_backbone(name, golden, config=RELEASED):
@@ -100,12 +110,10 @@ def build(name, golden, config=RELEASED):
     model = RAMSTrans(
         backbone,
         len(head),
-        config.scales,
-        config.thresholds(),
-        config.strength,
-        config.proposal,
+        ProposalSettings(config.thresholds(), config.strength, config.proposal, config.scales),
         legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
+        mean_std=configured_mean_std(config),
     )
     model.classifier.weight.data.copy_(head)
     return model.eval()
@@ -118,23 +126,23 @@ def model(name, golden):
 
 
 @pytest.fixture(scope="module")
-def looks(model, images):
+def outputs(model, images):
     """Both scales, at the released threshold."""
     with torch.no_grad():
-        return list(model.scales(images))
+        return list(model.iterate_scales(images))
 
 
-def recorded(model, view):
-    """Attention of one view."""
+def record(model, inputs):
+    """Attention of all blocks for the input of one scale."""
     with torch.no_grad(), record_attention(model.backbone) as blocks:
-        model.backbone.forward_features(view)
-    return blocks
+        model.backbone.forward_features(inputs)
+    return RecordedScale(blocks, model.grid)
 
 
 @pytest.fixture(scope="module")
-def second_blocks(model, looks):
+def second(model, outputs):
     """Attention of scale 2, which the model itself has no use for."""
-    return recorded(model, looks[1].view)
+    return record(model, outputs[1].input)
 
 
 def released(boxes):
@@ -153,63 +161,66 @@ def check_strength(strength, importance):
     assert difference(strength / strength.amax(1, keepdim=True), importance) <= 1e-5
 
 
-def test_strength_of_both_scales(model, looks, second_blocks, golden):
-    check_strength(looks[0].strength, golden["importance_scale1"])
-    second = attention_strength(second_blocks, RELEASED.strength, model.grid)
-    check_strength(second, golden["importance_scale2"])
+def test_strength_of_both_scales(outputs, second, golden):
+    check_strength(outputs[0].strength, golden["importance_scale1"])
+    check_strength(attention_strength(second, RELEASED.strength), golden["importance_scale2"])
 
 
-def test_attention_where_the_set_has_it(model, images, looks, golden):
-    blocks = recorded(model, images[:1])
-    strength = attention_strength(blocks, RELEASED.strength, model.grid)
-    torch.testing.assert_close(strength, looks[0].strength[:1])  # these are the blocks of scale 1
+def test_pixels_are_normalized_as_the_release_does(model, images, golden):
+    given, high_res = model.preprocess(pixels_of(golden))
+    torch.testing.assert_close(given, images)
+    assert high_res is None
+
+
+def test_attention_where_the_set_has_it(model, images, outputs, golden):
+    recorded = record(model, images[:1])
+    strength = attention_strength(recorded, RELEASED.strength)
+    torch.testing.assert_close(strength, outputs[0].strength[:1])  # these are the blocks of scale 1
     for index, key in ((0, "first"), (-1, "last")):
         if f"attention_{key}_block_image0" in golden:
-            found = attention_probabilities(blocks[index])[0]
+            found = attention_probabilities(recorded.blocks[index])[0]
             assert difference(found, golden[f"attention_{key}_block_image0"]) <= 1e-4
 
 
-def test_boxes_at_every_threshold(model, images, looks, golden):
+def test_boxes_at_every_threshold(model, images, outputs, golden):
     assert len(golden["thresholds"]) == len(golden["boxes_scale1"]) > 0
     for threshold, expected in zip(golden["thresholds"], golden["boxes_scale1"], strict=True):
-        patches = propose(looks[0].strength, float(threshold)).patch_boxes
-        _, boxes = model.crop_region(images, None, looks[0].boxes, patches)
+        patches = propose(outputs[0].strength, float(threshold)).patch_boxes
+        _, boxes = model.crop_region(images, None, outputs[0].boxes, patches)
         np.testing.assert_array_equal(released(boxes), expected)
 
 
 @OWN_ONLY
 def test_half_precision_stays_close(model, images, golden):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        look = next(model.scales(images))
-    strength = (look.strength / look.strength.amax((1, 2), keepdim=True)).flatten(1)
+        output = next(model.iterate_scales(images))
+    strength = (output.strength / output.strength.amax((1, 2), keepdim=True)).flatten(1)
     assert strength.dtype == torch.float32
     assert np.abs(strength.numpy() - golden["importance_scale1"]).mean() <= 0.01
-    assert np.abs(look.logits.float().numpy() - golden["logits_scale1"]).mean() <= 0.05
+    assert np.abs(output.logits.float().numpy() - golden["logits_scale1"]).mean() <= 0.05
 
 
-def test_crop_of_scale_two(looks, golden):
-    assert difference(looks[1].view[:, :, ::8, ::8], golden["crop_scale2_every8"]) <= 1e-4
+def test_crop_of_scale_two(outputs, golden):
+    assert difference(outputs[1].input[:, :, ::8, ::8], golden["crop_scale2_every8"]) <= 1e-4
 
 
-def test_logits_of_both_scales(looks, golden):
-    assert difference(looks[0].logits, golden["logits_scale1"]) <= 1e-4
-    assert difference(looks[1].logits, golden["logits_scale2"]) <= 1e-4
+def test_logits_of_both_scales(outputs, golden):
+    assert difference(outputs[0].logits, golden["logits_scale1"]) <= 1e-4
+    assert difference(outputs[1].logits, golden["logits_scale2"]) <= 1e-4
 
 
-def test_scale_three(model, looks, second_blocks, golden):
-    strength = attention_strength(second_blocks, RELEASED.strength, model.grid)
-    patches = propose(strength, 1.3).patch_boxes
-    view = looks[1].view
-    inside = looks[0].boxes  # boxes of the set are measured in the crop of scale 2
-    crop, boxes = model.crop_region(view, None, inside, patches)
+def test_scale_three(model, outputs, second, golden):
+    patches = propose(attention_strength(second, RELEASED.strength), 1.3).patch_boxes
+    frame = outputs[0].boxes  # boxes of the set are measured in the crop of scale 2
+    crop, boxes = model.crop_region(outputs[1].input, None, frame, patches)
     np.testing.assert_array_equal(released(boxes), golden["boxes_scale2_threshold1.3"])
     assert difference(crop[:, :, ::8, ::8], golden["crop_scale3_every8"]) <= 1e-4
 
 
 @pytest.mark.parametrize("loss, key", [("first", "global"), ("sum", "sum")])
-def test_five_steps_of_training(loss, key, name, golden, images):
+def test_five_steps_of_training(loss, key, name, golden):
     expected = np.load(FOLDER / f"{name}_training.npz")
-    labels = torch.from_numpy(expected["labels"])
+    pixels, labels = pixels_of(golden), torch.from_numpy(expected["labels"])
     config = RELEASED.replace(loss=loss, learning_rate=0.003)
     model = build(name, golden, config).train()
     optimizer = create_optimizer(model, config)
@@ -217,7 +228,7 @@ def test_five_steps_of_training(loss, key, name, golden, images):
     for _ in expected[f"{key}_grad_norm"]:
         optimizer.zero_grad()
         weights = loss_weights(config.loss, config.scales)
-        losses.append(backward_scales(model, images, None, labels, weights).tolist())
+        losses.append(backward_scales(model, pixels, labels, weights).tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         norms.append(norm.item())
         optimizer.step()
@@ -242,7 +253,7 @@ def test_five_steps_of_training(loss, key, name, golden, images):
 )
 def test_every_deviation_of_the_release_is_one_option(option, name, golden, images):
     with torch.no_grad():
-        output = build(name, golden, RELEASED.replace(**option))(images)
+        output = build(name, golden, RELEASED.replace(**option)).forward_preprocessed(images)
     assert difference(output.logits[1], golden["logits_scale2"]) > 2e-4
 
 
@@ -259,10 +270,10 @@ def test_transfg(kind, name, golden, images):
     model.classifier.weight.data.copy_(torch.from_numpy(golden["head_weight"]))
     labels = torch.from_numpy(expected["labels"])
     with torch.no_grad():
-        parts, (look,) = model.look(images), model.scales(images)
+        parts, (output,) = model.run_parts(images), model.iterate_scales(images)
     np.testing.assert_array_equal(parts.patches, expected[f"{kind}_part_index"])
-    assert difference(look.logits, expected[f"{kind}_logits"]) <= 1e-4
-    assert difference(look.feature, expected[f"{kind}_class_token"]) <= 1e-4
-    contrastive = contrastive_loss(look.feature, labels)
+    assert difference(output.logits, expected[f"{kind}_logits"]) <= 1e-4
+    assert difference(output.feature, expected[f"{kind}_class_token"]) <= 1e-4
+    contrastive = contrastive_loss(output.feature, labels)
     assert difference(contrastive, expected[f"{kind}_contrastive_loss"]) <= 1e-5
-    assert difference(model.loss(look, labels), expected[f"{kind}_total_loss"]) <= 1e-4
+    assert difference(model.loss(output, labels), expected[f"{kind}_total_loss"]) <= 1e-4

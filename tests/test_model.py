@@ -9,34 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ramslib.attention import STRENGTHS
 from ramslib.backbone import extend_class_tokens
 from ramslib.classifier import RAMSOutput
 from ramslib.config import Config
 from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
-from ramslib.model import RAMSTrans, build_model
-from ramslib.strength import STRENGTHS
+from ramslib.model import ProposalSettings, RAMSTrans, build_model
 
 CLASSES = 5
 
 
 @pytest.fixture
 def model_of(backbone_of):
-    """Function (family, scales, **options) -> RAMSTrans with a random classifier, eval mode."""
+    """Function (family, scales, **settings) -> RAMSTrans with a random classifier, eval mode."""
 
-    def build(family="vit", scales=2, seed=0, per_scale_token=True, thresholds=None, **options):
+    def build(family="vit", scales=2, seed=0, per_scale_token=True, released=False, **settings):
         backbone = backbone_of(family, seed)
         generator = torch.Generator().manual_seed(seed)
         if per_scale_token and scales > 1:
             extend_class_tokens(backbone, scales)
             with torch.no_grad():  # as after training: no two tokens alike
                 backbone.cls_token += torch.randn(1, scales, 32, generator=generator)
-        thresholds = (
-            [1.0 + 0.1 * s for s in range(scales - 1)] if thresholds is None else thresholds
-        )
-        model = RAMSTrans(
-            backbone, CLASSES, scales, thresholds, per_scale_token=per_scale_token, **options
-        )
+        thresholds = tuple(1.0 + 0.1 * scale for scale in range(scales - 1))
+        settings = ProposalSettings(**{"thresholds": thresholds, "scales": scales} | settings)
+        model = RAMSTrans(backbone, CLASSES, settings, per_scale_token, released, released)
         with torch.no_grad():
             model.classifier.weight.copy_(torch.randn(CLASSES, 32, generator=generator))
             model.classifier.bias.copy_(torch.randn(CLASSES, generator=generator))
@@ -45,8 +42,8 @@ def model_of(backbone_of):
     return build
 
 
-def reference_look(model, name, per_scale_token):
-    """Function (view, scale) -> (logits, strength) from timm's unfused attention and the loops."""
+def reference_run(model, name, per_scale_token):
+    """Function (input, scale) -> (logits, strength) from timm's unfused attention and the loops."""
     backbone = copy.deepcopy(model.backbone)
     weight, bias = (p.detach().numpy() for p in model.classifier.parameters())
     caught = []
@@ -54,16 +51,16 @@ def reference_look(model, name, per_scale_token):
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_pre_hook(lambda _, args: caught.append(args[0][0]))
 
-    def look(view, scale):
+    def run(crop, scale):
         caught.clear()
         token = scale if per_scale_token else 0
         with torch.no_grad():
-            tokens = backbone.forward_features(torch.from_numpy(view)[None].float())
+            tokens = backbone.forward_features(torch.from_numpy(crop)[None].float())
             feature = backbone.forward_head(tokens[:, token:], pre_logits=True)[0]
         blocks = [probabilities.numpy().astype(np.float64) for probabilities in caught]
         return weight @ feature.numpy() + bias, reference.strength(blocks, name, (3, 4), token)
 
-    return look
+    return run
 
 
 # --- the recursion -----------------------------------------------------------------------------
@@ -89,10 +86,10 @@ CASES = [
 def test_recursion_equals_the_loops(family, strength, per_scale, scales, model_of, images):
     model = model_of(family, scales, strength=strength, per_scale_token=per_scale)
     batch = images(3)
-    output = model(batch)
-    look = reference_look(model, strength, per_scale)
+    output = model.forward_preprocessed(batch)
+    run = reference_run(model, strength, per_scale)
     for index, image in enumerate(batch.numpy().astype(np.float64)):
-        logits, boxes = reference.recursion(look, image, (3, 4), scales, model.thresholds)
+        logits, boxes = reference.recursion(run, image, (3, 4), scales, model.settings.thresholds)
         for scale in range(scales):
             np.testing.assert_allclose(output.boxes[scale][index], boxes[scale], atol=1e-3)
             np.testing.assert_allclose(
@@ -103,20 +100,20 @@ def test_recursion_equals_the_loops(family, strength, per_scale, scales, model_o
 
 
 @pytest.mark.parametrize("family, strength, per_scale", CASES[:6])
-def test_source_crops_equal_the_loops(family, strength, per_scale, model_of, images):
+def test_high_res_crops_equal_the_loops(family, strength, per_scale, model_of, images):
     model = model_of(family, 3, strength=strength, per_scale_token=per_scale)
-    source = images(2, (72, 96), seed=1)  # three times the input: all boxes on whole pixels
-    batch = F.avg_pool2d(source, 3)
-    output = model(batch, source)
-    look = reference_look(model, strength, per_scale)
+    high_res = images(2, (72, 96), seed=1)  # three times the input: all boxes on whole pixels
+    batch = F.avg_pool2d(high_res, 3)
+    output = model.forward_preprocessed(batch, high_res)
+    run = reference_run(model, strength, per_scale)
     for index in range(2):
         logits, boxes = reference.recursion(
-            look,
+            run,
             batch[index].double().numpy(),
             (3, 4),
             3,
-            model.thresholds,
-            source[index].double().numpy(),
+            model.settings.thresholds,
+            high_res[index].double().numpy(),
         )
         for scale in range(3):
             np.testing.assert_allclose(output.boxes[scale][index], boxes[scale], atol=1e-3)
@@ -138,9 +135,9 @@ def test_the_cases_do_propose_regions(model_of, images):
 
 def test_one_scale_is_a_plain_vision_transformer(family, backbone_of, images):
     backbone = backbone_of(family)
-    model = RAMSTrans(backbone, CLASSES, scales=1, thresholds=()).eval()
+    model = RAMSTrans(backbone, CLASSES, ProposalSettings((), scales=1)).eval()
     torch.nn.init.normal_(model.classifier.weight)
-    output = model(images())
+    output = model.forward_preprocessed(images())
     assert isinstance(output, RAMSOutput) and len(output.logits) == 1 and not output.strengths
     expected = model.classifier(backbone(images()))
     torch.testing.assert_close(output.logits[0], expected, atol=1e-5, rtol=1e-5)
@@ -149,7 +146,7 @@ def test_one_scale_is_a_plain_vision_transformer(family, backbone_of, images):
 
 def test_class_token_of_each_scale_decides(model_of, images):
     model = model_of(scales=3, proposal="whole")
-    logits = model(images()).logits  # the same picture three times, read by three tokens
+    logits = model.forward_preprocessed(images()).logits
     assert min((logits[i] - logits[j]).abs().max() for i, j in [(0, 1), (0, 2), (1, 2)]) > 0.1
     shared = model_of(scales=3, per_scale_token=False, proposal="whole")(images()).logits
     for scale in (1, 2):
@@ -166,59 +163,60 @@ def test_each_scale_has_its_threshold(model_of, images):
 # --- geometry ----------------------------------------------------------------------------------
 
 
-def test_boxes_nest_and_views_are_their_crops(model_of, images):
+def test_boxes_nest_and_inputs_are_their_crops(model_of, images):
     model = model_of(scales=4)
     batch = images(8)
-    looks = list(model.scales(batch))
-    for outer, inner in zip(looks, looks[1:], strict=False):
+    outputs = list(model.iterate_scales(batch))
+    for outer, inner in zip(outputs, outputs[1:], strict=False):
         assert (inner.boxes[:, :2] >= outer.boxes[:, :2] - 1e-3).all()
         assert (inner.boxes[:, 2:] <= outer.boxes[:, 2:] + 1e-3).all()
         pixels = outer.proposal.patch_boxes * 8
         for index, (top, left, bottom, right) in enumerate(pixels.tolist()):
             expected = F.interpolate(
-                outer.view[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
+                outer.input[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
             )
-            torch.testing.assert_close(inner.view[index, None], expected, atol=1e-4, rtol=0)
-    assert torch.equal(looks[0].view, batch)
-    assert looks[-1].strength is None and looks[-1].proposal is None
+            torch.testing.assert_close(inner.input[index, None], expected, atol=1e-4, rtol=0)
+    assert torch.equal(outputs[0].input, batch)
+    assert outputs[-1].strength is None and outputs[-1].proposal is None
 
 
 @pytest.mark.parametrize("size", [(48, 64), (60, 56), (24, 32), (12, 16)])
-def test_source_crops_are_cut_where_the_boxes_lie(size, model_of, images):
+def test_high_res_crops_are_cut_where_the_boxes_lie(size, model_of, images):
     model = model_of(scales=2)
-    source = images(6, size, seed=1)
-    batch = F.interpolate(source, (24, 32), mode="bilinear")
-    looks = list(model.scales(batch, source))
+    high_res = images(6, size, seed=1)
+    batch = F.interpolate(high_res, (24, 32), mode="bilinear")
+    outputs = list(model.iterate_scales(batch, high_res))
     factor = torch.tensor([size[0] / 24, size[1] / 32] * 2)
-    cut = (looks[1].boxes * factor).round().long()
-    assert torch.allclose(cut.float(), looks[1].boxes * factor)  # whole pixels for these sizes
+    cut = (outputs[1].boxes * factor).round().long()
+    assert torch.allclose(cut.float(), outputs[1].boxes * factor)  # whole pixels for these sizes
     for index, (top, left, bottom, right) in enumerate(cut.tolist()):
         expected = F.interpolate(
-            source[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
+            high_res[index, None, :, top:bottom, left:right], (24, 32), mode="bilinear"
         )
-        torch.testing.assert_close(looks[1].view[index, None], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(outputs[1].input[index, None], expected, atol=1e-4, rtol=0)
 
 
-def test_regions_below_a_pixel_of_the_source_are_cut_as_one(model_of, images):
-    model, source = model_of(), images(1, (48, 64))
-    view, boxes = images(1), torch.tensor([[0.0, 0.0, 24.0, 32.0]])
+def test_regions_below_a_pixel_of_the_high_resolution_are_cut_as_one(model_of, images):
+    model, high_res = model_of(), images(1, (48, 64))
+    inputs, boxes = images(1), torch.tensor([[0.0, 0.0, 24.0, 32.0]])
     for _ in range(4):
-        view, boxes = model.crop_region(view, source, boxes, torch.tensor([[1, 1, 2, 2]]))
-        assert view.shape == (1, 3, 24, 32) and view.isfinite().all()
-    assert boxes[0, 2] - boxes[0, 0] < 0.5  # less than a pixel of the source
+        inputs, boxes = model.crop_region(inputs, high_res, boxes, torch.tensor([[1, 1, 2, 2]]))
+        assert inputs.shape == (1, 3, 24, 32) and inputs.isfinite().all()
+    assert boxes[0, 2] - boxes[0, 0] < 0.5  # less than a high-resolution pixel
 
 
-def test_a_source_of_the_same_pixels_changes_nothing_at_scale_two(model_of, images):
+def test_high_resolution_of_the_same_pixels_changes_nothing_at_scale_two(model_of, images):
     model = model_of()
-    plain, sourced = model(images()), model(images(), images())
-    assert torch.equal(plain.boxes[1], sourced.boxes[1])
-    torch.testing.assert_close(plain.logits[1], sourced.logits[1])
+    plain = model.forward_preprocessed(images())
+    sharp = model.forward_preprocessed(images(), images())
+    assert torch.equal(plain.boxes[1], sharp.boxes[1])
+    torch.testing.assert_close(plain.logits[1], sharp.logits[1])
 
 
 def test_released_boxes_start_a_pixel_early(model_of, images):
-    exact, shifted = model_of(), model_of(legacy_boxes=True, align_corners=True)
+    exact, shifted = model_of(), model_of(released=True)
     batch = images(8)
-    before, after = list(exact.scales(batch)), list(shifted.scales(batch))
+    before, after = list(exact.iterate_scales(batch)), list(shifted.iterate_scales(batch))
     expected = before[1].boxes.clone()
     expected[:, :2] = (expected[:, :2] - 1).clamp(min=0)
     torch.testing.assert_close(after[1].boxes, expected)
@@ -226,15 +224,15 @@ def test_released_boxes_start_a_pixel_early(model_of, images):
     for index, (top, left, bottom, right) in enumerate(expected.long().tolist()):
         crop = batch[index, None, :, top:bottom, left:right]
         crop = F.interpolate(crop, (24, 32), mode="bilinear", align_corners=True)
-        torch.testing.assert_close(after[1].view[index, None], crop, atol=1e-4, rtol=0)
+        torch.testing.assert_close(after[1].input[index, None], crop, atol=1e-4, rtol=0)
 
 
 def test_results_of_an_image_do_not_depend_on_its_batch(model_of, images):
     model, batch = model_of("dinov3", 3), images(5)
-    together = model(batch, F.interpolate(batch, (48, 64)))
+    together = model.forward_preprocessed(batch, F.interpolate(batch, (48, 64)))
     for index in range(5):
         one = batch[index, None]
-        alone = model(one, F.interpolate(one, (48, 64)))
+        alone = model.forward_preprocessed(one, F.interpolate(one, (48, 64)))
         for scale in range(3):
             torch.testing.assert_close(alone.boxes[scale][0], together.boxes[scale][index])
             torch.testing.assert_close(
@@ -246,9 +244,9 @@ def test_results_of_an_image_do_not_depend_on_its_batch(model_of, images):
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_an_image_that_is_not_finite_is_looked_at_whole(strength, poison, model_of, images):
     model, batch = model_of(scales=3, strength=strength), images(3)
-    clean = model(batch)
+    clean = model.forward_preprocessed(batch)
     batch[1, 0, 5, 5] = poison
-    output = model(batch)
+    output = model.forward_preprocessed(batch)
     for scale in range(3):
         assert output.boxes[scale][1].tolist() == [0, 0, 24, 32]
         others = [0, 2]
@@ -282,37 +280,37 @@ def count_forwards(model):
 def test_a_scale_runs_only_when_it_is_asked_for(model_of, images):
     model = model_of(scales=3)
     passes = count_forwards(model)
-    looks = model.scales(images())
+    outputs = model.iterate_scales(images())
     assert len(passes) == 0
     for asked in (1, 2, 3):
-        next(looks)
+        next(outputs)
         assert len(passes) == asked
-    assert next(looks, None) is None and len(passes) == 3
+    assert next(outputs, None) is None and len(passes) == 3
 
 
-@pytest.mark.parametrize("sourced", [False, True])
-def test_a_sent_mask_goes_on_with_these_images_alone(sourced, model_of, images):
-    model, source = model_of(scales=3), images(4, (72, 96), seed=2) if sourced else None
-    expected = list(model.scales(images(4), source))
-    looks = model.scales(images(4), source)
-    next(looks)
+@pytest.mark.parametrize("from_high_res", [False, True])
+def test_a_sent_mask_continues_with_these_images_alone(from_high_res, model_of, images):
+    model, high_res = model_of(scales=3), images(4, (72, 96), seed=2) if from_high_res else None
+    expected = list(model.iterate_scales(images(4), high_res))
+    outputs = model.iterate_scales(images(4), high_res)
+    next(outputs)
     first, second = torch.tensor([True, False, True, True]), torch.tensor([False, True, True])
     for kept, rows, whole in ((first, [0, 2, 3], expected[1]), (second, [2, 3], expected[2])):
-        look = looks.send(kept)
-        assert torch.equal(look.boxes, whole.boxes[rows])
-        torch.testing.assert_close(look.view, whole.view[rows])
-        torch.testing.assert_close(look.logits, whole.logits[rows])
+        output = outputs.send(kept)
+        assert torch.equal(output.boxes, whole.boxes[rows])
+        torch.testing.assert_close(output.input, whole.input[rows])
+        torch.testing.assert_close(output.logits, whole.logits[rows])
 
 
-@pytest.mark.parametrize("sourced", [False, True])
-def test_scale_by_scale_gradients_equal_the_joint_ones(sourced, model_of, images):
+@pytest.mark.parametrize("from_high_res", [False, True])
+def test_scale_by_scale_gradients_equal_the_joint_ones(from_high_res, model_of, images):
     labels = torch.tensor([1, 4, 0])
-    source = images(3, (72, 96), seed=2) if sourced else None
+    high_res = images(3, (72, 96), seed=2) if from_high_res else None
     gradients = []
     for joint in (True, False):
         model = model_of("dinov2_registers", 3).train()
         if joint:
-            output = model(images(3), source)
+            output = model.forward_preprocessed(images(3), high_res)
             losses = [F.cross_entropy(logits, labels) for logits in output.logits]
             expected = [
                 reference.cross_entropy(logits.detach(), labels) for logits in output.logits
@@ -320,8 +318,8 @@ def test_scale_by_scale_gradients_equal_the_joint_ones(sourced, model_of, images
             assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
             sum(losses).backward()
         else:
-            for look in model.scales(images(3), source):
-                F.cross_entropy(look.logits, labels).backward()
+            for output in model.iterate_scales(images(3), high_res):
+                F.cross_entropy(output.logits, labels).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert one.abs().max() > 0
@@ -330,19 +328,19 @@ def test_scale_by_scale_gradients_equal_the_joint_ones(sourced, model_of, images
 
 def test_no_gradient_flows_through_a_crop(model_of, images):
     model, batch = model_of(scales=3), images().requires_grad_()
-    looks = list(model.scales(batch))
-    assert torch.autograd.grad(looks[0].logits.sum(), batch, retain_graph=True)[0].abs().max() > 0
-    for look in looks[1:]:
-        assert not look.view.requires_grad and not look.boxes.requires_grad
-        assert torch.autograd.grad(look.logits.sum(), batch, allow_unused=True)[0] is None
-    assert not looks[0].strength.requires_grad
+    outputs = list(model.iterate_scales(batch))
+    assert torch.autograd.grad(outputs[0].logits.sum(), batch, retain_graph=True)[0].abs().max() > 0
+    for output in outputs[1:]:
+        assert not output.input.requires_grad and not output.boxes.requires_grad
+        assert torch.autograd.grad(output.logits.sum(), batch, allow_unused=True)[0] is None
+    assert not outputs[0].strength.requires_grad
 
 
 def test_looking_for_regions_changes_no_gradient_of_scale_one(model_of, images):
     gradients = []
     for scales in (2, 1):
         model = model_of("siglip", scales, per_scale_token=False, strength="rollout_mean")
-        next(model.scales(images())).logits.square().sum().backward()
+        next(model.iterate_scales(images())).logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
@@ -352,9 +350,9 @@ def test_looking_for_regions_changes_no_gradient_of_scale_one(model_of, images):
 
 def test_autocast_gives_half_logits_and_float32_geometry(model_of, images):
     model = model_of("dinov3", 3)
-    exact = model(images())
+    exact = model.forward_preprocessed(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(images())
+        output = model.forward_preprocessed(images())
     assert output.logits[0].dtype == torch.bfloat16
     torch.testing.assert_close(output.logits[0].float(), exact.logits[0], atol=0.3, rtol=0.05)
     for strength, expected in zip(output.strengths[:1], exact.strengths, strict=False):
@@ -366,16 +364,16 @@ def test_autocast_gives_half_logits_and_float32_geometry(model_of, images):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_another_precision(dtype, model_of, images):
     model = model_of(scales=3).to(dtype)
-    output = model(images().to(dtype), images(2, (72, 96)).to(dtype))
+    output = model.forward_preprocessed(images().to(dtype), images(2, (72, 96)).to(dtype))
     assert all(logits.dtype == dtype and logits.isfinite().all() for logits in output.logits)
     assert all(boxes.dtype == torch.float32 for boxes in output.boxes)
 
 
 def test_inference_mode(model_of, images):
     model = model_of(scales=3)
-    expected = model(images())
+    expected = model.forward_preprocessed(images())
     with torch.inference_mode():
-        output = model(images())
+        output = model.forward_preprocessed(images())
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
 
 
@@ -383,18 +381,27 @@ def test_inference_mode(model_of, images):
     "strength, proposal",
     [*((name, "attention") for name in STRENGTHS), *(("last_class", name) for name in PROPOSALS)],
 )
-def test_nothing_is_left_on_another_device(strength, proposal, model_of, images, monkeypatch):
-    model = model_of("dinov3", 3, strength=strength, proposal=proposal, legacy_boxes=True)
+def test_everything_but_boxes_and_masks_is_on_the_models_device(
+    strength, proposal, model_of, images, monkeypatch
+):
+    model = model_of("dinov3", 3, strength=strength, proposal=proposal, released=True)
     # what needs values, which fake tensors have not
     monkeypatch.setattr(FakeTensor, "numpy", lambda mask: np.zeros(mask.shape, dtype=bool))
     monkeypatch.setattr(FakeTensor, "tolist", lambda boxes: [[0, 8, 16, 24]] * len(boxes))
     with FakeTensorMode(allow_non_fake_inputs=True):  # needs no such device, checks each operation
         model.to_empty(device="cuda")
         batch = torch.empty(2, 3, 24, 32, device="cuda")
-        source = torch.empty(2, 3, 72, 96, device="cuda")
-        for output in (model(batch), model(batch, source)):
-            tensors = [*output.logits, *output.boxes, *output.strengths, *output.proposals[0]]
+        high_res = torch.empty(2, 3, 72, 96, device="cuda")
+        pixels = torch.empty(2, 3, 72, 96, device="cuda", dtype=torch.uint8)
+        for output in (
+            model(pixels),
+            model.forward_preprocessed(batch),
+            model.forward_preprocessed(batch, high_res),
+        ):
+            tensors = [*output.logits, *output.strengths]
             assert {tensor.device.type for tensor in tensors} == {"cuda"}
+            places = [*output.boxes, *output.proposals[0], *output.proposals[1]]
+            assert {tensor.device.type for tensor in places} == {"cpu"}
 
 
 # --- building and refusing ---------------------------------------------------------------------
@@ -426,17 +433,13 @@ def test_a_configuration_reaches_the_model():
         align_corners=True,
         drop_path=0.2,
     )
-    model, origin = build_model(config, 7)
-    assert "random" in origin and model.backbone.cls_token.shape == (1, 3, 64)
+    model = build_model(config, 7)
+    assert "random" in model.origin and model.backbone.cls_token.shape == (1, 3, 64)
     assert (model.image_size, model.grid, model.num_scales) == ((48, 32), (3, 2), 3)
-    assert (model.thresholds, model.strength, model.proposal) == (
-        (1.1, 1.3),
-        "rollout_mean",
-        "center",
-    )
+    assert model.settings == ProposalSettings((1.1, 1.3), "rollout_mean", "center", 3)
     assert model.legacy_boxes and model.align_corners and model.per_scale_token
     assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    output = model(torch.randn(2, 3, 48, 32))
+    output = model(torch.rand(2, 3, 48, 32))
     assert [logits.shape for logits in output.logits] == [(2, 7)] * 3
     assert all((logits == 0).all() for logits in output.logits)  # the classifier starts at zero
 
@@ -444,48 +447,62 @@ def test_a_configuration_reaches_the_model():
 @pytest.mark.parametrize("scales, shared, tokens", [(1, False, 1), (2, True, 1), (2, False, 2)])
 def test_class_tokens_follow_the_configuration(scales, shared, tokens):
     class_token = "shared" if shared else "per_scale"
-    model, _ = build_model(tiny(scales=scales, class_token=class_token), 3)
+    model = build_model(tiny(scales=scales, class_token=class_token), 3)
     assert model.backbone.cls_token.shape[1] == tokens
-    assert len(model(torch.randn(1, 3, 32, 32)).logits) == scales
+    assert len(model(torch.rand(1, 3, 32, 32)).logits) == scales
+
+
+def mean_std(model):
+    """What a model normalizes with: (3,) each."""
+    return tuple(tuple(values.flatten().tolist()) for values in (model.mean, model.std))
 
 
 def test_normalization_follows_the_configuration():
-    assert build_model(tiny(normalization="backbone"), 3)[0].mean_std == ((0.5,) * 3, (0.5,) * 3)
-    imagenet = build_model(tiny(normalization="imagenet"), 3)[0].mean_std
-    assert imagenet == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    backbone = build_model(tiny(normalization="backbone"), 3)
+    assert mean_std(backbone) == ((0.5,) * 3, (0.5,) * 3)
+    imagenet = build_model(tiny(normalization="imagenet"), 3)
+    for found, expected in zip(
+        mean_std(imagenet), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), strict=True
+    ):
+        assert found == pytest.approx(expected)
+    assert not {"mean", "std"} & set(imagenet.state_dict()), "a checkpoint holds weights alone"
 
 
 def test_state_survives_saving(model_of, images):
+    def logits(model):
+        return model.forward_preprocessed(images()).logits[1]
+
     model, other = model_of(scales=2), model_of(scales=2, seed=1)
-    assert not torch.equal(model(images()).logits[1], other(images()).logits[1])
+    assert not torch.equal(logits(model), logits(other))
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model(images()).logits[1], other(images()).logits[1])
+    assert torch.equal(logits(model), logits(other))
 
 
 def test_images_of_another_size_are_refused():
-    model, _ = build_model(tiny(), 3)  # test_vit itself would take any size
-    message = refused(model, torch.randn(1, 3, 32, 48))
-    assert message == "images are 32 x 48 pixels; this model takes 32 x 32: resize them"
+    model = build_model(tiny(), 3)  # test_vit itself would take any size
+    message = refused(model.forward_preprocessed, torch.randn(1, 3, 32, 48))
+    assert "images are 32 x 48 pixels" in message and "takes 32 x 32" in message
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, words",
     [
-        ({"scales": 0, "thresholds": ()}, "at least one scale, not 0"),
-        ({"scales": 3, "thresholds": (1.0,)}, "3 scales need 2 numbers as thresholds"),
-        ({"scales": 2, "thresholds": (float("nan"),)}, "need 1 numbers as thresholds, not (nan,)"),
-        ({"strength": "mean"}, "unknown name 'mean'; choose one of rollout_mean"),
-        ({"proposal": "middle"}, "unknown name 'middle'; choose one of attention"),
-        ({}, "2 scales need as many class tokens, VisionTransformer has 1"),
+        ({"scales": 0, "thresholds": ()}, ["at least one scale", "0"]),
+        ({"scales": 3, "thresholds": (1.0,)}, ["3 scales need 2 numbers", "(1.0,)"]),
+        ({"thresholds": (float("nan"),)}, ["2 scales need 1 numbers", "(nan,)"]),
+        ({"strength": "mean"}, ["unknown strength 'mean'", "rollout_mean", "file.py:name"]),
+        ({"proposal": "middle"}, ["unknown proposal 'middle'", "attention", "file.py:name"]),
+        ({}, ["2 scales need as many class tokens", "VisionTransformer has 1"]),
     ],
 )
-def test_options_that_make_no_model(options, message, backbone_of):
-    assert message in refused(RAMSTrans, backbone_of("vit"), CLASSES, **options)
+def test_settings_that_make_no_model(options, words, backbone_of):
+    message = refused(RAMSTrans, backbone_of("vit"), CLASSES, ProposalSettings(**options))
+    assert all(word in message for word in words)
 
 
 def test_backbones_without_class_token_are_refused_where_one_is_read(backbone_of):
-    backbone = backbone_of("registers_average")
-    message = refused(RAMSTrans, backbone, CLASSES, strength="last_class", per_scale_token=False)
-    assert "has no class token for strength 'last_class'; use 'rollout_mean'" in message
-    message = refused(RAMSTrans, backbone, CLASSES, strength="rollout_mean")
+    given = backbone_of("registers_average"), CLASSES
+    message = refused(RAMSTrans, *given, ProposalSettings(), per_scale_token=False)
+    assert "no class token" in message and "'last_class'" in message and "rollout_mean" in message
+    message = refused(RAMSTrans, *given, ProposalSettings(strength="rollout_mean"))
     assert "2 scales need as many class tokens, VisionTransformer has 0" in message
