@@ -1,24 +1,48 @@
-"""RAMS-Trans workbench: a Vision Transformer that looks, chooses a region, and looks again.
+"""RAMS-Trans workbench: fine-grained image recognition with a Vision Transformer that looks twice.
 
 Hu et al., "RAMS-Trans: Recurrent Attention Multi-scale Transformer for Fine-grained Image
-Recognition", ACM Multimedia 2021. The method is read in one sitting, in the
-modules beside this file, in the order of the data:
+Recognition", ACM Multimedia 2021.
 
-``attention`` -> ``strength`` -> ``regions`` -> ``dppm`` -> ``model`` (over a ``backbone``)
--> ``evaluation`` and ``localization``. Beside it ``transfg``, to compare with; ``looks`` is what
-both models give.
+What a script needs is here: `Config`, `train`, `load`, `predict`, `inspect`; what an extension
+needs, too: `ImageClassifier`, `Proposal`, `RecordedScale`, `ScaleOutput`, `reads`, `per_scale`.
 
-What it stands on and what stands on it have a folder each: ``data`` and ``weights`` below,
-``runs``, ``training``, ``experiments``, ``plots`` and ``explorer`` above. Imports go that way only.
+The method is read in the modules beside this file, in the order of the data: ``attention`` ->
+``dppm`` -> ``boxes`` -> ``classifier`` -> ``model`` (over a ``backbone``) -> ``evaluation``,
+``localization`` and ``inspector``. docs/architecture.md follows one image through them.
 """
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_PUBLIC = {  # name: where it is defined, imported when it is first used
+    "Config": "config",
+    "Explorer": "explorer.page",
+    "ImageClassifier": "classifier",
+    "InputError": "errors",
+    "Inspector": "inspector",
+    "Proposal": "dppm",
+    "ProposalSettings": "model",
+    "RecordedScale": "attention",
+    "ScaleOutput": "classifier",
+    "build_model": "model",
+    "inspect": "runs.inference",
+    "load": "runs.inference",
+    "load_table": "data.datasets",
+    "per_scale": "extensions",
+    "predict": "runs.inference",
+    "reads": "extensions",
+    "train": "training.launch",
+}
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """``ramslib.load(run)`` is `run.load`; the package itself imports nothing before that."""
-    if name == "load":
-        return importlib.import_module("ramslib.runs.run").load
-    raise AttributeError(f"module 'ramslib' has no attribute {name!r}")
+    """A public name; the package itself imports nothing before one is used."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ramslib' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ramslib.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
