@@ -45,7 +45,7 @@ app: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks $(ARGS)
 
-docs/story.png: $(OUT)/figures/05_story.png
+docs/story.png: $(OUT)/figures/05_recursion.png
 	mkdir -p docs
 	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
 

@@ -10,7 +10,7 @@ alone and the mean softmax of all is. `choose_exit_threshold` finds the threshol
 the validation split, without a model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -242,16 +242,27 @@ def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     return scores
 
 
-def confusion_matrix(predictions: pd.DataFrame, num_classes: int, output: str) -> np.ndarray:
-    """(K, K) numbers of images by true (rows) and predicted label at one output."""
-    rows = predictions[predictions["output"] == output]
-    counts = np.zeros((num_classes, num_classes), dtype=int)
-    np.add.at(counts, (rows["label"], rows["prediction"]), 1)
-    return counts
+def confusion_matrix(
+    predictions: pd.DataFrame, num_classes: int, output: str, limit: int | None = None
+) -> pd.DataFrame:
+    """Images by true label (rows) and predicted label (columns) at one output.
+
+    Args:
+        predictions: from `predict`.
+        num_classes: K.
+        output: a name of `output_names`.
+        limit: of more classes, only those with the most mistakes.
+    """
+    rows, labels = predictions[predictions["output"] == output], range(num_classes)
+    counts = pd.crosstab(rows["label"], rows["prediction"])
+    counts = counts.reindex(index=labels, columns=labels, fill_value=0).astype(int)
+    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+    shown = sorted(mistakes.sort_values(ascending=False, kind="stable").index[:limit])
+    return counts.loc[shown, shown]
 
 
 def most_confused(
-    predictions: pd.DataFrame, classes: list[str], output: str, count: int = 10
+    predictions: pd.DataFrame, classes: Sequence[str], output: str, count: int = 10
 ) -> pd.DataFrame:
     """The most frequent mistakes: ``true, predicted, images``, most frequent first."""
     wrong = predictions[(predictions["output"] == output) & (predictions["rank"] > 0)]

@@ -19,9 +19,10 @@ from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.evaluation import (
     BOX_COLUMNS,
-    confusions,
+    confusion_matrix,
     expected_calibration_error,
     fuse,
+    most_confused,
     output_names,
     predict,
     score,
@@ -241,11 +242,22 @@ def test_boxes_are_scored_against_annotations_in_the_same_pixels():
         score_boxes(looked, table[1:])
 
 
-def test_confusions_count_the_mistakes():
+def test_most_confused_counts_the_mistakes():
     rows = [(0, 1, 2), (0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 1, 3)]
-    predictions = pd.DataFrame(rows, columns=["label", "prediction", "rank"]).assign(
-        scale="scale 1"
-    )
-    found = confusions(predictions, ["wren", "finch", "gull"], "scale 1", count=2)
+    predictions = pd.DataFrame(rows, columns=["label", "prediction", "rank"])
+    predictions["output"] = "scale 1"
+    found = most_confused(predictions, ["wren", "finch", "gull"], "scale 1", count=2)
     assert found.iloc[0].tolist() == ["wren", "finch", 2] and len(found) == 2
-    assert confusions(predictions, ["wren", "finch", "gull"], "scale 2").empty
+    assert most_confused(predictions, ["wren", "finch", "gull"], "scale 2").empty
+
+
+def test_confusion_matrix_counts_every_image_and_keeps_the_classes_with_most_mistakes():
+    rows = [(0, 0), (0, 2), (2, 0), (2, 0), (3, 3), (3, 1)]
+    predictions = pd.DataFrame(rows, columns=["label", "prediction"]).assign(output="scale 1")
+    whole = confusion_matrix(predictions, 4, "scale 1")
+    counted = [[rows.count((true, given)) for given in range(4)] for true in range(4)]
+    assert whole.to_numpy().tolist() == counted
+    few = confusion_matrix(predictions, 4, "scale 1", limit=2)
+    assert few.index.tolist() == few.columns.tolist() == [0, 2]
+    assert few.equals(whole.loc[[0, 2], [0, 2]])
+    assert confusion_matrix(predictions, 4, "scale 2").to_numpy().tolist() == [[0] * 4] * 4

@@ -458,7 +458,7 @@ def test_panel_draws_only_what_has_changed():
 
 
 def test_bars_escape_class_names():
-    table = pd.DataFrame({"class": ["<b>"], "view": ["scale 1"], "probability": [0.25]})
+    table = pd.DataFrame({"scale 1": [0.25]}, index=["<b>"])
     assert "&lt;b&gt;" in probability_bars(table) and "0.250" in probability_bars(table)
 
 

@@ -18,7 +18,7 @@ from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import PROPOSALS, propose
 from ramslib.errors import InputError
-from ramslib.evaluation import predict, score
+from ramslib.evaluation import confusion_matrix, predict, score
 from ramslib.explorer import validation as validations
 from ramslib.explorer.lenses import (
     LoadedModel,
@@ -42,7 +42,6 @@ from ramslib.explorer.looking import (
     threshold_curve,
 )
 from ramslib.explorer.validation import (
-    confusion,
     examples,
     images_of,
     orders_of,
@@ -374,7 +373,7 @@ def test_a_backbone_alone_is_judged_by_boxes_only(surveyed):
 def test_confusion_cells_hold_their_photos(surveyed, limit):
     _, survey = surveyed
     for scale in ("scale 1", "mean softmax"):
-        counts = confusion(survey, 3, scale, limit)
+        counts = confusion_matrix(survey.predictions, 3, scale, limit)
         assert len(counts) == min(limit, 3) and list(counts.index) == list(counts.columns)
         for true in counts.index:
             for given in counts.columns:

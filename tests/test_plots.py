@@ -7,18 +7,19 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_hex
+from matplotlib.font_manager import fontManager
 from PIL import Image
 from tiny import draw_photos
 
 from ramslib import plots
 from ramslib.data.datasets import read_table
+from ramslib.data.transforms import prepare
 from ramslib.dppm import propose
-from ramslib.evaluation import expected_calibration_error
+from ramslib.evaluation import confusion_matrix, expected_calibration_error
 from ramslib.model import RAMSTrans
 from ramslib.plots import drawing, figures, images
 
 matplotlib.use("agg")
-MEAN_STD = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 @pytest.fixture(autouse=True)
@@ -82,11 +83,11 @@ def rectangles(ax):
 def test_style_does_not_leak_and_a_switched_on_display_stays_on(metrics):
     matplotlib.interactive(True)
     before = dict(matplotlib.rcParams)
-    ax = plots.plot_losses(metrics)
+    ax = plots.plot_learning(metrics)[0]
     assert not ax.spines["top"].get_visible()
     assert dict(matplotlib.rcParams) == before
 
-    @pictures.styled
+    @drawing.styled
     def choose_backend():
         matplotlib.interactive(False)
 
@@ -95,7 +96,7 @@ def test_style_does_not_leak_and_a_switched_on_display_stays_on(metrics):
 
 
 def test_vector_files_hold_real_text_and_replace_nothing_halfway(tmp_path, metrics):
-    ax = plots.plot_losses(metrics)
+    ax = plots.plot_learning(metrics)[0]
     path = plots.save(ax, tmp_path / "figures" / "loss.svg")
     assert "loss (nats)</text>" in path.read_text()
     assert plots.save(ax.figure, tmp_path / "figures" / "loss.pdf").read_bytes()[:5] == b"%PDF-"
@@ -114,12 +115,29 @@ def test_color_maps_get_steadily_lighter(name):
     assert (np.diff(linear @ (0.2126, 0.7152, 0.0722)) > 0).all()
 
 
-def test_pictures_from_any_kind_of_image(photo):
+def test_images_of_either_kind_are_drawn_alike(photo):
     pixels = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)
-    mean, std = (torch.tensor(values)[:, None, None] for values in MEAN_STD)
-    normalized = (pixels / 255 - mean) / std
-    for image, mean_std in ((photo, None), (pixels, None), (normalized, MEAN_STD)):
-        assert np.array_equal(drawing.to_picture(image, mean_std), photo)
+    for image in (photo, pixels):
+        assert np.array_equal(drawing.to_pil(image), photo)
+    assert drawing.to_pil(photo.convert("L")).mode == "RGB"
+
+
+def test_class_names_of_any_script_are_drawn_or_warned_of_once(monkeypatch):
+    drawing._warn_of_missing_glyphs.cache_clear()
+    monkeypatch.setattr(drawing, "_drawable", lambda: frozenset("abc "))
+    with pytest.warns(UserWarning, match="install") as caught:
+        assert drawing.clean_class_name("001.a_\u9e1f") == "a \u9e1f"
+        drawing.clean_class_name("\u732b")
+        ax = plt.figure().subplots()
+        ax.set_title("\u9e1f\u732b")
+        ax.figure.canvas.draw()
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_fonts_of_the_style_are_installed_and_fall_back():
+    families = drawing.STYLE["font.family"]
+    assert families[0] == "DejaVu Sans"
+    assert set(families) <= set(fontManager.get_font_names())
 
 
 def test_heat_is_the_color_map_at_the_share_of_the_maximum(strength):
@@ -179,6 +197,8 @@ def test_strength_bar_is_in_multiples_of_the_mean(photo, strength):
     bar = ax.figure.axes[1]
     assert "mean strength" in bar.get_ylabel()
     assert bar.get_ylim() == pytest.approx((0, float((strength / strength.mean()).max())))
+    heat = ax.images[-1].get_array()
+    assert np.allclose(heat, strength / strength.mean())
     assert bar.lines[-1].get_ydata()[0] == 1.2
 
 
@@ -198,8 +218,8 @@ def test_likeliest_classes_and_the_true_one():
     }
     classes = ["001.Black_bird", "robin", "tit", "wren"]
     table = images.top_classes(views, classes, label=3, count=2)
-    assert table["class"].unique().tolist() == ["tit", "wren ✓"]
-    assert table["probability"].tolist() == pytest.approx([0.3, 0.7, 0.1, 0])
+    assert table.index.tolist() == ["tit", "wren ✓"]
+    assert table.to_numpy().flatten().tolist() == pytest.approx([0.3, 0.7, 0.1, 0])
     ax = plots.plot_probabilities(views, classes, label=0, count=4)
     assert [text.get_text() for text in ax.get_yticklabels()][:2] == ["tit", "Black bird ✓"]
     widths = sorted(round(bar.get_width(), 3) for bar in ax.patches if bar.get_width() > 0)
@@ -207,17 +227,34 @@ def test_likeliest_classes_and_the_true_one():
 
 
 @pytest.mark.parametrize("scales", [1, 2, 3])
-def test_story_of_any_number_of_scales(backbone_of, images, scales):
+def test_recursion_of_any_number_of_scales(backbone_of, scales):
     model = RAMSTrans(backbone_of("vit"), 3, scales, (1.0,) * (scales - 1), per_scale_token=False)
+    pixels = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    axes = plots.plot_recursion(model.eval(), pixels, ["a", "b", "c"], labels=[0, 1])
+    assert axes.shape == (2, 2 + 3 * (scales - 1))
     with torch.no_grad():
-        looks = list(model.eval().scales(images(2)))
-    pixels = torch.zeros(3, 48, 64, dtype=torch.uint8)
-    axes = plots.plot_recursion(looks, pixels, MEAN_STD, ["a", "b", "c"], label=1, index=1)
-    assert len(axes) == plots.recursion_columns(scales) == 2 + 3 * (scales - 1)
-    boxes = [tuple((2 * look.boxes[1]).round(decimals=4).tolist()) for look in looks[1:]]
-    drawn = [box for box, _ in rectangles(axes[0])]
-    assert np.allclose(drawn, boxes, atol=1e-3) and len(drawn) == scales - 1
-    assert len(plots.plot_recursion(looks, pixels, MEAN_STD)) == 1 + 3 * (scales - 1)
+        outputs = list(model.scales(*prepare(pixels, model.image_size, *model.mean_std)))
+    boxes = [(2 * output.boxes[1]).tolist() for output in outputs[1:]]
+    drawn = [box for box, _ in rectangles(axes[1, 0])]
+    assert np.allclose(np.ravel(drawn), np.ravel(boxes), atol=1e-3)
+    assert [ax.get_title(loc="left") for ax in axes[:, 0]] == ["a", "b"]
+    titles = [ax.get_title(loc="left") for ax in axes[1, 1:-1]]
+    assert len(titles) == len(set(titles)) and all(titles)
+    assert plots.plot_recursion(model, pixels[:1]).shape == (1, 1 + 3 * (scales - 1))
+
+
+def test_patch_grid_has_a_line_between_patches(photo):
+    ax = plots.plot_patch_grid(photo, (3, 4))
+    lines = [segment for group in ax.collections for segment in group.get_segments()]
+    rows = {line[0, 1] for line in lines if line[0, 1] == line[1, 1]}
+    columns = {line[0, 0] for line in lines if line[0, 0] == line[1, 0]}
+    assert sorted(rows) == [19.5, 39.5] and sorted(columns) == [19.5, 39.5, 59.5]
+
+
+def test_attention_is_drawn_with_queries_as_rows():
+    matrix = torch.rand(5, 5).softmax(dim=-1)
+    ax = plots.plot_attention(matrix, "head 1")
+    assert np.allclose(ax.images[0].get_array(), matrix) and ax.get_ylim() == (4.5, -0.5)
 
 
 def test_build_up_has_one_map_per_block(photo):
@@ -243,8 +280,10 @@ def test_learning_curves_show_the_log(metrics):
     loss, accuracy = plots.plot_learning(metrics)
     assert loss.lines[0].get_ydata().tolist() == (2 / np.arange(1, 21)).tolist()
     assert loss.lines[3].get_ydata()[1] == pytest.approx((1 + 1 / 2) / 2), "running mean"
-    assert [line.get_label() for line in accuracy.lines] == ["scale 1", "mean softmax"]
-    assert accuracy.lines[1].get_ydata().tolist() == [51, 52]
+    lines = {line.get_label(): line for line in accuracy.lines}
+    assert set(lines) == {"scale 1", "mean softmax"}
+    assert lines["mean softmax"].get_ydata().tolist() == [51, 52]
+    assert len({line.get_marker() for line in lines.values()}) == 2, "told apart without color"
     plots.plot_learning(pd.DataFrame())  # a run that has logged nothing yet
 
 
@@ -252,13 +291,12 @@ def test_ablation_draws_mean_and_interval():
     rows = [(n, view, 60 + n, 2.0, 3) for n in (1, 2) for view in ("scale 1", "mean softmax")]
     summary = pd.DataFrame(rows, columns=["scales", "output", "mean", "half_width", "runs"])
     ax = plots.plot_ablation(summary, "scales")
-    ends = [sorted(y for _, y in segment) for c in ax.collections for segment in c.get_segments()]
+    ends = [sorted(x for x, _ in segment) for c in ax.collections for segment in c.get_segments()]
     assert sorted(ends) == [[59, 63], [59, 63], [60, 64], [60, 64]]
-    assert "95 %" in ax.get_title(loc="left") and ax.get_ylabel() == "accuracy (%)"
-    names = summary.assign(condition=summary["scales"].map("a long name of condition {}".format))
-    difference = plots.plot_ablation(names, "condition", label="difference")
-    assert {label.get_rotation() for label in difference.get_xticklabels()} == {25}
-    assert any(set(line.get_ydata()) == {0} for line in difference.lines), "the baseline"
+    assert "95 %" in ax.get_title(loc="left") and ax.get_xlabel() == "accuracy (%)"
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["1", "2"]
+    difference = plots.plot_ablation(summary, "scales", label="difference")
+    assert any(set(line.get_xdata()) == {0} for line in difference.lines), "the baseline"
     single = plots.plot_ablation(summary.assign(runs=1, half_width=np.nan), "scales")
     assert "no interval" in single.get_title(loc="left")
 
@@ -297,18 +335,14 @@ def test_heat_map_annotates_means():
     assert [text.get_text() for text in ax.texts] == ["61.8", "62.2", "62.8", "68.2"]
 
 
-def test_confusion_counts_every_image_once(predictions):
-    counts = figures.confusion_counts(predictions, 3, "scale 2")
-    rows = predictions[predictions["output"] == "scale 2"]
-    for true in range(3):
-        for given in range(3):
-            wanted = sum(
-                t == true and g == given for t, g in zip(rows.label, rows.prediction, strict=True)
-            )
-            assert counts[true, given] == wanted
+def test_confusion_shows_the_counts(predictions):
+    counts = confusion_matrix(predictions, 3, "scale 2")
     ax = plots.plot_confusion(predictions, ["a", "b", "c"], "scale 2")
     drawn = [int(text.get_text() or 0) for text in ax.texts]
-    assert drawn == counts.flatten().tolist()
+    assert drawn == counts.to_numpy().flatten().tolist()
+    few = plots.plot_confusion(predictions, ["a", "b", "c"], "scale 2", limit=2)
+    names = [text.get_text() for text in few.get_yticklabels()]
+    assert names == ["abc"[label] for label in confusion_matrix(predictions, 3, "scale 2", 2)]
 
 
 def test_reliability_shows_the_calibration_error(predictions):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -17,11 +18,11 @@ from ramslib.config import Config
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError, write_atomically
-from ramslib.evaluation import confusions
+from ramslib.evaluation import most_confused
 from ramslib.runs.run import is_finished, read_metrics, read_run
 from ramslib.training.launch import overrides
 
-CLOSEST = 8  # pairs of classes that are mistaken for each other most often
+CLOSEST = 8  # pairs, and classes, that are mistaken for each other most often
 SPLITS = ("train", "validation", "test")
 EXAMPLES = 5  # photos in a row
 ROWS = {
@@ -126,7 +127,8 @@ def _content(
     """What the template shows."""
     metrics, names = read_metrics(run), description["classes"]
     view = list(dict.fromkeys(predictions["output"]))[-1]
-    pairs = confusions(predictions, names, view, CLOSEST)
+    pairs = most_confused(predictions, names, view, CLOSEST)
+    confusion = plots.plot_confusion(predictions, names, view, CLOSEST)
     counts = table["split"].value_counts()
     return {
         "name": run.resolve().name,
@@ -142,7 +144,9 @@ def _content(
         "pairs": pairs.map(
             lambda cell: plots.clean_class_name(cell) if isinstance(cell, str) else cell
         ),
-        "confused": _confusion(predictions, names, view) if len(pairs) else None,
+        "confused": _picture(plots.plot_confusion(predictions, names, view, CLOSEST))
+        if len(pairs)
+        else None,
         "examples": list(_examples(predictions, table, names, view)),
         "has_boxes": table["top"].notna().any(),
         "command": shlex.join(
@@ -193,22 +197,15 @@ def _versions(description: dict) -> pd.DataFrame:
 def _reliability(predictions: pd.DataFrame) -> Sequence[Axes]:
     """One diagram per view, side by side."""
     views = list(dict.fromkeys(predictions["output"]))
-    axes = plots.panels(1, len(views), 2.6, 3.1)[1][0]
+    axes = _row(len(views), 3.1, 2.6)
     for ax, view in zip(axes, views, strict=True):
         plots.plot_reliability(predictions, view, ax=ax)
     return axes
 
 
-def _confusion(predictions: pd.DataFrame, names: Sequence[str], view: str) -> str:
-    """The classes that are mistaken for each other most often, among themselves."""
-    rows = predictions[predictions["output"] == view]
-    wrong = rows[rows["rank"] > 0].groupby(["label", "prediction"]).size()
-    pairs = wrong.sort_values(ascending=False).index[:CLOSEST]
-    closest = sorted({label for pair in pairs for label in pair})
-    among = rows[rows["label"].isin(closest) & rows["prediction"].isin(closest)]
-    number = {label: place for place, label in enumerate(closest)}
-    among = among.assign(**{name: among[name].map(number) for name in ("label", "prediction")})
-    return _picture(plots.plot_confusion(among, [names[label] for label in closest], view))
+@plots.styled
+def _row(columns: int, width: float, height: float) -> Sequence[Axes]:
+    return plt.subplots(1, columns, figsize=(columns * width, height), squeeze=False)[1][0]
 
 
 def _examples(predictions: pd.DataFrame, table: pd.DataFrame, names: Sequence[str], view: str):
@@ -220,7 +217,7 @@ def _examples(predictions: pd.DataFrame, table: pd.DataFrame, names: Sequence[st
         return
     for title, place in ROWS.items():
         first = round(place * (len(ranked) - count))
-        axes = plots.panels(1, count, 2.3, 2.1)[1][0]
+        axes = _row(count, 2.1, 2.3)
         for ax, row in zip(axes, ranked[first : first + count].itertuples(), strict=True):
             _photo(ax, row, predictions[predictions["path"] == row.path], table, names)
         yield title, _picture(axes, "jpeg")

@@ -141,18 +141,16 @@ def probability_bars(table: pd.DataFrame) -> str:
     """Class probabilities as HTML, a card of probability_bars per class.
 
     Args:
-        table: ``class, view, probability``, see `stories.top_classes`.
+        table: a row per class and a column per output, see `plots.images.top_classes`.
     """
     cards = []
-    for name, group in table.groupby("class", sort=False):
+    for name, row in table.iterrows():
         lines = [
-            f"<div>{_bar(output_color(row.view), round(90 * row.probability))}"
-            f"{row.probability:.3f}</div>"
-            for row in group.itertuples()
+            f"<div>{_bar(output_color(output), round(90 * probability))}{probability:.3f}</div>"
+            for output, probability in row.items()
         ]
         cards.append(f"<div><b>{html.escape(str(name))}</b>{''.join(lines)}</div>")
-    views = dict.fromkeys(table["view"])
-    legend = " &ensp; ".join(f"{_bar(output_color(view), 10)}{view}" for view in views)
+    legend = " &ensp; ".join(f"{_bar(output_color(output), 10)}{output}" for output in table)
     return f"<div class='rams-cards'>{''.join(cards)}</div>{small(legend)}"
 
 

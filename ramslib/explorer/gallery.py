@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
+from ramslib.evaluation import confusion_matrix
 from ramslib.explorer import validation as validations
 from ramslib.explorer.components import encode, set_options, small
 from ramslib.explorer.lenses import LoadedModel
@@ -139,7 +140,7 @@ class Confusion(Surveyed):
 
     def _draw(self, scale: str) -> None:
         classes = len(self.lens.classes)
-        counts = validations.confusion(self.survey, classes, scale, CLASSES)
+        counts = confusion_matrix(self.survey.predictions, classes, scale, CLASSES)
         shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         cells = [widgets.HTML(small("true ↓ predicted →")), *map(self._heading, counts)]
         for true, row in counts.iterrows():

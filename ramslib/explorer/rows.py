@@ -132,7 +132,7 @@ def _mark(color: str, name: str) -> str:
 
 def say_strength(strength: Tensor) -> str:
     """The color scale, in multiples of the mean."""
-    largest = float(relative_strength(strength).nan_to_num().max())
+    largest = float(relative_strength(strength).max())
     bar = f'<span class="rams-scale" style="background:linear-gradient(to right, {_STOPS})"></span>'
     return f"0 {bar} {largest:.1f} × mean"
 

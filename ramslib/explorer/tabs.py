@@ -149,7 +149,7 @@ class AnalysisTabs(widgets.Tab):
         choice: ProposalSettings,
     ) -> Iterator[Callable]:
         maps = strength_per_block(lens, seen, choice)
-        draw, rows = partial(plot_strength_per_block, maps, photo.pixels, None), -(-len(maps) // 6)
+        draw, rows = partial(plot_strength_per_block, maps, photo.pixels), -(-len(maps) // 6)
         picture = draw_figure(draw, 9, 1.75 * rows, rows, 6)[1]
         yield partial(self.blocks.show, (key, True), lambda: (picture, BLOCKS))
 

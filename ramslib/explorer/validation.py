@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,6 @@ from ramslib.localization import (
     record_strengths,
     sweep_thresholds,
 )
-from ramslib.plots.figures import confusion_counts
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # thresholds whose accuracy is stored
 LIMIT = 200  # images; more are sampled, for the waiting
@@ -201,14 +199,3 @@ def images_of(survey: CachedValidation, label: int, prediction: int, scale: str)
     """Paths of one cell of the confusion matrix of a view name."""
     rows = survey.predictions.query("label == @label and prediction == @prediction")
     return rows.loc[rows["output"] == scale, "path"].tolist()
-
-
-def confusion(survey: CachedValidation, classes: int, scale: str, limit: int = 12) -> pd.DataFrame:
-    """Images by true (rows) and predicted label at a view name.
-
-    Of more than ``limit`` classes, those with the most mistakes.
-    """
-    counts = pd.DataFrame(confusion_counts(survey.predictions, classes, scale))
-    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
-    labels = sorted(mistakes.sort_values(ascending=False, kind="stable").index[:limit])
-    return counts.loc[labels, labels]

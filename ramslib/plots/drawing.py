@@ -1,13 +1,16 @@
-"""The style that all figures share, and painting on photos, fast enough for a slider.
+"""The style that all figures share, and drawing on images, fast enough for a slider.
 
-Each scale has one color in all figures (Okabe and Ito: safe for all eyes); color maps are
-perceptually uniform. Boxes are ``(top, left, bottom, right)`` in pixels of the picture.
+Each output has one color, marker and line style in all figures (colors of Okabe and Ito, safe for
+color-blind readers); color maps are perceptually uniform. Boxes are ``(top, left, bottom, right)``
+in pixels of the image that is drawn on.
 """
 
 import functools
 import io
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import IPython.display
@@ -15,82 +18,89 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from ramslib.errors import write_atomically
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of scales 1, 2, ..
-FUSED = {"mean softmax": "#222222", "mean logits": "#999999"}
 ANNOTATION_COLOR = "#ffffff"  # of annotated boxes, dashed
 HEATMAP_CMAP = "inferno"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=COLORS),
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.dpi": 100,
-    "figure.constrained_layout.use": True,
-    "savefig.bbox": "tight",
-    "savefig.dpi": 200,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a class may be called $5
+STYLE = matplotlib.rc_params_from_file(
+    Path(__file__).with_name("style.mplstyle"), use_default_template=False
+)
+_INSTALLED = set(fontManager.get_font_names())  # a family that is not would log a line per text
+STYLE["font.family"] = [name for name in STYLE["font.sans-serif"] if name in _INSTALLED]
+_COLORS = STYLE["axes.prop_cycle"].by_key()["color"]  # of scales 1, 2, ...
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_MARKERS = "os^Dvp"
+_FUSIONS = {
+    "mean softmax": {"color": "#222222", "marker": "X", "linestyle": (0, (8, 2))},
+    "mean logits": {"color": "#999999", "marker": "P", "linestyle": (0, (2, 2))},
 }
-_STYLING = threading.RLock()  # matplotlib's style is one for all threads
+_LOCK = threading.RLock()  # matplotlib has one style for all threads
 
 
-def styled(function: Callable) -> Callable:
-    """A decorator: what a function draws has the house style, whoever calls it from any thread."""
+@contextmanager
+def _style() -> Iterator[None]:
+    with _LOCK:
+        with plt.rc_context(STYLE):
+            yield
+            interactive = plt.isinteractive()  # a notebook's backend, once chosen, remains chosen
+        matplotlib.interactive(interactive)
 
-    @functools.wraps(function)
-    def wrapper(*args, **options):
-        with _STYLING:
-            with plt.rc_context(STYLE):
-                result = function(*args, **options)
-                interactive = plt.isinteractive()  # a notebook's backend, once chosen, stays chosen
-            matplotlib.interactive(interactive)
-        return result
 
-    return wrapper
+styled = _style()  # a decorator: what a function draws has this style, in any thread
+
+
+def output_style(name: str) -> dict:
+    """Color, marker and line style of ``scale 1``, ``scale 2``, ... or of a fusion."""
+    if name in _FUSIONS:
+        return _FUSIONS[name]
+    index = (int(name.split()[-1]) - 1) % len(_COLORS)
+    return {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": LINE_STYLES[index]}
 
 
 def output_color(name: str) -> str:
-    """The color of ``scale 1``, ``scale 2``, .. or of a fusion, the same in every figure."""
-    return FUSED.get(name) or COLORS[(int(name.split()[-1]) - 1) % len(COLORS)]
+    """The color of an output, the same in every figure; see `output_style`."""
+    return output_style(name)["color"]
 
 
 def clean_class_name(class_name: str) -> str:
     """``001.Black_footed_Albatross`` as ``Black footed Albatross``."""
     head, dot, tail = class_name.partition(".")
-    return (tail if dot and head.isdigit() else class_name).replace("_", " ")
+    name = (tail if dot and head.isdigit() else class_name).replace("_", " ")
+    if not _drawable().issuperset("".join(name.split())):
+        _warn_of_missing_glyphs()
+    return name
 
 
-@styled
-def panels(rows: int = 1, columns: int = 1, height: float = 2.3, width: float | None = None):
-    """A figure and its (rows, columns) Axes, each so many inches; square unless told."""
-    inches = columns * (width or height), rows * height
-    return plt.subplots(rows, columns, figsize=inches, squeeze=False)
+@functools.cache
+def _drawable() -> frozenset[str]:
+    """The characters that the fonts of `STYLE` have."""
+    fonts = (get_font(findfont(family)) for family in STYLE["font.family"])
+    return frozenset(chr(code) for font in fonts for code in font.get_charmap())
 
 
-def new_axes(ax: Axes | None, height: float = 2.8, width: float = 4.2) -> Axes:
-    """``ax`` itself, or the Axes of a new figure of so many inches."""
-    return panels(1, 1, height, width)[1][0, 0] if ax is None else ax
+@functools.cache  # once, where matplotlib would warn at each glyph of each figure
+def _warn_of_missing_glyphs() -> None:
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+    text = "no font for some characters of the class names: figures show them as boxes"
+    remedy = f"install Noto Sans CJK, delete {matplotlib.get_cachedir()} and start Python again"
+    warnings.warn(f"{text}; {remedy}", stacklevel=3)
+
+
+def new_axes(ax: Axes | None, width: float = 4.2, height: float = 2.8) -> Axes:
+    """``ax`` itself, or the Axes of a new figure of this size in inches."""
+    return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
 @styled
 def as_bytes(axes: Axes | Sequence[Axes], form: str = "png") -> bytes:
-    """The figure of some Axes as a file's content: png, jpeg or svg; the figure is closed."""
+    """The figure of some Axes as the content of a file: png, jpeg or svg; the figure is closed."""
     figure = np.ravel(axes)[0].figure
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form)
@@ -99,7 +109,7 @@ def as_bytes(axes: Axes | Sequence[Axes], form: str = "png") -> bytes:
 
 
 def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
-    """The figure of some Axes as a picture for a notebook's live display; the figure is closed."""
+    """The figure of some Axes for the live display of a notebook; the figure is closed."""
     return IPython.display.Image(as_bytes(axes))
 
 
@@ -107,80 +117,83 @@ def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
 def save(drawing: Axes | Figure, path: Path | str) -> Path:
     """Write a figure atomically; ``.pdf`` and ``.svg`` are vectors with real text."""
     path = Path(path)
-    figure = drawing if isinstance(drawing, Figure) else drawing.figure
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure = drawing.get_figure()
     write_atomically(path, lambda part: figure.savefig(part, format=path.suffix[1:]))
     return path
 
 
 def to_picture(image: Tensor | Image.Image, mean_std: tuple | None = None) -> Image.Image:
-    """Any image as RGB: PIL, a (3, H, W) uint8 tensor, or floats normalized with ``mean_std``."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if image.is_floating_point():
+    """Until the model denormalizes: floats normalized with ``mean_std`` are taken, too."""
+    if not isinstance(image, Image.Image) and image.is_floating_point():
         mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in mean_std)
         image = ((image * std + mean) * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy())
+    return to_pil(image)
 
 
-def draw_strength(
-    picture: Image.Image, strength: Tensor, opacity: float = 0.6, limit: float | None = None
-) -> Image.Image:
-    """Attention strength (h, w) as heat over its view.
-
-    Args:
-        picture: the view.
-        strength: only its ratios matter; NaN is cold.
-        opacity: of the heat, 0 to 1.
-        limit: the multiple of the mean that is brightest; the maximum by default.
-    """
-    relative = relative_strength(strength).nan_to_num().numpy()
-    levels = relative / (limit or max(float(relative.max()), 1e-12))
-    heat = Image.fromarray(plt.get_cmap(HEATMAP_CMAP)(levels, bytes=True)[..., :3].copy())
-    return Image.blend(picture, heat.resize(picture.size, Image.Resampling.NEAREST), opacity)
+def to_pil(image: Tensor | Image.Image) -> Image.Image:
+    """A PIL image or a (3, H, W) uint8 tensor as an RGB image."""
+    is_pil = isinstance(image, Image.Image)
+    return image.convert("RGB") if is_pil else to_pil_image(image.cpu())
 
 
 def relative_strength(strength: Tensor) -> Tensor:
-    """Strength (h, w) in multiples of its mean, the unit of the threshold."""
-    return (strength / strength.mean()).cpu()
+    """Strength (h, w) in multiples of its mean, the unit of the threshold; NaN is 0."""
+    return (strength / strength.mean()).nan_to_num().cpu()
 
 
-def draw_mask(picture: Image.Image, mask: Tensor, component: Tensor, color: str) -> Image.Image:
-    """The patch mask over its view: the kept component outlined, other strong patches dimmed.
+def draw_strength(
+    image: Image.Image, strength: Tensor, opacity: float = 0.6, limit: float | None = None
+) -> Image.Image:
+    """Attention strength (h, w) as a heat map over the image that it was recorded for.
 
     Args:
-        picture: the view.
+        image: RGB.
+        strength: only its ratios matter; NaN is cold.
+        opacity: of the heat map, 0 to 1.
+        limit: the multiple of the mean that is brightest; the maximum by default.
+    """
+    relative = relative_strength(strength).numpy()
+    levels = relative / (limit or max(float(relative.max()), 1e-12))
+    heat = Image.fromarray(plt.get_cmap(HEATMAP_CMAP)(levels, bytes=True)[..., :3].copy())
+    return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), opacity)
+
+
+def draw_mask(image: Image.Image, mask: Tensor, component: Tensor, color: str) -> Image.Image:
+    """The patch mask over its image: the kept component outlined, other strong patches dimmed.
+
+    Args:
+        image: RGB.
         mask: (h, w) bool, patches above the threshold; the others are almost dark.
         component: (h, w) bool, the one that the box encloses.
-        color: of the outline, that of the scale which will look there.
+        color: of the outline, that of the next scale.
     """
     light = torch.where(component.cpu(), 255, torch.where(mask.cpu(), 140, 60)).byte().numpy()
-    light = Image.fromarray(light).resize(picture.size, Image.Resampling.NEAREST)
-    picture = ImageChops.multiply(picture, Image.merge("RGB", [light] * 3))
-    draw, (width, height) = ImageDraw.Draw(picture), picture.size
-    padded = np.pad(component.cpu().numpy(), 1).astype(np.int8)
-    tall, wide = height / component.shape[0], width / component.shape[1]
-    thick = max(1, round(height / 180))
-    for y, x in np.argwhere(np.diff(padded[:, 1:-1], axis=0)):
-        draw.line((x * wide, y * tall, (x + 1) * wide, y * tall), fill=color, width=thick)
-    for y, x in np.argwhere(np.diff(padded[1:-1], axis=1)):
-        draw.line((x * wide, y * tall, x * wide, (y + 1) * tall), fill=color, width=thick)
-    return picture
+    light = Image.fromarray(light).resize(image.size, Image.Resampling.NEAREST)
+    image = ImageChops.multiply(image, Image.merge("RGB", [light] * 3))
+    draw = ImageDraw.Draw(image)
+    tall, wide = image.height / component.shape[0], image.width / component.shape[1]
+    for axis, (dy, dx) in enumerate(((0, 1), (1, 0))):  # horizontal edges, then vertical ones
+        edges = np.diff(component.cpu().numpy(), axis=axis, prepend=False, append=False)
+        for y, x in np.argwhere(edges):
+            line = x * wide, y * tall, (x + dx) * wide, (y + dy) * tall
+            draw.line(line, fill=color, width=max(1, round(image.height / 180)))
+    return image
 
 
 def draw_box(
-    picture: Image.Image, box: Sequence[float], color: str, dashed: bool = False
+    image: Image.Image, box: Sequence[float], color: str, dashed: bool = False
 ) -> Image.Image:
-    """The picture with one more box, drawn inside its edges with a dark rim."""
-    picture, thick = picture.copy(), max(2, round(min(picture.size) / 110))
+    """A copy of the image with one more box, drawn inside its edges with a dark rim."""
+    image, thick = image.copy(), max(2, round(min(image.size) / 110))
     top, left, bottom, right = (round(float(side)) for side in box)
     if right - left <= 2 * thick or bottom - top <= 2 * thick:
-        return picture
-    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), None, "black", thick + 2)
+        return image
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), None, "black", thick + 2)
     line = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(line).rectangle((1, 1, line.width - 2, line.height - 2), None, 255, thick)
     if dashed:
         across = np.add.outer(np.arange(line.height), np.arange(line.width)) // (4 * thick) % 2
         line = Image.fromarray(np.asarray(line) * across.astype(np.uint8))
-    picture.paste(color, (left, top), line)
-    return picture
+    image.paste(color, (left, top), line)
+    return image

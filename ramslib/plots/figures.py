@@ -1,40 +1,38 @@
-"""Figures for notebooks and papers: one function per figure, tensors or tables in, Axes out.
-
-``show_*`` show photos (they live in `stories`), ``plot_*`` show tables. Each draws on ``ax`` (or a
-row of ``axes``) where given, else on a new figure; `panels` makes a grid of Axes, `save` writes
-vector graphics.
-"""
+"""Figures of tables: balance, learning, ablations, differences, thresholds, errors, calibration."""
 
 from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from torch import Tensor
 
-from ramslib.evaluation import expected_calibration_error
-from ramslib.plots.drawing import clean_class_name, new_axes, output_color, panels, styled
+from ramslib.evaluation import confusion_matrix, expected_calibration_error
+from ramslib.plots.drawing import (
+    HEATMAP_CMAP,
+    LINE_STYLES,
+    clean_class_name,
+    new_axes,
+    output_color,
+    output_style,
+    styled,
+)
 
 CMAP = "viridis"
-LINE_COLORS = (
-    "#56b4e9",
-    "#d55e00",
-    "#882255",
-    "#117733",
-    "#ddaa33",
-)  # apart from the scales' colors
+LINE_COLORS = ("#56b4e9", "#d55e00", "#882255", "#117733", "#ddaa33")  # no color of an output
+ZERO = {"color": "#222222", "linewidth": 1, "linestyle": ":"}
 LABELS = {
     "threshold": "threshold (× mean strength)",
     "area": "area of the box (share of the image)",
     "iou": "IoU with the annotated box",
-    "hit": "IoU above 0.5 (share of images)",
     "iou_above_half": "IoU above 0.5 (share of images)",
     "parts_inside": "visible parts inside the box (share)",
     "accuracy": "accuracy (share of images)",
     "probability": "probability of the true class",
     "top1": "accuracy (%)",
-    "difference": "accuracy above the baseline's (points)",
-    "output": "read at",
+    "difference": "accuracy minus the baseline's (points)",
     "scales": "number of scales",
 }
 
@@ -43,116 +41,109 @@ LABELS = {
 def plot_class_balance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Images per class and split; classes in the order of their labels."""
     counts = table.groupby(["label", "split"]).size().unstack(fill_value=0)
-    order = [name for name in ("train", "validation", "test") if name in counts]
-    ax = new_axes(ax, 2.4, min(9, 3 + 0.12 * len(counts)))
-    below = np.zeros(len(counts))
-    for name in order:
-        ax.bar(counts.index, counts[name], bottom=below, label=name, width=0.85)
-        below += counts[name].to_numpy()
+    counts = counts[[name for name in ("train", "validation", "test") if name in counts]]
+    below = counts.cumsum(axis=1) - counts
+    ax = new_axes(ax, min(9, 3 + 0.12 * len(counts)), 2.4)
+    for name, color in zip(counts, ("#0072b2", "#56b4e9", "#d9d9d9"), strict=False):
+        ax.bar(counts.index, counts[name], 0.85, below[name], label=name, color=color)
     ax.set(xlabel="class (label)", ylabel="images", title=f"{len(counts)} classes")
     ax.grid(False, axis="x")
-    ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     return ax
 
 
 @styled
-def plot_losses(metrics: pd.DataFrame, ax: Axes | None = None, smooth: int = 10) -> Axes:
-    """Training loss of each scale against the step: every step, and a running mean."""
-    ax = new_axes(ax)
-    steps = metrics[metrics["split"] == "train"]
-    for name in sorted(c for c in steps if c.startswith("loss_")):
-        scale = f"scale {name.removeprefix('loss_')}"
-        ax.plot(steps["step"], steps[name], color=output_color(scale), alpha=0.2, linewidth=0.8)
-        mean = steps[name].rolling(smooth, min_periods=1).mean()
-        ax.plot(steps["step"], mean, color=output_color(scale), label=scale)
-    ax.set(xlabel="step", ylabel="loss (nats)", title="training loss")
-    ax.set_ylim(bottom=0)
-    ax.legend()
-    return ax
+def plot_learning(
+    metrics: pd.DataFrame, axes: Sequence[Axes] | None = None, smooth: int = 10
+) -> Sequence[Axes]:
+    """How a run learned: training loss and validation accuracy, side by side.
 
+    Losses of each scale are drawn per step (pale) and as a running mean over ``smooth`` steps;
+    accuracies of each output per epoch, with a band of +- one standard error.
 
-@styled
-def plot_accuracies(metrics: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Validation accuracy of each scale and fusion against the epoch, +- one standard error."""
-    ax = new_axes(ax)
-    rows = metrics[metrics["split"] == "validation"]
-    for name, group in rows.groupby("output", sort=False) if len(rows) else ():
-        color = output_color(name)
-        ax.plot(group["epoch"], group["top1"], "o-", markersize=3, color=color, label=name)
-        low, high = (group["top1"] + sign * group["standard_error"] for sign in (-1, 1))
-        ax.fill_between(group["epoch"], low, high, color=color, alpha=0.1, linewidth=0)
-    ax.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="validation accuracy")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    if len(rows):
-        ax.legend()
-    return ax
-
-
-@styled
-def plot_learning(metrics: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """Losses and validation accuracies of a run side by side, from `run.read_metrics`."""
-    axes = panels(1, 2, 2.8, 4)[1][0] if axes is None else axes
-    if "split" in metrics:
-        plot_losses(metrics, axes[0])
-        plot_accuracies(metrics, axes[1])
+    Args:
+        metrics: from `read_metrics`; empty at the start of a run.
+        axes: two, where to draw.
+        smooth: steps of the running mean.
+    """
+    axes = plt.subplots(1, 2, figsize=(8, 2.8))[1] if axes is None else axes
+    metrics = metrics.reindex(columns=metrics.columns.union(["split", "step", "output"]))
+    steps = metrics[metrics["split"] == "train"].set_index("step")
+    for column, loss in steps.filter(regex=r"^loss_\d+$").items():
+        name = f"scale {column.removeprefix('loss_')}"
+        color, line = output_color(name), output_style(name)["linestyle"]
+        axes[0].plot(loss, color=color, alpha=0.25, linewidth=0.8)
+        axes[0].plot(loss.rolling(smooth, min_periods=1).mean(), color=color, ls=line, label=name)
+    axes[0].set(xlabel="step", ylabel="loss (nats)", title="training loss", ylim=(0, None))
+    for name, rows in metrics[metrics["split"] == "validation"].groupby("output", sort=False):
+        axes[1].plot(rows["epoch"], rows["top1"], **output_style(name), label=name)
+        ends = [rows["top1"] + sign * rows["standard_error"] for sign in (-1, 1)]
+        axes[1].fill_between(rows["epoch"], *ends, color=output_color(name), alpha=0.1, lw=0)
+    axes[1].set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="validation accuracy")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes:
+        if ax.lines:
+            ax.legend()
     return axes
 
 
 @styled
 def plot_ablation(
-    summary: pd.DataFrame, x: str, hue: str = "output", label: str = "top1", ax: Axes | None = None
+    summary: pd.DataFrame, by: str, hue: str = "output", label: str = "top1", ax: Axes | None = None
 ) -> Axes:
     """Mean and 95 % interval of each condition, from `ablation.summarize`.
 
     Args:
-        summary: columns ``mean, half_width, runs`` and those named by ``x`` and ``hue``.
-        x: what stands along the axis, in the order of its appearance.
-        hue: what colors tell apart.
+        summary: columns ``mean, half_width, runs`` and those named by ``by`` and ``hue``.
+        by: the column whose values are the rows, in the order of their appearance.
+        hue: the column that colors and markers distinguish.
         label: the score that was summarized; ``difference`` of `ablation.paired_differences`.
         ax: where to draw.
     """
-    conditions, hues = list(dict.fromkeys(summary[x])), list(dict.fromkeys(summary[hue]))
-    ax = new_axes(ax, 2.8, max(4.2, 1.8 + 0.6 * len(conditions)))
+    conditions, hues = list(dict.fromkeys(summary[by])), list(dict.fromkeys(summary[hue]))
+    ax = new_axes(ax, 6, 1 + (0.1 + 0.13 * len(hues)) * len(conditions))
     if label == "difference":
-        ax.axhline(0, color="#222222", linewidth=1, linestyle=":")
+        ax.axvline(0, **ZERO)
     for number, value in enumerate(hues):
         group = summary[summary[hue] == value]
-        places = [conditions.index(c) + 0.14 * (number - (len(hues) - 1) / 2) for c in group[x]]
-        color = output_color(value) if hue == "output" else None
-        look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": color, "label": str(value)}
-        ax.errorbar(places, group["mean"], group["half_width"].fillna(0), **look)
-    names = [str(condition) for condition in conditions]
-    tilt = {"rotation": 25, "ha": "right"} if max(map(len, names)) > 12 else {}
-    ax.set_xticks(range(len(names)), names, **tilt)
-    runs = sorted(set(summary["runs"]))
-    title = "one run each, no interval" if runs == [1] else "mean and 95 % interval over seeds"
-    ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(label, label), title=title)
-    ax.grid(False, axis="x")
+        offset = 0.8 * ((number + 0.5) / len(hues) - 0.5)
+        places = [conditions.index(condition) + offset for condition in group[by]]
+        style = output_style(value if hue == "output" else f"scale {number + 1}")
+        style = style | {"linestyle": "none", "label": str(value)}
+        ax.errorbar(group["mean"], places, xerr=group["half_width"].fillna(0), **style)
+    is_single = set(summary["runs"]) == {1}
+    title = "one run each, no interval" if is_single else "mean and 95 % interval over seeds"
+    ax.set(xlabel=LABELS.get(label, label), ylabel=LABELS.get(by, by), title=title)
     ax.legend(title=LABELS.get(hue, hue), loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax
+    return _name_rows(ax, conditions)
 
 
 @styled
 def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
-    """Differences to a baseline with their 95 % intervals, a row per method, view and seed.
+    """Differences to a baseline with their 95 % intervals, a row per method, output and seed.
 
     Args:
-        differences: from `comparison.differences`, of one budget and one choice of weights.
+        differences: from `comparison.differences`, of one budget and one checkpoint.
         title: above it.
         ax: where to draw.
     """
-    ax = new_axes(ax, 1 + 0.3 * len(differences), 5)
-    several = differences["seed"].nunique() > 1
-    names = []
+    ax = new_axes(ax, 6, 1 + 0.3 * len(differences))
+    names = differences["method"] + ": " + differences["output"]
+    if differences["seed"].nunique() > 1:
+        names += ", seed " + differences["seed"].astype(str)
     for place, row in enumerate(differences.itertuples()):
-        look = {"fmt": "o", "capsize": 3, "markersize": 4, "color": output_color(row.output)}
         ends = [[max(0, row.difference - row.low)], [max(0, row.high - row.difference)]]
-        ax.errorbar(row.difference, place, xerr=ends, **look)
-        names.append(f"{row.method}: {row.output}" + (f", seed {row.seed}" if several else ""))
-    ax.axvline(0, color="#222222", linewidth=1, linestyle=":")
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+        ax.errorbar(row.difference, place, xerr=ends, **output_style(row.output))
+    ax.axvline(0, **ZERO)
     ax.set(xlabel="difference to the baseline (points, 95 % over images)", title=title)
+    return _name_rows(ax, names)
+
+
+def _name_rows(ax: Axes, names: Sequence) -> Axes:
+    """Name the rows 0, 1, ... of a figure, from top to bottom."""
+    ax.set_yticks(range(len(names)), list(map(str, names)))
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(False, axis="y")
     return ax
 
@@ -165,24 +156,24 @@ def plot_threshold(
     accuracy: pd.DataFrame | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What a threshold does: shares such as area, IoU and accuracy against it.
+    """The effect of a threshold: shares such as area, IoU and accuracy against it.
 
     Args:
         curve: ``threshold`` and columns in [0, 1]; ``LABELS`` has their names.
         mark: a threshold to mark.
         title: above it.
-        accuracy: ``threshold, scale, top1`` (%) as of `localization.accuracy_by_threshold`, drawn
-            as points.
+        accuracy: ``threshold, output, top1`` (%) as of `localization.accuracy_by_threshold`.
         ax: where to draw.
     """
-    ax = new_axes(ax)
-    for name, color in zip(curve.columns.drop("threshold"), LINE_COLORS, strict=False):
-        ax.plot(curve["threshold"], curve[name], label=LABELS.get(name, name), color=color)
+    ax = new_axes(ax, 7)
+    shares = curve.set_index("threshold").rename(columns=LABELS)
+    ax.set_prop_cycle(color=LINE_COLORS, linestyle=LINE_STYLES[: len(LINE_COLORS)])
+    ax.plot(shares, label=list(shares))
     for name, rows in accuracy.groupby("output", sort=False) if accuracy is not None else ():
-        look = {"color": output_color(name), "markersize": 3, "linewidth": 0.8}
-        ax.plot(rows["threshold"], rows["top1"] / 100, "o-", label=f"accuracy, {name}", **look)
+        style = output_style(name) | {"linewidth": 0.8, "label": f"accuracy, {name}"}
+        ax.plot(rows["threshold"], rows["top1"] / 100, **style)
     if mark is not None:
-        ax.axvline(mark, color="#222222", linewidth=1, linestyle=":")
+        ax.axvline(mark, **ZERO)
     ax.set(xlabel=LABELS["threshold"], ylim=(0, 1.02), ylabel="share", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
@@ -194,7 +185,7 @@ def plot_heat_map(
 ) -> Axes:
     """A score by two settings, such as ``scales`` and ``threshold``; means where runs repeat."""
     pivot = table.pivot_table(index=rows, columns=columns, values=value, sort=False)
-    ax = new_axes(ax, 0.8 + 0.45 * len(pivot), 1.8 + 0.7 * pivot.shape[1])
+    ax = new_axes(ax, 1.8 + 0.7 * pivot.shape[1], 0.8 + 0.45 * len(pivot))
     form = ".1f" if pivot.max(axis=None) > 1 else ".2f"
     bar = {"label": LABELS.get(value, value)}
     sns.heatmap(pivot, annot=True, fmt=form, cmap=CMAP, cbar_kws=bar, ax=ax, linewidths=1)
@@ -204,48 +195,64 @@ def plot_heat_map(
 
 @styled
 def plot_confusion(
-    predictions: pd.DataFrame, classes: Sequence[str], scale: str, ax: Axes | None = None
+    predictions: pd.DataFrame,
+    classes: Sequence[str],
+    output: str,
+    limit: int | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Images by true and predicted class at one view name; rows are colored by their share."""
-    counts = confusion_counts(predictions, len(classes), scale)
-    side = min(9, 2 + 0.35 * len(classes))
-    ax = new_axes(ax, side, side + 1)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few = len(classes) <= 20
-    names = [clean_class_name(name) for name in classes] if few else "auto"
-    options = {"cmap": CMAP, "vmin": 0, "vmax": 1, "square": True}
-    options |= {"annot": np.where(counts, counts.astype(str), "") if few else None, "fmt": ""}
+    """Images by true and predicted class at one output; rows are colored by their share.
+
+    Args:
+        predictions: from `evaluation.predict`.
+        classes: K names.
+        output: such as ``mean softmax``.
+        limit: of more classes, only those with the most mistakes are shown.
+        ax: where to draw.
+    """
+    counts = confusion_matrix(predictions, len(classes), output, limit)
+    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    side = min(9, 2 + 0.35 * len(counts))
+    ax = new_axes(ax, side + 1, side)
+    has_room = len(counts) <= 20
+    names = [clean_class_name(classes[label]) for label in counts] if has_room else "auto"
+    options = {"cmap": CMAP, "vmin": 0, "vmax": 1, "square": True, "fmt": ""}
+    options |= {"annot": counts.astype(str).where(counts > 0, "") if has_room else None}
     options |= {"xticklabels": names, "yticklabels": names}
     sns.heatmap(shares, cbar_kws={"label": "share of the true class"}, ax=ax, **options)
-    ax.set(xlabel="predicted", ylabel="true", title=f"confusion, {scale}")
+    ax.set(xlabel="predicted", ylabel="true", title=f"confusion, {output}")
     return ax
-
-
-def confusion_counts(predictions: pd.DataFrame, classes: int, scale: str) -> np.ndarray:
-    """(K, K) images by true and predicted label at one view name."""
-    rows = predictions[predictions["output"] == scale]
-    counts = np.zeros((classes, classes), dtype=int)
-    np.add.at(counts, (rows["label"], rows["prediction"]), 1)
-    return counts
 
 
 @styled
 def plot_reliability(
-    predictions: pd.DataFrame, scale: str, bins: int = 10, ax: Axes | None = None
+    predictions: pd.DataFrame, output: str, bins: int = 10, ax: Axes | None = None
 ) -> Axes:
     """Accuracy against confidence in equal bins; the diagonal is a calibrated model."""
-    rows = predictions[predictions["output"] == scale]
-    correct = rows["rank"] == 0
-    bin_of = np.minimum((rows["confidence"] * bins).astype(int), bins - 1)
-    table = pd.DataFrame({"confidence": rows["confidence"], "correct": correct})
-    table = table.groupby(bin_of).agg({"confidence": "mean", "correct": ["mean", "size"]})
+    rows = predictions[predictions["output"] == output]
+    table = pd.DataFrame({"confidence": rows["confidence"], "correct": rows["rank"] == 0})
+    bin_of = np.minimum((table["confidence"] * bins).astype(int), bins - 1)
+    means, sizes = table.groupby(bin_of).mean(), table.groupby(bin_of).size()
     ax = new_axes(ax, 2.8, 2.8)
     ax.plot([0, 1], [0, 1], color="#999999", linestyle="--", linewidth=1)
-    sizes = 15 + 200 * table["correct", "size"] / len(rows)
-    ax.scatter(
-        table["confidence", "mean"], table["correct", "mean"], s=sizes, c=output_color(scale)
-    )
-    error = 100 * expected_calibration_error(rows["confidence"], correct)
+    area = 15 + 200 * sizes / len(rows)
+    ax.scatter(means["confidence"], means["correct"], area, output_color(output))
+    error = 100 * expected_calibration_error(table["confidence"], table["correct"])
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    ax.set_title(f"{scale}: calibration error {error:.1f} points")
+    ax.set_title(f"{output}: ECE {error:.1f} points")
+    return ax
+
+
+@styled
+def plot_attention(matrix: Tensor, title: str = "attention", ax: Axes | None = None) -> Axes:
+    """An attention matrix (N, N) of one head, or the mean over heads: its rows sum to 1.
+
+    The color bar ends at the 99.5th percentile, or a few strong tokens would darken all others.
+    """
+    ax = new_axes(ax, 3.6, 3)
+    values = matrix.detach().float().cpu().numpy()
+    drawn = ax.imshow(values, HEATMAP_CMAP, vmin=0, vmax=np.quantile(values, 0.995))
+    ax.figure.colorbar(drawn, ax=ax, label="attention probability", extend="max")
+    ax.set(xlabel="token that is read (key)", ylabel="token that reads (query)", title=title)
+    ax.grid(False)
     return ax

@@ -1,24 +1,22 @@
-"""Figures that show photos: what each scale looked at, and why. Tensors in, Axes out.
+"""Figures of images: patches, attention strength, masks, boxes, crops and probabilities.
 
-Each function draws on ``ax`` (or a row of ``axes``) where given, else on a new figure. Boxes are
-``(top, left, bottom, right)`` in pixels of the photo shown.
+An image is PIL's or a (3, H, W) uint8 tensor. Boxes are ``(top, left, bottom, right)`` in pixels of
+the image that is shown.
 """
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 from ramslib.boxes import rescale_boxes
-from ramslib.classifier import ScaleOutput
+from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
@@ -28,171 +26,203 @@ from ramslib.plots.drawing import (
     HEATMAP_CMAP,
     clean_class_name,
     draw_mask,
-    draw_strength,
     new_axes,
     output_color,
-    panels,
     relative_strength,
     styled,
-    to_picture,
+    to_pil,
 )
 
 
 @styled
 def plot_image(
-    photo: Tensor | Image.Image,
-    boxes: Mapping[str, Sequence[float]] | None = None,
+    image: Tensor | Image.Image,
+    boxes: Mapping[str, Sequence[float] | Tensor] | None = None,
     truth: Sequence[float] | None = None,
     title: str = "",
     ax: Axes | None = None,
-    mean_std: tuple | None = None,
 ) -> Axes:
-    """A photo with boxes.
+    """An image with boxes.
 
     Args:
-        photo: see `to_picture`.
-        boxes: by view name, such as ``{"scale 2": box}``, in pixels of the photo.
+        image: PIL's, or (3, H, W) uint8.
+        boxes: one (4,) or several (R, 4) by output, such as ``{"scale 2": box}``.
         truth: the annotated box, drawn dashed; None or NaN is none.
         title: above it.
         ax: where to draw.
-        mean_std: what a float photo was normalized with.
     """
     ax = new_axes(ax, 2.4, 2.4)
-    ax.imshow(to_picture(photo, mean_std))
+    ax.imshow(to_pil(image))
     ax.set(xticks=[], yticks=[], title=title)
     ax.spines[:].set_visible(False)
-    for name, box in (boxes or {}).items():
-        _draw_box(ax, box, output_color(name), "-")
+    for name, group in (boxes or {}).items():
+        for box in torch.as_tensor(group).reshape(-1, 4).tolist():
+            _add_box(ax, box, output_color(name), "-")
     if truth is not None and np.isfinite(np.asarray(truth, dtype=float)).all():
-        _draw_box(ax, truth, ANNOTATION_COLOR, (0, (4, 2)))
+        _add_box(ax, truth, ANNOTATION_COLOR, (0, (4, 2)))
     return ax
 
 
-def _draw_box(ax: Axes, box: Sequence[float], color: str, line) -> None:
+def _add_box(ax: Axes, box: Sequence[float], color: str, line: str | tuple) -> None:
     top, left, bottom, right = (float(side) - 0.5 for side in box)
     for ink, width, style in (("black", 3, "-"), (color, 1.8, line)):
-        look = {"fill": False, "edgecolor": ink, "linewidth": width, "linestyle": style}
-        ax.add_patch(Rectangle((left, top), right - left, bottom - top, **look, clip_on=False))
+        options = {"fill": False, "edgecolor": ink, "linewidth": width, "linestyle": style}
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, **options, clip_on=False))
+
+
+@styled
+def plot_patch_grid(
+    image: Tensor | Image.Image, grid: tuple[int, int], title: str = "", ax: Axes | None = None
+) -> Axes:
+    """An image cut into its (h, w) patches, the tokens of a Vision Transformer."""
+    ax = plot_image(image, title=title or f"{grid[0]} × {grid[1]} patches", ax=ax)
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    for color, width in (("black", 1.6), ("white", 0.7)):
+        options = {"colors": color, "linewidth": width}
+        ax.hlines(np.linspace(top, bottom, grid[0] + 1)[1:-1], left, right, **options)
+        ax.vlines(np.linspace(left, right, grid[1] + 1)[1:-1], top, bottom, **options)
+    return ax
 
 
 @styled
 def plot_strength(
-    photo: Tensor | Image.Image,
+    image: Tensor | Image.Image,
     strength: Tensor,
     threshold: float | None = None,
     title: str = "attention strength",
     ax: Axes | None = None,
-    mean_std: tuple | None = None,
-    opacity: float = 0.6,
-    limit: float | None = None,
-    bar: bool = True,
+    has_bar: bool = True,
 ) -> Axes:
-    """Attention strength (h, w) over its view, with a color bar in multiples of the mean.
+    """Attention strength (h, w) over its image, with a color bar in multiples of the mean.
 
     Args:
-        photo: the view, see `to_picture`.
+        image: PIL's, or (3, H, W) uint8.
         strength: one value per patch.
         threshold: the paper's eta, marked on the bar.
         title: above it.
         ax: where to draw.
-        mean_std: what a float photo was normalized with.
-        opacity: of the heat.
-        limit: the end of the bar; the maximum by default.
-        bar: whether there is one.
+        has_bar: whether there is a color bar.
     """
-    picture = draw_strength(to_picture(photo, mean_std), strength, opacity, limit)
-    ax = plot_image(picture, title=title, ax=ax)
-    if bar:
-        end = limit or float(relative_strength(strength).nan_to_num().max())
-        colors = ScalarMappable(Normalize(0, end), HEATMAP_CMAP)
-        scale = ax.figure.colorbar(colors, ax=ax, shrink=0.8, pad=0.02, aspect=14)
-        scale.set_label("× mean strength", fontsize="small")
-        scale.ax.tick_params(labelsize="small")
-        if threshold is not None:
-            scale.ax.axhline(threshold, color="black", linewidth=3)
-            scale.ax.axhline(threshold, color="white", linewidth=1.2)
+    ax = plot_image(image, title=title, ax=ax)
+    where = *ax.get_xlim(), *ax.get_ylim()
+    options = {"cmap": HEATMAP_CMAP, "vmin": 0, "alpha": 0.6, "extent": where}
+    heat = ax.imshow(relative_strength(strength).numpy(), **options)
+    if has_bar:
+        bar = ax.figure.colorbar(heat, ax=ax, shrink=0.8, pad=0.02, aspect=14)
+        bar.solids.set_alpha(1)
+        bar.set_label("× mean strength", fontsize="small")
+        bar.ax.tick_params(labelsize="small")
+        for color, width in (("black", 3), ("white", 1.2)) if threshold is not None else ():
+            bar.ax.axhline(threshold, color=color, linewidth=width)
     return ax
 
 
 @styled
 def plot_mask(
-    photo: Tensor | Image.Image,
+    image: Tensor | Image.Image,
     proposal: Proposal,
     index: int = 0,
     scale: int = 2,
-    title: str = "patch mask",
+    title: str = "mask, component, box",
     ax: Axes | None = None,
-    mean_std: tuple | None = None,
 ) -> Axes:
-    """The patch mask over its view, its kept component, and the box for the next ``scale``.
+    """The patch mask over its image, the kept component outlined, the box for the next ``scale``.
 
     ``index`` chooses the image of the proposal's batch; see `draw_mask` for the drawing.
     """
-    name = f"scale {scale}"
-    picture = to_picture(photo, mean_std)
+    name, image = f"scale {scale}", to_pil(image)
     mask, component = proposal.mask[index], proposal.component[index]
-    frame = torch.tensor([0.0, 0.0, picture.height, picture.width])
+    frame = torch.tensor([0.0, 0.0, image.height, image.width])
     box = rescale_boxes(proposal.patch_boxes[index].cpu(), tuple(mask.shape), frame)
-    painted = draw_mask(picture, mask, component, output_color(name))
-    return plot_image(painted, {name: box}, title=title, ax=ax)
+    drawn = draw_mask(image, mask, component, output_color(name))
+    return plot_image(drawn, {name: box}, title=title, ax=ax)
 
 
 @styled
 def plot_recursion(
-    looks: Sequence[ScaleOutput],
-    photo: Tensor | Image.Image,
-    mean_std: tuple,
+    model: ImageClassifier,
+    pixels: Tensor,
     classes: Sequence[str] = (),
-    label: int | None = None,
-    truth: Sequence[float] | None = None,
-    index: int = 0,
-    axes: Sequence[Axes] | None = None,
-) -> Sequence[Axes]:
-    """What happened to one photo: boxes; per proposal strength, mask and crop; probabilities.
+    labels: Sequence[int | None] | None = None,
+    truths: Sequence[Sequence[float] | Tensor] | None = None,
+) -> np.ndarray:
+    """What a model does with each image: strength, mask and box, crop, probabilities in a row.
+
+    Strength, mask and crop are repeated for every proposal.
 
     Args:
-        looks: ``list(model.scales(images, source))``.
-        photo: the view of scale 1 at any resolution.
-        mean_std: the model's.
+        model: in evaluation mode.
+        pixels: (B, 3, Hs, Ws) uint8, the transformed images.
         classes: K names; none leaves the probabilities out.
-        label: the true class, or None.
-        truth: the annotated box, in pixels of ``photo``.
-        index: which image of the batch.
-        axes: `recursion_columns` of them.
+        labels: the true classes.
+        truths: (B, 4) the annotated boxes, in pixels of ``pixels``.
+
+    Returns:
+        (B, columns) Axes.
     """
-    if axes is None:
-        axes = panels(1, recursion_columns(len(looks), bool(len(classes))))[1][0]
-    picture, size = to_picture(photo, mean_std), tuple(looks[0].view.shape[-2:])
-    frame = torch.tensor([0.0, 0.0, picture.height, picture.width])
-    boxes = {
-        f"scale {number}": rescale_boxes(look.boxes[index].cpu(), size, frame)
-        for number, look in enumerate(looks[1:], start=2)
-    }
-    title = "" if label is None or not len(classes) else clean_class_name(classes[label])
-    plot_image(picture, boxes, truth, title, axes[0])
-    for number, (look, following) in enumerate(zip(looks, looks[1:], strict=False), start=1):
-        heat, mask, crop = axes[3 * number - 2 : 3 * number + 1]
-        view, title = look.view[index], f"attention strength, scale {number}"
-        plot_strength(view, look.strength[index], None, title, heat, mean_std)
-        title = f"patch mask, scale {number}"
-        plot_mask(view, look.proposal, index, number + 1, title, mask, mean_std)
-        title = f"scale {number + 1} sees"
-        plot_image(following.view[index], title=title, ax=crop, mean_std=mean_std)
-    if len(classes):
-        plot_probabilities(probabilities_of(looks, index), classes, label, ax=axes[-1])
+    outputs, columns = _run(model, pixels), 1 + 3 * (model.num_scales - 1) + bool(len(classes))
+    size = 2.3 * columns, 2.3 * len(pixels)
+    axes = plt.subplots(len(pixels), columns, figsize=size, squeeze=False)[1]
+    frame = torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
+    for index, row in enumerate(axes):
+        label = None if labels is None else labels[index]
+        title = "image" if label is None or not len(classes) else clean_class_name(classes[label])
+        boxes = {
+            f"scale {number}": rescale_boxes(output.boxes[index].cpu(), model.image_size, frame)
+            for number, output in enumerate(outputs[1:], start=2)
+        }
+        plot_image(pixels[index], boxes, None if truths is None else truths[index], title, row[0])
+        for number, (output, following) in enumerate(zip(outputs, outputs[1:], strict=False), 1):
+            heat, mask, crop = row[3 * number - 2 : 3 * number + 1]
+            image, which = output.view[index], f" {number}" * (len(outputs) > 2)
+            plot_strength(image, output.strength[index], None, f"attention strength{which}", heat)
+            title = f"mask, component, box{which}"
+            plot_mask(image, output.proposal, index, number + 1, title, mask)
+            plot_image(following.view[index], title=f"crop: input of scale {number + 1}", ax=crop)
+        if len(classes):
+            plot_probabilities(probabilities_of(outputs, index), classes, label, ax=row[-1])
     return axes
 
 
-def recursion_columns(scales: int, classified: bool = True) -> int:
-    """How many Axes `plot_recursion` draws on."""
-    return 1 + 3 * (scales - 1) + classified
+@torch.inference_mode()
+def _run(model: ImageClassifier, pixels: Tensor) -> list[ScaleOutput]:
+    """The outputs of all scales, their inputs as uint8 images."""
+    pixels = pixels.to(next(model.parameters()).device)
+    images, source = prepare(pixels, model.image_size, *model.mean_std)
+    mean, std = (torch.tensor(values)[:, None, None].to(images) for values in model.mean_std)
+    return [
+        output._replace(view=((output.view * std + mean) * 255).round().clamp(0, 255).byte())
+        for output in model.scales(images, source)
+    ]
 
 
-def probabilities_of(looks: Sequence[ScaleOutput], index: int = 0) -> dict[str, Tensor]:
+def probabilities_of(outputs: Sequence[ScaleOutput], index: int = 0) -> dict[str, Tensor]:
     """(K,) class probabilities of one image per scale, and their mean where there are several."""
-    fused = fuse(tuple(look.logits[index : index + 1] for look in looks))
-    names = [name for name in output_names(len(looks)) if name != "mean logits"]
+    fused = fuse(tuple(output.logits[index : index + 1] for output in outputs))
+    names = [name for name in output_names(len(outputs)) if name != "mean logits"]
     return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}
+
+
+def top_classes(
+    probabilities: Mapping[str, Tensor], classes: Sequence[str], label: int | None, count: int
+) -> pd.DataFrame:
+    """The likeliest classes by their greatest probability at any output, the likeliest first.
+
+    Args:
+        probabilities: (K,) per output, see `probabilities_of`.
+        classes: K names.
+        label: the true class, always among them and ticked; None is unknown.
+        count: classes at most.
+
+    Returns:
+        Probabilities: a row per class, with its clean name, and a column per output.
+    """
+    table = pd.DataFrame({name: values.tolist() for name, values in probabilities.items()})
+    shown = table.max(axis=1).nlargest(count).index.tolist()
+    if label is not None and label not in shown:
+        shown[-1] = label
+    names = [clean_class_name(classes[k]) + (" ✓" if k == label else "") for k in shown]
+    return table.loc[shown].set_axis(names)
 
 
 @styled
@@ -203,66 +233,40 @@ def plot_probabilities(
     count: int = 4,
     ax: Axes | None = None,
 ) -> Axes:
-    """The likeliest classes as probability_bars, one bar per view name; the true class is ticked.
-
-    Args:
-        probabilities: (K,) per view name, see `probabilities_of`.
-        classes: K names.
-        label: the true class, always shown; None is unknown.
-        count: classes shown, by their best probability in any view.
-        ax: where to draw.
-    """
+    """The likeliest classes as bars, one bar per output; see `top_classes`."""
     table = top_classes(probabilities, classes, label, count)
-    palette = {name: output_color(name) for name in probabilities}
-    ax = new_axes(ax, 2.3, 3.4)
-    shape = {"y": "class", "x": "probability", "hue": "view"}
-    sns.barplot(table, **shape, palette=palette, saturation=1, ax=ax, errorbar=None)
-    ax.set(xlim=(0, 1), ylabel="", title="class probabilities")
+    colors = {name: output_color(name) for name in table}
+    ax = table.plot.barh(ax=new_axes(ax, 3.4, 2.3), color=colors, width=0.8)
+    ax.set(xlim=(0, 1), title="class probabilities")
+    ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.legend(loc="lower right", fontsize="x-small")
     return ax
 
 
-def top_classes(
-    probabilities: Mapping[str, Tensor], classes: Sequence[str], label: int | None, count: int
-) -> pd.DataFrame:
-    """The probability_bars of `plot_probabilities`: ``class, view, probability``, likeliest class first."""
-    stacked = torch.stack(list(probabilities.values())).cpu()
-    shown = stacked.max(dim=0).values.topk(min(count, stacked.shape[1])).indices.tolist()
-    if label is not None and label not in shown:
-        shown[-1] = label
-    names = [clean_class_name(classes[k]) + (" ✓" if k == label else "") for k in shown]
-    return pd.DataFrame(
-        {
-            "class": np.repeat(names, len(probabilities)),
-            "view": list(probabilities) * len(shown),
-            "probability": stacked[:, shown].T.flatten().tolist(),
-        }
-    )
-
-
 @styled
 def plot_strength_per_block(
-    strengths: Tensor, photo: Tensor | Image.Image, mean_std: tuple | None = None, axes=None
+    strengths: Tensor, image: Tensor | Image.Image, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
-    """The strength (L, h, w) after each block over its view, each in its own brightness."""
+    """The strength (L, h, w) after each block over its image, each in its own brightness."""
     if axes is None:
-        axes = panels(-(-len(strengths) // 6), min(6, len(strengths)), 1.5)[1].flat
-    axes = list(axes)
+        rows, columns = -(-len(strengths) // 6), min(6, len(strengths))
+        axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False)[1]
+    axes = list(np.ravel(axes))
     for number, (ax, strength) in enumerate(zip(axes, strengths, strict=False), start=1):
-        plot_strength(photo, strength, None, f"block {number}", ax, mean_std, bar=False)
+        plot_strength(image, strength, None, f"block {number}", ax, has_bar=False)
     for ax in axes[len(strengths) :]:
         ax.axis("off")
     return axes
 
 
 @styled
-def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int = 0):
-    """A sheet of photos drawn by seed, classes in turn, with annotated boxes and class names."""
+def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int = 0) -> np.ndarray:
+    """Images drawn by seed, classes in turn, with annotated boxes and class names."""
     shuffled = table.sample(frac=1, random_state=seed)
     turn = shuffled.groupby("label").cumcount()
     chosen = shuffled.iloc[np.lexsort([shuffled["label"], turn])].head(rows * columns)
-    axes = panels(rows, columns, 1.7, 2)[1]
+    axes = plt.subplots(rows, columns, figsize=(2 * columns, 1.7 * rows), squeeze=False)[1]
     for ax in axes.flat:
         ax.axis("off")
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):

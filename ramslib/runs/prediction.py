@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import ImageDraw
 
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
@@ -15,8 +14,6 @@ from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.errors import InputError, write_atomically
 from ramslib.evaluation import predict
 from ramslib.runs.run import load, read_run
-
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")  # of scales 2, 3, ..; safe for all eyes
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -89,15 +86,14 @@ def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
     Raises:
         InputError: a picture of that name exists, or the folder cannot be written.
     """
+    from ramslib.plots.drawing import draw_box, output_color  # matplotlib: only pictures need it
+
     targets = picture_paths(predictions["path"].unique(), folder)
     for path, rows in predictions.groupby("path", sort=False):
         photo = open_image(path)
-        draw = ImageDraw.Draw(photo)
-        width = max(2, round(max(photo.size) / 150))
-        looks = rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples()
-        for color, look in zip(COLORS, looks, strict=False):
-            box = look.left, look.top, look.right, look.bottom
-            draw.rectangle(box, outline=color, width=width)
+        for row in rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples():
+            box = row.top, row.left, row.bottom, row.right
+            photo = draw_box(photo, box, output_color(row.output))
         try:
             targets[path].parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
