@@ -51,6 +51,18 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
 
 
+def probabilities(logits: Sequence[Tensor], index: int = 0) -> dict[str, Tensor]:
+    """(K,) class probabilities of one image by output: each scale, and mean softmax of several.
+
+    Args:
+        logits: (B, K) per scale.
+        index: of the image in the batch.
+    """
+    fused = fuse(tuple(scale[index : index + 1] for scale in logits))
+    names = [name for name in output_names(len(logits)) if name != "mean logits"]
+    return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}
+
+
 def iterate_batches(
     model: ImageClassifier,
     table: pd.DataFrame,

@@ -36,7 +36,7 @@ from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.dppm import Proposal, label_components, propose, seed_random_proposals
 from ramslib.errors import InputError
-from ramslib.evaluation import fuse, output_names
+from ramslib.evaluation import probabilities
 from ramslib.model import ProposalSettings, RAMSTrans
 
 DISPLAY = 900  # pixels; the longer side of the copy of an image that is kept to show
@@ -198,8 +198,8 @@ class Inspector:
 
         outputs = self.outputs(settings, **changes)
         box = self.transform.boxes_to_input(self.box, self.size, self.transform.size)[0]
-        axes = plot_recursion(outputs, self.pixels, self.model, self.classes, self.label, box)
-        return axes[0].figure
+        shown = self.model, self.classes, [self.label], [box]
+        return plot_recursion(outputs, self.pixels[None], *shown)[0, 0].figure
 
     def logits(self, count: int) -> tuple[Tensor, ...]:
         """(1, K) of the first scales that were run; of several regions, their mean."""
@@ -300,15 +300,3 @@ def _steady(proposal: Callable) -> Callable:
             return proposal(strength, threshold, recorded)
 
     return seeded
-
-
-def probabilities(logits: Sequence[Tensor], index: int = 0) -> dict[str, Tensor]:
-    """(K,) class probabilities of one image by output: each scale, and mean softmax of several.
-
-    Args:
-        logits: (B, K) per scale.
-        index: of the image in the batch.
-    """
-    fused = fuse(tuple(scale[index : index + 1] for scale in logits))
-    names = [name for name in output_names(len(logits)) if name != "mean logits"]
-    return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}

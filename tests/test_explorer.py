@@ -18,6 +18,7 @@ from nbformat import read
 from PIL import Image
 
 from ramslib.__main__ import main
+from ramslib.evaluation import probabilities
 from ramslib.explorer import Explorer
 from ramslib.explorer.app import write_page
 from ramslib.explorer.browser import ALL
@@ -26,7 +27,6 @@ from ramslib.explorer.gallery import PAGE
 from ramslib.explorer.looking import choose, follow, measure
 from ramslib.explorer.validation import images_of, sort_images
 from ramslib.plots import plot_threshold
-from ramslib.plots.images import probabilities_of
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_class_probabilities_are_the_models_at_rest(explorer):
     explorer.later.wait()
     choice = explorer.controls.choice()
     seen = follow(explorer.lens, explorer.photo, explorer.seen[:1], choice)
-    for values in probabilities_of(seen).values():
+    for values in probabilities([one.logits for one in seen]).values():
         assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
 
 

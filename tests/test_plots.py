@@ -13,10 +13,9 @@ from tiny import draw_photos
 
 from ramslib import plots
 from ramslib.data.datasets import read_table
-from ramslib.data.transforms import prepare
 from ramslib.dppm import propose
 from ramslib.evaluation import confusion_matrix, expected_calibration_error
-from ramslib.model import RAMSTrans
+from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.plots import drawing, figures, images
 
 matplotlib.use("agg")
@@ -226,21 +225,35 @@ def test_likeliest_classes_and_the_true_one():
     assert widths == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7])
 
 
-@pytest.mark.parametrize("scales", [1, 2, 3])
-def test_recursion_of_any_number_of_scales(backbone_of, scales):
-    model = RAMSTrans(backbone_of("vit"), 3, scales, (1.0,) * (scales - 1), per_scale_token=False)
+def two_regions(strength, threshold, recorded=None):
+    """Two regions of each image: its upper and its lower half."""
+    height, width = strength.shape[1:]
+    halves = [[0, 0, height // 2, width], [height // 2, 0, height, width]]
+    return torch.tensor(halves).expand(len(strength), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("scales", "proposal"), [(1, "attention"), (2, two_regions), (3, "random")]
+)
+def test_recursion_of_any_number_of_scales_and_regions(backbone_of, scales, proposal):
+    settings = ProposalSettings((1.0,) * (scales - 1), proposal=proposal, scales=scales)
+    model = RAMSTrans(backbone_of("vit"), 3, settings, per_scale_token=False).eval()
     pixels = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
-    axes = plots.plot_recursion(model.eval(), pixels, ["a", "b", "c"], labels=[0, 1])
+    with torch.inference_mode():
+        outputs = list(model.forward_scales(pixels))
+    axes = plots.plot_recursion(outputs, pixels, model, ["a", "b", "c"], labels=[0, None])
     assert axes.shape == (2, 2 + 3 * (scales - 1))
-    with torch.no_grad():
-        outputs = list(model.scales(*prepare(pixels, model.image_size, *model.mean_std)))
-    boxes = [(2 * output.boxes[1]).tolist() for output in outputs[1:]]
+    boxes = [(2 * output.boxes[len(output.boxes) // 2 :]) for output in outputs[1:]]
     drawn = [box for box, _ in rectangles(axes[1, 0])]
-    assert np.allclose(np.ravel(drawn), np.ravel(boxes), atol=1e-3)
-    assert [ax.get_title(loc="left") for ax in axes[:, 0]] == ["a", "b"]
+    assert np.allclose(np.ravel(drawn), np.ravel(torch.cat(boxes)) if boxes else [], atol=1e-3)
+    for number, output in enumerate(outputs[1:], start=1):
+        shown = axes[1, 3 * number].images[0].get_array()
+        crop = model.denormalize(output.input[len(output.input) // 2])
+        assert np.array_equal(shown, crop.permute(1, 2, 0))
+    assert [ax.get_title(loc="left") for ax in axes[:, 0]] == ["a", "image"]
     titles = [ax.get_title(loc="left") for ax in axes[1, 1:-1]]
     assert len(titles) == len(set(titles)) and all(titles)
-    assert plots.plot_recursion(model, pixels[:1]).shape == (1, 1 + 3 * (scales - 1))
+    assert plots.plot_recursion(outputs, pixels, model).shape == (2, 1 + 3 * (scales - 1))
 
 
 def test_patch_grid_has_a_line_between_patches(photo):

@@ -23,6 +23,7 @@ import torch
 from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
+from ramslib.evaluation import probabilities
 from ramslib.explorer.browser import ImageBrowser
 from ramslib.explorer.components import (
     STYLE,
@@ -52,7 +53,7 @@ from ramslib.explorer.looking import (
 )
 from ramslib.explorer.rows import Row
 from ramslib.explorer.tabs import AnalysisTabs
-from ramslib.plots.images import probabilities_of, top_classes
+from ramslib.plots.images import top_classes
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
@@ -229,7 +230,9 @@ class Explorer:
         text = "attention only: this backbone has no trained classifier"
         if self.lens.classes:
             shown = self.lens.classes, self.photo.label, CLASSES
-            text = probability_bars(top_classes(probabilities_of(seen), *shown))
+            text = probability_bars(
+                top_classes(probabilities([one.logits for one in seen]), *shown)
+            )
         text += "" if is_fresh else small("computing the next scale …")
         self.scores.value = f'<div class="rams-title">class probabilities</div>{text}'
 

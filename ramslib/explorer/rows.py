@@ -21,7 +21,7 @@ from ramslib.plots.drawing import (
     draw_strength,
     output_color,
     relative_strength,
-    to_picture,
+    to_pil,
 )
 
 _STOPS = ", ".join(to_hex(color) for color in colormaps[HEATMAP_CMAP](np.linspace(0, 1, 9)))
@@ -69,7 +69,7 @@ class Row(widgets.VBox):
         crop = seen, tuple(region.boxes[0].tolist()), choice.from_source
         self.crop.show(
             crop,
-            lambda: (fit(to_picture(region.crop[0], lens.model.mean_std)), say_region(numbers)),
+            lambda: (fit(to_pil(lens.model.denormalize(region.crop[0]))), say_region(numbers)),
         )
         if self.number:
             self.view.show(crop, lambda: (self._boxed(base, region), ""))
@@ -96,8 +96,8 @@ class Row(widgets.VBox):
     def _base(self, lens: LoadedModel, photo: Photo, seen: RecordedScale) -> Image.Image:
         """The view that was looked at, at the size of the page, made once."""
         if self.base[0] is not seen:
-            pixels = seen.view[0] if self.number else photo.pixels
-            self.base = seen, fit(to_picture(pixels, lens.model.mean_std))
+            seen_pixels = lens.model.denormalize(seen.view[0])
+            self.base = seen, fit(to_pil(seen_pixels if self.number else photo.pixels))
         return self.base[1]
 
     def _boxed(self, base: Image.Image, region: Region) -> Image.Image:

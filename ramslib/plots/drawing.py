@@ -123,14 +123,6 @@ def save(drawing: Axes | Figure, path: Path | str) -> Path:
     return path
 
 
-def to_picture(image: Tensor | Image.Image, mean_std: tuple | None = None) -> Image.Image:
-    """Until the model denormalizes: floats normalized with ``mean_std`` are taken, too."""
-    if not isinstance(image, Image.Image) and image.is_floating_point():
-        mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in mean_std)
-        image = ((image * std + mean) * 255).round().clamp(0, 255).byte()
-    return to_pil(image)
-
-
 def to_pil(image: Tensor | Image.Image) -> Image.Image:
     """A PIL image or a (3, H, W) uint8 tensor as an RGB image."""
     is_pil = isinstance(image, Image.Image)

@@ -20,7 +20,7 @@ from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
-from ramslib.evaluation import fuse, output_names
+from ramslib.evaluation import probabilities
 from ramslib.plots.drawing import (
     ANNOTATION_COLOR,
     HEATMAP_CMAP,
@@ -140,76 +140,63 @@ def plot_mask(
 
 @styled
 def plot_recursion(
-    model: ImageClassifier,
+    outputs: Sequence[ScaleOutput],
     pixels: Tensor,
+    model: ImageClassifier,
     classes: Sequence[str] = (),
     labels: Sequence[int | None] | None = None,
     truths: Sequence[Sequence[float] | Tensor] | None = None,
 ) -> np.ndarray:
     """What a model does with each image: strength, mask and box, crop, probabilities in a row.
 
-    Strength, mask and crop are repeated for every proposal.
+    Strength, mask and crop are repeated for every proposal; of several regions the first is shown.
 
     Args:
-        model: in evaluation mode.
+        outputs: ``list(model.forward_scales(pixels))``.
         pixels: (B, 3, Hs, Ws) uint8, the transformed images.
+        model: that of the outputs.
         classes: K names; none leaves the probabilities out.
-        labels: the true classes.
-        truths: (B, 4) the annotated boxes, in pixels of ``pixels``.
+        labels: B true classes, None where unknown.
+        truths: (B, 4) annotated boxes, in pixels of ``pixels``.
 
     Returns:
         (B, columns) Axes.
     """
-    outputs, columns = _run(model, pixels), 1 + 3 * (model.num_scales - 1) + bool(len(classes))
-    size = 2.3 * columns, 2.3 * len(pixels)
-    axes = plt.subplots(len(pixels), columns, figsize=size, squeeze=False)[1]
-    frame = torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
+    images, columns = len(pixels), 3 * len(outputs) - 2 + bool(len(classes))
+    size, frame = (2.3 * columns, 2.3 * images), torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
+    axes = plt.subplots(images, columns, figsize=size, squeeze=False)[1]
     for index, row in enumerate(axes):
         label = None if labels is None else labels[index]
         title = "image" if label is None or not len(classes) else clean_class_name(classes[label])
         boxes = {
-            f"scale {number}": rescale_boxes(output.boxes[index].cpu(), model.image_size, frame)
+            f"scale {number}": rescale_boxes(
+                output.boxes.unflatten(0, (images, -1))[index], model.image_size, frame
+            )
             for number, output in enumerate(outputs[1:], start=2)
         }
         plot_image(pixels[index], boxes, None if truths is None else truths[index], title, row[0])
-        for number, (output, following) in enumerate(zip(outputs, outputs[1:], strict=False), 1):
-            heat, mask, crop = row[3 * number - 2 : 3 * number + 1]
-            image, which = output.view[index], f" {number}" * (len(outputs) > 2)
-            plot_strength(image, output.strength[index], None, f"attention strength{which}", heat)
+        for scale, (output, following) in enumerate(zip(outputs, outputs[1:], strict=False), 1):
+            heat, mask, crop = row[3 * scale - 2 : 3 * scale + 1]
+            first, which = index * len(output.input) // images, f" {scale}" * (len(outputs) > 2)
+            image = model.denormalize(output.input[first])
+            plot_strength(image, output.strength[first], None, f"attention strength{which}", heat)
             title = f"mask, component, box{which}"
-            plot_mask(image, output.proposal, index, number + 1, title, mask)
-            plot_image(following.view[index], title=f"crop: input of scale {number + 1}", ax=crop)
+            plot_mask(image, output.proposal, first, scale + 1, title, mask)
+            image = model.denormalize(following.input[index * len(following.input) // images])
+            plot_image(image, title=f"crop: input of scale {scale + 1}", ax=crop)
         if len(classes):
-            plot_probabilities(probabilities_of(outputs, index), classes, label, ax=row[-1])
+            shown = probabilities([output.logits for output in outputs], index)
+            plot_probabilities(shown, classes, label, ax=row[-1])
     return axes
 
 
-@torch.inference_mode()
-def _run(model: ImageClassifier, pixels: Tensor) -> list[ScaleOutput]:
-    """The outputs of all scales, their inputs as uint8 images."""
-    pixels = pixels.to(next(model.parameters()).device)
-    images, source = prepare(pixels, model.image_size, *model.mean_std)
-    mean, std = (torch.tensor(values)[:, None, None].to(images) for values in model.mean_std)
-    return [
-        output._replace(view=((output.view * std + mean) * 255).round().clamp(0, 255).byte())
-        for output in model.scales(images, source)
-    ]
-
-
-def probabilities_of(outputs: Sequence[ScaleOutput], index: int = 0) -> dict[str, Tensor]:
-    """(K,) class probabilities of one image per scale, and their mean where there are several."""
-    fused = fuse(tuple(output.logits[index : index + 1] for output in outputs))
-    names = [name for name in output_names(len(outputs)) if name != "mean logits"]
-    return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}
-
-
 def top_classes(
-    probabilities: Mapping[str, Tensor], classes: Sequence[str], label: int | None, count: int
+    by_output: Mapping[str, Tensor], classes: Sequence[str], label: int | None, count: int
 ) -> pd.DataFrame:
     """The likeliest classes by their greatest probability at any output, the likeliest first.
 
     Args:
-        probabilities: (K,) per output, see `probabilities_of`.
+        by_output: (K,) probabilities, see `evaluation.probabilities`.
         classes: K names.
         label: the true class, always among them and ticked; None is unknown.
         count: classes at most.
@@ -217,7 +204,7 @@ def top_classes(
     Returns:
         Probabilities: a row per class, with its clean name, and a column per output.
     """
-    table = pd.DataFrame({name: values.tolist() for name, values in probabilities.items()})
+    table = pd.DataFrame({name: values.tolist() for name, values in by_output.items()})
     shown = table.max(axis=1).nlargest(count).index.tolist()
     if label is not None and label not in shown:
         shown[-1] = label
@@ -227,14 +214,14 @@ def top_classes(
 
 @styled
 def plot_probabilities(
-    probabilities: Mapping[str, Tensor],
+    by_output: Mapping[str, Tensor],
     classes: Sequence[str],
     label: int | None = None,
     count: int = 4,
     ax: Axes | None = None,
 ) -> Axes:
     """The likeliest classes as bars, one bar per output; see `top_classes`."""
-    table = top_classes(probabilities, classes, label, count)
+    table = top_classes(by_output, classes, label, count)
     colors = {name: output_color(name) for name in table}
     ax = table.plot.barh(ax=new_axes(ax, 3.4, 2.3), color=colors, width=0.8)
     ax.set(xlim=(0, 1), title="class probabilities")
