@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from ramslib.config import Config
-from ramslib.data.diagnostic import write_diagnostic_set
+from ramslib.data.datasets import preparation
 from ramslib.runs.run import read_metrics
 from ramslib.training.launch import command, overrides
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> float:
     options = parser.parse_args(arguments)
     settings = dict(text.split("=", 1) for text in options.settings)
     with tempfile.TemporaryDirectory() as folder:
-        root = write_diagnostic_set(
+        root = preparation("diagnostic").write_diagnostic_set(
             Path(folder, "data"), species=4, train_per_species=32, test_per_species=2
         )
         base = {"data": "diagnostic", "root": str(root), "epochs": 3, "validation_fraction": 0}

@@ -165,9 +165,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _data(options: argparse.Namespace) -> None:
     config = _config(options)
-    from ramslib.data.datasets import load_table
-    from ramslib.data.download import download
-    from ramslib.data.summary import describe
+    from ramslib.data.datasets import describe, download, load_table
 
     if options.download:
         download(config.data, config.root)

@@ -7,12 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import test_datasets as layouts
+import layouts
 from PIL import Image
 from scipy.io import savemat
 
 from ramslib.data import datasets
-from ramslib.data.diagnostic import write_diagnostic_set
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks/01_data_preparation.ipynb"
 CELLS = [
@@ -46,7 +45,7 @@ def write_cub_with_parts(root):
 
 
 WRITERS = {
-    "diagnostic": lambda root: write_diagnostic_set(
+    "diagnostic": lambda root: datasets.preparation("diagnostic").write_diagnostic_set(
         root, species=2, train_per_species=3, test_per_species=1, image_size=(64, 80)
     ),
     "folder": lambda root: layouts.write_folder(root, crow=4, wren=4),

@@ -5,60 +5,52 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from layouts import (
+    cars_records,
+    inaturalist,
+    write,
+    write_aircraft,
+    write_cars,
+    write_cub,
+    write_dogs,
+    write_folder,
+    write_image,
+    write_inaturalist,
+    write_nabirds,
+)
 from scipy.io import savemat
 
+from ramslib.config import Config
 from ramslib.data import annotations, datasets, readers
-from ramslib.data.datasets import fingerprint, read_folder, read_table
-from ramslib.data.summary import describe, describe_boxes, describe_parts, load_parts
+from ramslib.data.datasets import (
+    describe,
+    describe_boxes,
+    describe_parts,
+    fingerprint,
+    load_parts,
+    load_table,
+    read_table,
+)
 from ramslib.errors import InputError
 
 BOX_COLUMNS = annotations.BOX_COLUMNS
-
-
-def write(path, text=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def write_image(path, size=(8, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
-    return path
-
-
-def write_cub(root, classes=("001.Crow", "002.Wren"), train=4, test=2, images=True):
-    """A data set in the CUB layout: ids from 1, boxes (1, 2, 3, 4) as x, y, width, height."""
-    lists = {"images": [], "image_class_labels": [], "train_test_split": [], "bounding_boxes": []}
-    number = 0
-    for class_id, name in enumerate(classes, 1):
-        for index in range(train + test):
-            number += 1
-            file = f"{name}/{name[4:]}_{index:04d}.jpg"
-            lists["images"].append(f"{number} {file}")
-            lists["image_class_labels"].append(f"{number} {class_id}")
-            lists["train_test_split"].append(f"{number} {int(index < train)}")
-            lists["bounding_boxes"].append(f"{number} 1.0 2.0 3.0 4.0")
-            if images:
-                write_image(root / "images" / file)
-    lists["classes"] = [f"{class_id} {name}" for class_id, name in enumerate(classes, 1)]
-    for name, lines in lists.items():
-        write(root / f"{name}.txt", "\n".join(lines) + "\n")
-    return root
 
 
 def change_line(path, number, text):
     lines = path.read_text().splitlines()
     lines[number - 1 : number] = [] if text is None else [text]
     path.write_text("\n".join(lines) + "\n")
+
+
+def read(data, root, **options):
+    """A dataset without a validation split drawn from it."""
+    return read_table(data, root, 0, **options)
 
 
 def message(call):
@@ -73,7 +65,7 @@ def message(call):
 
 
 def test_cub_table(tmp_path):
-    table = readers.read_cub(write_cub(tmp_path))
+    table = read("cub", write_cub(tmp_path))
     assert list(table.columns) == annotations.TABLE_COLUMNS
     assert table["split"].value_counts().to_dict() == {"train": 8, "test": 4}
     assert table["label"].tolist() == [0] * 6 + [1] * 6
@@ -86,14 +78,14 @@ def test_cub_archive_folder_relative_root_and_optional_boxes(tmp_path, monkeypat
     write_cub(tmp_path / "CUB_200_2011")
     (tmp_path / "CUB_200_2011/bounding_boxes.txt").unlink()
     monkeypatch.chdir(tmp_path)
-    table = readers.read_cub(".")
+    table = read("cub", ".")
     assert table[BOX_COLUMNS].isna().all(axis=None)
     assert table["path"][0].startswith(str(tmp_path / "CUB_200_2011/images"))
 
 
 def test_labels_follow_class_ids_as_numbers(tmp_path):
     root = write_cub(tmp_path, [f"{number:03d}.Bird" for number in range(1, 12)], 1, 1)
-    table = readers.read_cub(root)
+    table = read("cub", root)
     assert table["label"].tolist() == [label for label in range(11) for _ in range(2)]
 
 
@@ -101,7 +93,7 @@ def test_paths_with_spaces_windows_lines_blank_lines_and_a_byte_order_mark(tmp_p
     root = write_cub(tmp_path, ["001.Great Crow", "002.Wren"])
     for file in root.glob("*.txt"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
-    table = readers.read_cub(root)
+    table = read("cub", root)
     assert table["class_name"][0] == "001.Great Crow" and len(table) == 12
 
 
@@ -124,21 +116,21 @@ MISTAKES = {
 def test_mistake_is_named_by_file_and_line(tmp_path, file, line, text, why):
     root = write_cub(tmp_path)
     change_line(root / file, line, text)
-    found = message(lambda: readers.read_cub(root))
+    found = message(lambda: read("cub", root))
     assert f"{root / file}:{line}: " in found and why in found
 
 
 def test_box_rounded_beyond_the_edge_is_clipped(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "bounding_boxes.txt", 7, "7 -1.0 -0.5 30.0 4.0")
-    assert readers.read_cub(root).loc[6, BOX_COLUMNS].tolist() == [0.0, 0.0, 3.5, 29.0]
+    assert read("cub", root).loc[6, BOX_COLUMNS].tolist() == [0.0, 0.0, 3.5, 29.0]
 
 
 @pytest.mark.parametrize("name", ["image_class_labels", "train_test_split", "bounding_boxes"])
 def test_missing_line_is_counted(tmp_path, name):
     root = write_cub(tmp_path)
     change_line(root / f"{name}.txt", 3, None)
-    found = message(lambda: readers.read_cub(root))
+    found = message(lambda: read("cub", root))
     assert f"{root / name}.txt: no line for 1 of 12 images, first: id 3" in found
 
 
@@ -146,46 +138,46 @@ def test_missing_line_is_counted(tmp_path, name):
 def test_missing_file_is_named(tmp_path, name):
     root = write_cub(tmp_path)
     (root / f"{name}.txt").unlink()
-    assert f"{root / name}.txt: missing" in message(lambda: readers.read_cub(root))
+    assert f"{root / name}.txt: missing" in message(lambda: read("cub", root))
 
 
 def test_binary_file_is_not_text(tmp_path):
     root = write_cub(tmp_path)
     (root / "classes.txt").write_bytes(b"1 \xff\xfe")
-    assert "classes.txt: cannot be read as text" in message(lambda: readers.read_cub(root))
+    assert "classes.txt: not as expected (UnicodeDecodeError" in message(lambda: read("cub", root))
 
 
 @pytest.mark.parametrize("name", ["images", "classes", "train_test_split", "bounding_boxes"])
 def test_empty_file_is_named(tmp_path, name):
     root = write_cub(tmp_path)
     write(root / f"{name}.txt", "\n")
-    assert f"{root / name}.txt: has no line" in message(lambda: readers.read_cub(root))
+    assert f"{root / name}.txt: has no line" in message(lambda: read("cub", root))
 
 
 def test_long_line_is_cut_short(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "train_test_split.txt", 1, "1 " + "9" * 5000)
-    assert len(message(lambda: readers.read_cub(root))) < 400 + len(str(root))
+    assert len(message(lambda: read("cub", root))) < 400 + len(str(root))
 
 
 def test_wrong_root_says_what_is_there(tmp_path):
     write(tmp_path / "cars_meta.mat")
-    found = message(lambda: readers.read_cub(tmp_path))
+    found = message(lambda: read("cub", tmp_path))
     assert "no images.txt here (but cars_meta.mat)" in found
-    assert "no such folder" in message(lambda: readers.read_cub(tmp_path / "nowhere"))
+    assert "no such folder" in message(lambda: read("cub", tmp_path / "nowhere"))
 
 
 def test_missing_images_are_counted_per_split(tmp_path):
     root = write_cub(tmp_path, test=3)
     for name in ("0005", "0006"):
         (root / f"images/001.Crow/Crow_{name}.jpg").unlink()
-    found = message(lambda: readers.read_cub(root))
-    assert "8 of 8 train images found, 2 of 6 test images missing, first: " in found
+    found = message(lambda: read("cub", root))
+    assert "images found: 4 of 6 test, 8 of 8 train; first missing: " in found
     assert "Crow_0005.jpg" in found
-    with pytest.warns(UserWarning, match="2 of 6 test images missing.*left out"):
-        table = readers.read_cub(root, allow_missing=True)
+    with pytest.warns(UserWarning, match="4 of 6 test.*left out"):
+        table = read("cub", root, allow_missing=True)
     assert len(table) == 12 and table.index.tolist() == list(range(12))
-    assert len(readers.read_cub(root, check_images=False)) == 14
+    assert len(readers.read_cub(root)) == 14
 
 
 @pytest.mark.parametrize("what", ["folder", "link to nothing", "link to itself"])
@@ -194,8 +186,8 @@ def test_what_only_has_the_name_of_an_image_is_missing(tmp_path, what):
     photo = root / "images/001.Crow/Crow_0000.jpg"
     photo.unlink()
     photo.mkdir() if what == "folder" else photo.symlink_to(photo if "itself" in what else "none")
-    assert f"1 of 8 train images missing, 4 of 4 test images found, first: {photo}" in message(
-        lambda: readers.read_cub(root)
+    assert f"4 of 4 test, 7 of 8 train; first missing: {photo}" in message(
+        lambda: read("cub", root)
     )
 
 
@@ -209,34 +201,33 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    found = message(lambda: readers.read_cub(root))
+    found = message(lambda: read("cub", root))
     assert f"{root}/images/001.Crow: cannot be listed (Permission denied)" in found
-    found = message(lambda: read_folder(photos))
+    found = message(lambda: read("folder", photos))
     assert f"{photos}/crow: cannot be listed (Permission denied)" in found
 
 
 def test_no_image_folder_at_all(tmp_path):
     root = write_cub(tmp_path, images=False)
-    assert "8 of 8 train images missing, 4 of 4 test" in message(lambda: readers.read_cub(root))
+    assert "0 of 4 test, 0 of 8 train" in message(lambda: read("cub", root))
 
 
 def test_class_without_training_image(tmp_path):
     root = write_cub(tmp_path)
     flags = root / "train_test_split.txt"
     flags.write_text(flags.read_text().replace("7 1", "7 0").replace("8 1", "8 0"))
-    readers.read_cub(root)
+    read("cub", root)
     flags.write_text(flags.read_text().replace("9 1", "9 0").replace("10 1", "10 0"))
-    found = message(lambda: readers.read_cub(root))
+    found = message(lambda: read("cub", root))
     assert "1 of 2 classes have no training image, first: 002.Wren" in found
     write(root / "classes.txt", "1 001.Crow\n2 002.Wren\n3 003.Owl\n")
-    found = message(lambda: read_table("cub", root))
-    assert "2 of 3 classes" in found
+    assert "1 of 2 classes" in message(lambda: read_table("cub", root))  # no image: no class
 
 
 def test_image_listed_twice(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "images.txt", 2, "2 001.Crow/Crow_0000.jpg")
-    assert "listed more than once" in message(lambda: readers.read_cub(root))
+    assert "listed more than once" in message(lambda: read("cub", root))
 
 
 def test_parts(tmp_path):
@@ -248,8 +239,8 @@ def test_parts(tmp_path):
         ["back", 6.0, 5.0],
         ["left wing", 8.0, 7.0],
     ]
-    assert parts["path"].tolist() == readers.read_cub(root)["path"].iloc[[0, 2]].tolist()
-    table = readers.read_cub(root)
+    assert parts["path"].tolist() == read("cub", root)["path"].iloc[[0, 2]].tolist()
+    table = read("cub", root)
     summary = describe_parts(table, parts)
     assert summary.index.tolist() == ["back", "left wing"]
     assert summary["visible"].tolist() == [1 / 12, 1 / 12]
@@ -262,20 +253,8 @@ def test_parts(tmp_path):
 # ---------------------------------------------------------------- the other official layouts
 
 
-def write_nabirds(root):
-    write_cub(root, ["0817", "0085", "1010"], 2, 1)
-    write(root / "classes.txt", "0 Birds\n3 Ducks\n85 Teal\n817 Titmouse\n1010 Grebe (Adult)\n")
-    write(root / "hierarchy.txt", "3 0\n85 3\n817 0\n1010 3\n")
-    labels = root / "image_class_labels.txt"
-    ids = {"1": "817", "2": "85", "3": "1010"}
-    pairs = [line.split() for line in labels.read_text().splitlines()]
-    labels.write_text("".join(f"{image} {ids[class_id]}\n" for image, class_id in pairs))
-    write(root / "sizes.txt", "".join(f"{image} 3 100\n" for image, _ in pairs))
-    return root
-
-
 def test_nabirds_labels_are_contiguous_and_boxes_clipped(tmp_path):
-    table = readers.read_nabirds(write_nabirds(tmp_path))
+    table = read("nabirds", write_nabirds(tmp_path))
     assert table["label"].tolist() == [1, 1, 1, 0, 0, 0, 2, 2, 2]
     assert table["class_name"].iloc[[0, 3, 6]].tolist() == ["Titmouse", "Teal", "Grebe (Adult)"]
     assert (table[BOX_COLUMNS] == [2.0, 1.0, 6.0, 3.0]).all(
@@ -283,43 +262,16 @@ def test_nabirds_labels_are_contiguous_and_boxes_clipped(tmp_path):
     )  # width 3 clips the right edge
 
 
-def test_nabirds_mistakes_and_hierarchy(tmp_path):
+def test_nabirds_mistakes(tmp_path):
     root = write_nabirds(tmp_path)
-    tree = readers.read_hierarchy(root)
-    assert tree.to_dict("records")[1] == {"class_name": "Teal", "parent": "Ducks"}
     change_line(root / "bounding_boxes.txt", 2, "2 3.0 2.0 9.0 9.0")
-    assert "bounding_boxes.txt:2: " in message(lambda: readers.read_nabirds(root))
+    assert "bounding_boxes.txt:2: " in message(lambda: read("nabirds", root))
     change_line(root / "image_class_labels.txt", 4, "4 86")
-    assert "image_class_labels.txt:4: " in message(lambda: readers.read_nabirds(root))
-
-
-def cars_records(count, with_class=True):
-    fields = [(f"bbox_{side}", object) for side in ("x1", "y1", "x2", "y2")]
-    fields += [("class", object)] * with_class + [("fname", object)]
-    rows = [
-        (1, 2, 300 + row, 40, *((row % 2 + 1,) if with_class else ()), f"{row + 1:05d}.jpg")
-        for row in range(count)
-    ]
-    return np.array(rows, dtype=fields)
-
-
-def write_cars(root, labeled=True):
-    (root / "devkit").mkdir(parents=True)
-    names = np.array(["Acura RL Sedan 2012", "Audi TT"], dtype=object)
-    savemat(root / "devkit/cars_meta.mat", {"class_names": names})
-    savemat(root / "devkit/cars_train_annos.mat", {"annotations": cars_records(4)})
-    savemat(root / "devkit/cars_test_annos.mat", {"annotations": cars_records(3, False)})
-    if labeled:
-        labels = {"annotations": cars_records(3)}
-        savemat(root / "cars_test_annos_withlabels.mat", labels)
-    for split, count in (("train", 4), ("test", 3)):
-        for row in range(count):
-            write(root / f"cars_{split}/{row + 1:05d}.jpg")
-    return root
+    assert "image_class_labels.txt:4: " in message(lambda: read("nabirds", root))
 
 
 def test_cars(tmp_path):
-    table = readers.read_cars(write_cars(tmp_path))
+    table = read("cars", write_cars(tmp_path))
     assert table["split"].value_counts().to_dict() == {"train": 4, "test": 3}
     assert table["label"].tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert table["class_name"][1] == "Audi TT"
@@ -329,10 +281,10 @@ def test_cars(tmp_path):
 
 def test_cars_test_file_without_classes(tmp_path):
     root = write_cars(tmp_path, labeled=False)
-    found = message(lambda: readers.read_cars(root))
+    found = message(lambda: read("cars", root))
     assert "cars_test_annos.mat: 3 test images without a class" in found
     assert "cars_test_annos_withlabels.mat" in found
-    table = readers.read_cars(root, unlabeled=True)
+    table = read("cars", root, unlabeled=True)
     assert table["label"][table["split"] == "test"].eq(-1).all()
     assert table["class_name"][table["split"] == "test"].eq("").all()
 
@@ -342,71 +294,29 @@ def test_cars_broken_files(tmp_path):
     file = root / "devkit/cars_train_annos.mat"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert "cars_train_annos.mat: not as expected" in message(lambda: readers.read_cars(root))
+    assert "cars_train_annos.mat: not as expected" in message(lambda: read("cars", root))
     bad = cars_records(4)
     bad["class"][1] = 3
     savemat(file, {"annotations": bad})
-    assert "class ids from 1 to 3" in message(lambda: readers.read_cars(root))
+    assert "class 3 is not among the 2 known" in message(lambda: read("cars", root))
     bad["class"][1], bad["bbox_x2"][2] = 1, 0
     savemat(file, {"annotations": bad})
-    assert "cars_train_annos.mat: entry 3" in message(lambda: readers.read_cars(root))
-
-
-def write_dogs(root):
-    for split, rows in (("train", (1, 2, 3)), ("test", (4,))):
-        names = [f"n0208{c}-{c}_dog/n0208{c}_{row}" for c in "ab" for row in rows]
-        listed = np.array([f"{name}.jpg" for name in names], dtype=object)
-        values = {"file_list": listed, "annotation_list": np.array(names, dtype=object)}
-        savemat(root / f"{split}_list.mat", values | {"labels": np.repeat([1, 2], len(rows))})
-        for name in names:
-            write(root / f"Images/{name}.jpg")
-            small, large = ((5, 6, 9, 9), (11, 21, 40, 51))
-            objects = "".join(
-                f"<object><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
-                f"<ymax>{y2}</ymax></bndbox></object>"
-                for x1, y1, x2, y2 in (small, large)
-            )
-            size = "<size><width>50</width><height>45</height><depth>3</depth></size>"
-            write(root / f"Annotation/{name}", f"<annotation>{size}{objects}</annotation>")
-    return root
+    assert "cars_train_annos.mat: entry 3" in message(lambda: read("cars", root))
 
 
 def test_dogs(tmp_path):
     root = write_dogs(tmp_path)
-    table = readers.read_dogs(root)
+    table = read("dogs", root)
     assert table["label"].tolist() == [0, 0, 0, 1, 1, 1, 0, 1]
     assert table["class_name"][3] == "n0208b-b_dog"
     assert (table[BOX_COLUMNS] == [20.0, 10.0, 45.0, 40.0]).all(axis=None)  # largest, clipped at 45
-    assert readers.read_dogs(root, boxes=False)[BOX_COLUMNS].isna().all(axis=None)
+    assert read("dogs", root, boxes=False)[BOX_COLUMNS].isna().all(axis=None)
     file = write(root / "Annotation/n0208a-a_dog/n0208a_2", "<annotation><xmin>3</xmin>")
-    assert f"{file}: not as expected" in message(lambda: readers.read_dogs(root))
-
-
-def inaturalist(rows, first_image):
-    """COCO-style content whose annotations come in another order than its images."""
-    images = [
-        {"id": first_image + row, "file_name": f"train_val_images/{row}/{first_image}.jpg"}
-        for row in range(len(rows))
-    ]
-    annotations = [
-        {"id": row, "image_id": first_image + row, "category_id": category}
-        for row, category in enumerate(rows)
-    ]
-    categories = [{"id": 7, "name": "Fern"}, {"id": 3, "name": "Moss"}, {"id": 40, "name": "Fox"}]
-    return {"images": images, "annotations": annotations[::-1], "categories": categories}
-
-
-def write_inaturalist(root, train=(40, 3, 7, 3), val=(7, 40)):
-    for name, rows, first in (("train2017", train, 100), ("val2017", val, 500)):
-        content = inaturalist(rows, first)
-        write(root / f"{name}.json", json.dumps(content))
-        for image in content["images"]:
-            write(root / image["file_name"])
-    return root
+    assert f"{file}: not as expected" in message(lambda: read("dogs", root))
 
 
 def test_inaturalist_pairs_by_id(tmp_path):
-    table = readers.read_inaturalist(write_inaturalist(tmp_path))
+    table = read("inaturalist", write_inaturalist(tmp_path))
     assert table["class_name"].tolist() == ["Fox", "Moss", "Fern", "Moss", "Fern", "Fox"]
     assert table["label"].tolist() == [2, 0, 1, 0, 1, 2]
     assert table["split"].tolist() == ["train"] * 4 + ["test"] * 2
@@ -414,35 +324,20 @@ def test_inaturalist_pairs_by_id(tmp_path):
 
 def test_inaturalist_mistakes(tmp_path):
     root = write_inaturalist(tmp_path, train=(40, 3, 7, 8))
-    assert "train2017.json: its categories" in message(lambda: readers.read_inaturalist(root))
+    assert "train2017.json: category 8 is not among" in message(lambda: read("inaturalist", root))
     content = inaturalist((40, 3, 7), 100)
     content["annotations"].append(content["annotations"][0])
     write(root / "train2017.json", json.dumps(content))
-    found = message(lambda: readers.read_inaturalist(root))
+    found = message(lambda: read("inaturalist", root))
     assert "3 images and 4 annotations do not pair one to one" in found
     write(root / "train2017.json", '{"images": []')
-    assert "train2017.json: not as expected" in message(lambda: readers.read_inaturalist(root))
-
-
-def write_aircraft(root):
-    data = root / "fgvc-aircraft-2013b/data"
-    write(data / "variants.txt", "707-320\nDC-9-30\nCessna 172\n")
-    boxes = []
-    for number, split in enumerate(("train", "val", "test")):
-        names = ("Cessna 172", "707-320", "DC-9-30")
-        lines = [f"{number}{row:06d} {name}" for row, name in enumerate(names)]
-        write(data / f"images_variant_{split}.txt", "\n".join(lines) + "\n")
-        for line in lines:
-            write(data / f"images/{line.split()[0]}.jpg")
-            boxes.append(f"{line.split()[0]} 3 144 998 431")
-    write(data / "images_box.txt", "\n".join(boxes))
-    return root
+    assert "train2017.json: not as expected" in message(lambda: read("inaturalist", root))
 
 
 def test_aircraft_equals_torchvision(tmp_path):
     from torchvision.datasets import FGVCAircraft
 
-    table = readers.read_aircraft(write_aircraft(tmp_path))
+    table = read("aircraft", write_aircraft(tmp_path))
     for ours, theirs in (("train", "train"), ("validation", "val"), ("test", "test")):
         reference = FGVCAircraft(tmp_path, theirs)
         part = table[table["split"] == ours]
@@ -462,7 +357,7 @@ def test_aircraft_image_in_two_splits(tmp_path):
             if not line.startswith("1")
         )
     )
-    assert "listed more than once" in message(lambda: readers.read_aircraft(tmp_path))
+    assert "listed more than once" in message(lambda: read("aircraft", tmp_path))
 
 
 def test_flowers_equals_torchvision(tmp_path, monkeypatch):
@@ -476,7 +371,7 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
     savemat(home / "setid.mat", sets)
     for number in range(1, 307):
         write(home / f"jpg/image_{number:05d}.jpg")
-    table = readers.read_flowers(tmp_path)
+    table = read("flowers", tmp_path)
     monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
     for ours, theirs in (("train", "train"), ("validation", "val"), ("test", "test")):
         reference = Flowers102(tmp_path, theirs)
@@ -485,7 +380,7 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
         assert part["label"].tolist() == reference._labels
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
-    assert "beyond the 306 labeled" in message(lambda: readers.read_flowers(tmp_path))
+    assert "image 307 is not among the 306 known" in message(lambda: read("flowers", tmp_path))
 
 
 def test_pets_equals_torchvision(tmp_path):
@@ -496,7 +391,7 @@ def test_pets_equals_torchvision(tmp_path):
     write(home / "annotations/test.txt", "Abyssinian_7 1 1 1\nBombay_9 2 1 1\n")
     for name in ("Bombay_2", "Abyssinian_1", "Abyssinian_7", "Bombay_9"):
         write(home / f"images/{name}.jpg")
-    table = readers.read_pets(tmp_path)
+    table = read("pets", tmp_path)
     for ours, theirs in (("train", "trainval"), ("test", "test")):
         reference = OxfordIIITPet(tmp_path, theirs)
         part = table[table["split"] == ours]
@@ -508,13 +403,6 @@ def test_pets_equals_torchvision(tmp_path):
 # ---------------------------------------------------------------- own photos
 
 
-def write_folder(root, **classes):
-    for name, count in classes.items():
-        for index in range(count):
-            write_image(root / name / f"photo{index}.png")
-    return root
-
-
 def test_folder_of_class_folders(tmp_path):
     root = write_folder(tmp_path, wren=10, crow=5)
     write_image(root / "crow/deep/er/One.JPEG")
@@ -523,7 +411,7 @@ def test_folder_of_class_folders(tmp_path):
     write(root / "wren/phone.heic")
     write_image(root / "loose.jpg")
     with pytest.warns(UserWarning, match="4 files left out: .*") as caught:
-        table = read_folder(root)
+        table = read("folder", root)
     for kind in ("1 .txt", "1 hidden", "1 .heic", "1 outside class folders"):
         assert kind in str(caught[0].message)
     assert list(table.columns) == annotations.TABLE_COLUMNS and len(table) == 16
@@ -537,26 +425,26 @@ def test_folder_of_class_folders(tmp_path):
 
 def test_folder_split_is_saved_and_binding(tmp_path):
     root = write_folder(tmp_path, crow=10, wren=10)
-    first = read_folder(root, seed=3)
+    first = read("folder", root, seed=3)
     text = (root / "split.csv").read_text()
     assert text.startswith("path,split\ncrow/photo0.png,") and len(text.splitlines()) == 21
-    pd.testing.assert_frame_equal(first, read_folder(root, test_fraction=0.5, seed=4))
+    pd.testing.assert_frame_equal(first, read("folder", root, test_fraction=0.5, seed=4))
     assert (root / "split.csv").read_text() == text
     (root / "split.csv").unlink()
-    pd.testing.assert_frame_equal(first, read_folder(root, seed=3))
+    pd.testing.assert_frame_equal(first, read("folder", root, seed=4))
     (root / "split.csv").unlink()
-    assert (read_folder(root, seed=4)["split"] != first["split"]).any()
+    assert (read("folder", root, test_fraction=0.5)["split"] == "test").sum() == 10
 
 
 def test_new_photos_are_appended_and_lost_ones_kept(tmp_path):
     root = write_folder(tmp_path, crow=10, wren=10)
-    before = read_folder(root).set_index("path")["split"]
+    before = read("folder", root).set_index("path")["split"]
     lines = (root / "split.csv").read_text().splitlines()
     (root / "crow/photo3.png").unlink()
     for index in range(10, 20):
         write_image(root / f"wren/photo{index}.png")
     with pytest.warns(UserWarning) as caught:
-        after = read_folder(root).set_index("path")["split"]
+        after = read("folder", root).set_index("path")["split"]
     gone, new = (str(warning.message) for warning in caught)
     assert "1 of its 20 photos missing, first: crow/photo3.png" in gone
     assert "10 new photos appended: 8 train, 2 test" in new or "2 test, 8 train" in new
@@ -564,16 +452,16 @@ def test_new_photos_are_appended_and_lost_ones_kept(tmp_path):
     assert len(kept) == 19 and after.loc[kept].equals(before.loc[kept])
     assert (root / "split.csv").read_text().splitlines()[: len(lines)] == lines
     write_image(root / "crow/photo3.png")
-    again = read_folder(root).set_index("path")["split"]
+    again = read("folder", root).set_index("path")["split"]
     assert again.loc[before.index].equals(before)
 
 
 def test_split_saved_by_a_spreadsheet_is_read(tmp_path):
     root = write_folder(tmp_path, crow=3, wren=3)
-    first = read_folder(root)
+    first = read("folder", root)
     text = (root / "split.csv").read_bytes()
     (root / "split.csv").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
-    pd.testing.assert_frame_equal(read_folder(root), first)
+    pd.testing.assert_frame_equal(read("folder", root), first)
 
 
 def test_what_is_no_photo_is_left_out(tmp_path):
@@ -584,7 +472,7 @@ def test_what_is_no_photo_is_left_out(tmp_path):
     (root / "loop").symlink_to("loop")
     os.mkfifo(root / "wren/pipe.jpg")  # reading it would never end
     with pytest.warns(UserWarning, match="3 files left out: 3 that are no files"):
-        assert len(read_folder(root)) == 6
+        assert len(read("folder", root)) == 6
 
 
 def test_split_by_hand_is_respected(tmp_path):
@@ -605,10 +493,10 @@ def test_split_by_hand_is_respected(tmp_path):
 )
 def test_split_out_of_shape(tmp_path, line, text):
     root = write_folder(tmp_path, crow=3, wren=3)
-    read_folder(root)
+    read("folder", root)
     change_line(root / "split.csv", line, text)
     before = (root / "split.csv").read_bytes()
-    assert f"{root / 'split.csv'}:{line}: " in message(lambda: read_folder(root))
+    assert f"{root / 'split.csv'}:{line}: " in message(lambda: read("folder", root))
     assert (root / "split.csv").read_bytes() == before
 
 
@@ -619,22 +507,22 @@ def test_read_only_folder_still_works(tmp_path, monkeypatch):
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.warns(UserWarning, match="split.csv cannot be written .read-only.*not kept"):
-        first = read_folder(root)
+    with pytest.warns(UserWarning, match="split.csv: cannot be written .read-only.*not kept"):
+        first = read("folder", root)
     with pytest.warns(UserWarning):
-        pd.testing.assert_frame_equal(first, read_folder(root))
+        pd.testing.assert_frame_equal(first, read("folder", root))
 
 
 def test_folder_that_is_too_small(tmp_path):
     root = write_folder(tmp_path, crow=5)
-    assert "1 class folders with photos; at least two" in message(lambda: read_folder(root))
+    assert "1 class folders with photos; at least two" in message(lambda: read("folder", root))
     write_folder(root, owl=1, wren=1)
-    found = message(lambda: read_folder(root))
+    found = message(lambda: read("folder", root))
     assert f"{root}/owl: 1 photo; a class needs at least 2" in found and "(2 such" in found
     write(root / "wren2/photo.heic")
-    assert f"{root}/wren2: no photo" in message(lambda: read_folder(root))
-    assert "no such folder" in message(lambda: read_folder(root / "nowhere"))
-    assert "test_fraction is 1.0" in message(lambda: read_folder(root, 1.0))
+    assert f"{root}/wren2: no photo" in message(lambda: read("folder", root))
+    assert "no such folder" in message(lambda: read("folder", root / "nowhere"))
+    assert "test_fraction is 1.0" in message(lambda: read("folder", root, test_fraction=1.0))
     assert not (root / "split.csv").exists()
 
 
@@ -648,7 +536,9 @@ def test_given_folders_are_used_as_they_are(tmp_path):
     assert counts == {(n, s): c for n in ("crow", "wren") for s, c in splits.items()}
     assert not (root / "split.csv").exists()
     write_folder(root / "Test", owl=1)
-    assert "1 of 3 classes have no training image, first: owl" in message(lambda: read_folder(root))
+    assert "1 of 3 classes have no training image, first: owl" in message(
+        lambda: read("folder", root)
+    )
 
 
 def test_val_is_the_test_split_where_there_is_no_other(tmp_path):
@@ -662,9 +552,204 @@ def test_val_is_the_test_split_where_there_is_no_other(tmp_path):
 
 def test_train_alone_is_no_split_and_classes_may_be_called_train(tmp_path):
     write_folder(tmp_path / "a/train", crow=3, wren=3)
-    assert f"give {tmp_path}/a/train" in message(lambda: read_folder(tmp_path / "a"))
-    table = read_folder(write_folder(tmp_path / "b", train=3, test=3, bus=3))
+    assert f"give {tmp_path}/a/train" in message(lambda: read("folder", tmp_path / "a"))
+    table = read("folder", write_folder(tmp_path / "b", train=3, test=3, bus=3))
     assert sorted(set(table["class_name"])) == ["bus", "test", "train"]
+
+
+@pytest.mark.parametrize(
+    "train,test",
+    [("Training", "Test"), ("Training", "Testing"), ("TRAIN", "dev"), ("training", "validation")]
+    + [("training_set", "test_set"), ("trainset", "testset"), ("train_images", "val_images")],
+)
+def test_split_folders_of_other_names(tmp_path, train, test):
+    write_folder(tmp_path / train, crow=3, wren=3)
+    write_folder(tmp_path / test, crow=1, wren=1)
+    table = read("folder", tmp_path)
+    assert table["split"].value_counts().to_dict() == {"train": 6, "test": 2}
+    assert sorted(set(table["class_name"])) == ["crow", "wren"]
+
+
+@pytest.mark.parametrize("test", ["holdout", "test"])
+def test_split_folders_do_not_become_classes(tmp_path, test):
+    write_folder(tmp_path / "train", crow=3, wren=3)
+    if test == "test":  # photos without class folders
+        write_folder(tmp_path, test=3)
+    else:
+        write_folder(tmp_path / test, crow=1, wren=1)
+    found = message(lambda: read("folder", tmp_path))
+    names = ", ".join(sorted(["train", test]))
+    assert f"{tmp_path}: {names} may be splits" in found and f"give {tmp_path}/train" in found
+    assert not (tmp_path / "split.csv").exists()
+
+
+def test_flat_split_folders_are_refused(tmp_path):
+    write_folder(tmp_path, train=3, test=3)
+    assert "test, train may be splits" in message(lambda: read("folder", tmp_path))
+
+
+def test_folders_of_runs_and_empty_folders_are_no_classes(tmp_path):
+    root = write_folder(tmp_path, crow=3, wren=3)
+    write(root / "out/run/config.json", "{}")
+    write_image(root / "out/run/figures/story.png")
+    (root / "new/deep").mkdir(parents=True)
+    write(root / "hidden/.lock")
+    with pytest.warns(UserWarning) as caught:
+        table = read("folder", root)
+    told = {str(warning.message) for warning in caught}
+    assert sorted(set(table["class_name"])) == ["crow", "wren"] and len(table) == 6
+    for name, why in (("out", "it holds a run"), ("new", "it is empty"), ("hidden", "it is empty")):
+        assert f"{root}/{name}: no class folder, {why}; move it elsewhere" in told
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_split_of_another_system_is_read(tmp_path, separator):
+    root = write_folder(tmp_path, **{"cafe\u0301": 3, "wren": 3})
+    rows = [("path", "split")]
+    for name in ("caf\u00e9", "wren"):  # composed here, decomposed on the disk
+        kinds = enumerate(("train", "val", "Test"))
+        rows += [(f"{name}\\photo{index}.png", split) for index, split in kinds]
+    lines = [separator.join(row) for row in rows]
+    write(root / "split.csv", "\n".join(lines[:-1]) + "\n")
+    with pytest.warns(UserWarning, match="1 new photos appended"):
+        table = read("folder", root)
+    assert table["split"].tolist()[:5] == ["train", "validation", "test", "train", "validation"]
+    text = (root / "split.csv").read_text()
+    assert text.startswith(f"path{separator}split\ncafe\u0301/photo0.png{separator}train\n")
+    pd.testing.assert_frame_equal(read("folder", root), table)
+
+
+def test_split_that_is_a_link_stays_one(tmp_path):
+    root, kept = write_folder(tmp_path / "photos", crow=3, wren=3), tmp_path / "kept.csv"
+    (root / "split.csv").symlink_to(kept)
+    found = message(lambda: read("folder", root))
+    assert f"{root}/split.csv: links to {kept}, which is missing" in found
+    assert (root / "split.csv").is_symlink() and not kept.exists()
+    write(kept, "path,split\ncrow/photo0.png,test\n")
+    with pytest.warns(UserWarning, match="5 new photos appended"):
+        table = read("folder", root)
+    assert (root / "split.csv").is_symlink() and len(kept.read_text().splitlines()) == 7
+    assert table["split"][0] == "test"
+
+
+# ---------------------------------------------------------------- readers of one's own
+
+
+def own(tmp_path, body):
+    """A reference to a reader whose body is given, and a root with images to read."""
+    code = "import pandas as pd\n\n\ndef birds(root, **options):\n"
+    write(tmp_path / "ideas.py", code + "".join(f"    {line}\n" for line in body.splitlines()))
+    write_folder(tmp_path / "photos", crow=4, wren=4, owl=1)
+    return f"{tmp_path}/ideas.py:birds", tmp_path / "photos"
+
+
+NAMES = "files = sorted(root.rglob('*.png'))\nnames = [file.parent.name for file in files]\n"
+
+
+def test_own_reader_with_all_columns(tmp_path):
+    body = "files = sorted(root.rglob('*.png'))\nframe = pd.DataFrame({'path': files})\n"
+    body += "frame['label'] = [3] * 4 + [2] + [9] * 4\nframe['class_name'] = list('ccccowwww')\n"
+    body += "frame['split'] = ['train', 'train', 'val', 'test'] + ['train'] * 5\n"
+    body += "frame['top'] = frame['left'] = 1\nframe['bottom'] = frame['right'] = 3.5\n"
+    body += "frame.loc[2, ['top', 'left', 'bottom', 'right']] = float('nan')\n"
+    table = read_table(*own(tmp_path, body + "return frame.assign(species='bird')"), 0.5)
+    assert list(table.columns) == annotations.TABLE_COLUMNS
+    assert table["label"].tolist() == [1] * 4 + [0] + [2] * 4
+    assert table["split"].tolist() == ["train", "train", "validation", "test"] + ["train"] * 5
+    assert (
+        table.loc[0, BOX_COLUMNS].tolist() == [1, 1, 3.5, 3.5]
+        and table.loc[2, BOX_COLUMNS].isna().all()
+    )
+    assert table["path"][4] == str(tmp_path / "photos/owl/photo0.png")
+
+
+def test_own_reader_leaves_columns_out(tmp_path):
+    body = NAMES + "paths = [str(file.relative_to(root)) for file in files]\n"
+    body += "return pd.DataFrame({'path': paths, 'class_name': names})"
+    reference, root = own(tmp_path, body)
+    table = read(reference, root, test_fraction=0.5)
+    assert table["label"].tolist() == [0] * 4 + [1] + [2] * 4 and table[BOX_COLUMNS].isna().all(
+        axis=None
+    )
+    assert table["path"].map(os.path.isfile).all()
+    assert (table["split"] == "test").groupby(table["class_name"]).sum().tolist() == [2, 0, 2]
+    pd.testing.assert_frame_equal(read(reference, root, test_fraction=0.5), table)
+    config = Config().replace(data=reference, root=str(root), test_fraction=0.5, seed=3)
+    drawn = load_table(config.replace(validation_fraction=0.5))
+    assert (drawn["split"] == "test").equals(table["split"] == "test")
+    assert (drawn["split"] == "validation").sum() == 2
+    body = NAMES + "return pd.DataFrame({'path': files, 'label': [len(name) for name in names]})"
+    table = read(*own(tmp_path / "labels", body))
+    assert table["class_name"].tolist() == ["4"] * 4 + ["3"] + ["4"] * 4
+    assert table["label"].tolist() == [1] * 4 + [0] + [1] * 4
+
+
+WRONG = {
+    "nothing": ("return None", "this one returned a NoneType"),
+    "no rows": ("return pd.DataFrame({'path': [], 'label': []})", "this one returned"),
+    "no label": ("return pd.DataFrame({'path': ['a']})", "1 rows of ['path']"),
+    "path": ("return pd.DataFrame({'path': ['a', 3], 'label': 0})", "path of row 1 is '3'"),
+    "label": ("return pd.DataFrame({'path': ['a', 'b'], 'label': [0, .5]})", "row 1 is '0.5'"),
+    "no number": ("return pd.DataFrame({'path': ['a'], 'label': ['x']})", "label of row 0 is 'x'"),
+    "minus": ("return pd.DataFrame({'path': ['a'], 'label': [-1]})", "label of row 0 is '-1'"),
+    "name": (
+        "return pd.DataFrame({'path': ['a', 'b'], 'class_name': ['c', None]})",
+        "row 1 is 'nan'",
+    ),
+    "names": (
+        "return pd.DataFrame({'path': ['a', 'b'], 'label': [0, 0], 'class_name': ['c', 'd']})",
+        "give one name to each label",
+    ),
+    "split": (
+        "return pd.DataFrame({'path': ['a'], 'label': [0], 'split': ['tset']})",
+        "split of row 0 is 'tset'; use train, validation, test",
+    ),
+    "pixels": (
+        "return pd.DataFrame({'path': ['a'], 'label': [0], 'top': ['x']})",
+        "is 'x'; use pix",
+    ),
+    "box": (
+        "return pd.DataFrame({'path': ['a'], 'label': 0, 'top': 1, 'left': 1, 'bottom': 1})",
+        "row 0, ",
+    ),
+    "twice": ("return pd.DataFrame({'path': ['a', './a'], 'label': 0})", "more than once"),
+    "train": (
+        "return pd.DataFrame({'path': ['crow/photo0.png'], 'label': 0, 'split': 'test'})",
+        "1 of 1 classes have no training image",
+    ),
+    "missing": ("return pd.DataFrame({'path': ['a', 'b'], 'label': 0})", "images found: 0 of"),
+}
+
+
+@pytest.mark.parametrize("body,why", WRONG.values(), ids=WRONG.keys())
+def test_own_reader_that_is_wrong(tmp_path, body, why):
+    reference, root = own(tmp_path, body)
+    found = message(lambda: read(reference, root))
+    assert why in found and ("ideas.py:birds" in found or str(root) in found)
+
+
+def test_options_of_readers(tmp_path):
+    write(tmp_path / "ideas.py", "def birds(root, year=2017):\n    raise AssertionError(year)\n")
+    reference = f"{tmp_path}/ideas.py:birds"
+    found = message(lambda: read(reference, tmp_path, yaer=2018))
+    assert "yaer" in found and "its options: year" in found
+    with pytest.raises(AssertionError, match="2018"):
+        read(reference, tmp_path, year=2018)
+    found = message(lambda: read("cub", tmp_path, unlabeled=True))
+    assert "unlabeled" in found and "its options: none" in found
+
+
+def test_a_configuration_passes_what_readers_take(tmp_path):
+    root = write_cub(tmp_path / "cub", train=3)
+    (root / "images/001.Crow/Crow_0000.jpg").unlink()
+    config = Config().replace(data="cub", root=str(root), validation_fraction=0.5)
+    assert "allow_missing=true" in message(lambda: load_table(config))
+    with pytest.warns(UserWarning, match="4 of 4 test, 5 of 6 train"):
+        table = load_table(config.replace(allow_missing=True))
+    assert table["split"].value_counts().to_dict() == {"test": 4, "train": 2, "validation": 3}
+    root = write_folder(tmp_path / "own", crow=10, wren=10)
+    config = config.replace(data="folder", root=str(root), test_fraction=0.4)
+    assert (load_table(config)["split"] == "test").sum() == 8
 
 
 # ---------------------------------------------------------------- validation, fingerprint, summary
@@ -722,8 +807,8 @@ def test_draw_is_the_documented_hash():
 
 def test_diagnostic_set_is_drawn_once(tmp_path, monkeypatch):
     drawn = []
-    write_set = "ramslib.data.diagnostic.write_diagnostic_set"
-    monkeypatch.setattr(write_set, lambda root: drawn.append(write_cub(root)), raising=False)
+    write_set = datasets.preparation("diagnostic")
+    monkeypatch.setattr(write_set, "write_diagnostic_set", lambda r: drawn.append(write_cub(r)))
     for _ in range(2):
         assert len(read_table("diagnostic", tmp_path / "new")) == 12
     assert drawn == [tmp_path / "new"]
@@ -771,13 +856,13 @@ def test_describe(tmp_path):
     }
     assert summary.loc["test", "box_share"] == pytest.approx(12 / 48)
     assert summary.loc[["train", "validation"], "shortest_side"].min() == 5
-    assert describe(readers.read_cub(root), sample=1).loc["train", "width"] == 80
+    assert describe(read("cub", root), sample=1).loc["train", "width"] == 80
 
 
 def test_describe_boxes(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "bounding_boxes.txt", 1, "1 2.0 3.0 100.0 3.0")
-    table = readers.read_cub(root)
+    table = read("cub", root)
     found = describe_boxes(table).iloc[0]  # clipped to 6 x 3 pixels of 8 x 6
     wanted = {"area": 18 / 48, "height": 0.5, "width": 0.75, "aspect": 2.0, "y": 0.75, "x": 5 / 8}
     assert found.to_dict() == pytest.approx(wanted)
@@ -790,9 +875,10 @@ def test_describe_boxes(tmp_path):
 def test_describe_finds_a_box_outside_and_a_broken_image(tmp_path):
     root = write_cub(tmp_path)
     change_line(root / "bounding_boxes.txt", 5, "5 8.0 1.0 5.0 5.0")
-    table = readers.read_cub(root)
+    table = read("cub", root)
     found = message(lambda: describe(table))
-    assert "Crow_0004.jpg: the box [1.0, 8.0, 6.0, 13.0] lies outside" in found
+    assert "Crow_0004.jpg: the box (top, left, bottom, right) = [1.0, 8.0, 6.0, 13.0]" in found
+    assert "lies outside the image of (height, width) = [6, 8]" in found
     write(root / "images/001.Crow/Crow_0000.jpg", "text")
     assert "Crow_0000.jpg: not an image" in message(lambda: describe(table))
 
@@ -803,9 +889,10 @@ def test_large_lists_load_fast_and_small(tmp_path):
     names = [f"{label:04d}" for label in range(555)]
     write_cub(tmp_path, names, train=48, test=40, images=False)
     code = (
-        "import sys, time; from ramslib.data.readers import read_nabirds; "
+        "import sys, time; from ramslib.data import annotations, readers; "
         "start = time.process_time(); "
-        "table = read_nabirds(sys.argv[1], check_images=False); "
+        "found = readers.read_nabirds(sys.argv[1]); "
+        "table = annotations.complete_table(found, sys.argv[1], 'nabirds'); "
         "seconds = time.process_time() - start; "
         "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "
         "print(len(table), seconds, int(peak) / 1024)"
@@ -819,6 +906,3 @@ def test_large_lists_load_fast_and_small(tmp_path):
 def test_readers_are_named_and_described():
     for name, reader in datasets.READERS.items():
         assert reader.__doc__ and reader.__name__ == f"read_{name}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert "allow_missing" in readers.read_cub.__doc__

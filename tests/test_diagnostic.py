@@ -1,4 +1,4 @@
-"""The diagnostic set: what a scene promises, and the files of the set."""
+"""The synthetic dataset: what a scene promises, and the files of the dataset."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from ramslib.data.diagnostic import write_diagnostic_set
-from ramslib.data.scenes import SIGNS, draw_scene
+from ramslib.data.datasets import preparation
 from ramslib.errors import InputError
+
+write_diagnostic_set = preparation("diagnostic").write_diagnostic_set
+SIGNS, draw_scene = preparation("scenes").SIGNS, preparation("scenes").draw_scene
 
 SIZE = (120, 160)
 SMALL = {"species": 3, "train_per_species": 2, "test_per_species": 1, "image_size": SIZE}
@@ -193,14 +195,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, text):
     (tmp_path / "photo.jpg").write_text("mine")
     if text is not None:
         (tmp_path / "diagnostic.json").write_text(text)
-    with pytest.raises(InputError, match="no diagnostic set; name a new folder"):
+    with pytest.raises(InputError, match="no synthetic dataset; name a new folder"):
         write_diagnostic_set(tmp_path, **SMALL)
     assert (tmp_path / "photo.jpg").read_text() == "mine"
 
 
 def test_a_file_in_the_way_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="no diagnostic set"):
+    with pytest.raises(InputError, match="no synthetic dataset"):
         write_diagnostic_set(tmp_path / "file", **SMALL)
 
 

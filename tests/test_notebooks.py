@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from ramslib.data.diagnostic import write_diagnostic_set
+from ramslib.data.datasets import preparation
 from ramslib.experiments.notebooks import run_notebooks
 
 
@@ -15,7 +15,7 @@ from ramslib.experiments.notebooks import run_notebooks
 def out(tmp_path_factory):
     """The folder of a whole road over a small data set in the CUB layout."""
     folder = tmp_path_factory.mktemp("road")
-    root = write_diagnostic_set(
+    root = preparation("diagnostic").write_diagnostic_set(
         folder / "data",
         species=3,
         train_per_species=12,

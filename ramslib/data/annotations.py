@@ -1,16 +1,16 @@
-"""Files of others, read so that any mistake is one line that names it, and the table they make.
+"""Annotation files and image files, read so that any mistake is one line that names it.
 
-A table has a row per image: ``path`` (absolute), ``label`` (from 0), ``class_name`` (as the files
-write it), ``split`` ("train", "validation" or "test") and the annotated box ``top, left, bottom,
-right`` in pixels of the upright image, bottom and right exclusive, NaN where there is none.
+Readers make a table: a row per image with ``path`` (absolute), ``label`` (from 0), ``class_name``
+(as the files write it), ``split`` ("train", "validation" or "test") and the annotated box
+``top, left, bottom, right`` in pixels of the upright image, bottom and right exclusive, NaN where
+there is none.
 """
 
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,109 +22,124 @@ from ramslib.errors import InputError, one_line
 BOX_COLUMNS = ["top", "left", "bottom", "right"]
 TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS]
 SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+# Pillow chooses a reader by content: without a list, a file named .jpg may start Ghostscript (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # JPEG: also MPO
 
 
-class Annotations(NamedTuple):
-    """What a reader found: an entry per image in every field but ``home`` and ``names``.
-
-    Attributes:
-        home: folder of the data set, for messages.
-        names: name of each label.
-        paths: absolute path of each image.
-        labels: from 0; -1 is an image whose class is unknown.
-        splits: "train", "validation" or "test".
-        boxes: (images, 4) top, left, bottom, right, bottom and right exclusive; None: no boxes.
-        sizes: (images, 2) height, width, where annotated.
-        locate: says where the box of a row is written, for messages.
-    """
-
-    home: str
-    names: Sequence[str]
-    paths: Sequence[str]
-    labels: Sequence[int]
-    splits: Sequence[str]
-    boxes: np.ndarray | None = None
-    sizes: np.ndarray | None = None
-    locate: Callable[[int], str] = str
-
-
-def table_reader(read: Callable[..., Annotations]) -> Callable[..., pd.DataFrame]:
-    """Turn a reader of annotations into a reader of tables, with the checks that all share."""
-
-    def reader(
-        root: Path | str, check_images: bool = True, allow_missing: bool = False, **options: object
-    ) -> pd.DataFrame:
-        found = read(root, **options)
-        table = _build_table(found)
-        if check_images:
-            table = _check_images(table, found.home, allow_missing)
-            check_classes(table, found.names, found.home)
-        return table
-
-    reader.__name__ = reader.__qualname__ = read.__name__
-    reader.__doc__ = f"""{read.__doc__}
+def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
+    """Check what a reader returned, and fill in the columns that it left out.
 
     Args:
-        root: folder of the official archive, or the one above it.
-        check_images: False reads the annotations alone: image files and classes may be absent.
-        allow_missing: leave missing images out, with a warning, instead of refusing the data set.
-        options: the reader's own, as said above.
+        found: a DataFrame of a row per image with ``path`` and ``label`` or ``class_name``. Labels
+            are whole numbers, by default the rank of the class name, and are numbered anew from 0
+            in their order; -1 is a test image whose class is unknown. Class names are by default
+            the labels as text; splits and boxes NaN. Further columns are dropped.
+        root: folder that relative paths start from.
+        origin: name of the dataset or reader, for messages.
+
+    Raises:
+        InputError: a column is missing, a value is not what its column holds, an image is listed
+            twice, or a box is impossible.
     """
-    return reader
-
-
-def _build_table(found: Annotations) -> pd.DataFrame:
-    names = np.array([*found.names, ""], dtype=object)  # so that label -1 has the name ""
-    labels = np.array(found.labels, dtype=np.int64)
-    columns = found.paths, labels, names[labels], found.splits
-    table = pd.DataFrame(dict(zip(TABLE_COLUMNS[:4], columns, strict=True)))
-    table[BOX_COLUMNS] = np.nan if found.boxes is None else _check_boxes(found)
-    if table["path"].duplicated().any():
-        path = table["path"][table["path"].duplicated()].iloc[0]
-        raise InputError(f"{found.home}: {path} is listed more than once; keep one line of it")
+    columns = set(found) if isinstance(found, pd.DataFrame) and len(found) else set()
+    if "path" not in columns or not {"label", "class_name"} & columns:
+        got = f"{len(found)} rows of {sorted(columns)}" if columns else f"a {type(found).__name__}"
+        raise InputError(
+            f"{origin}: a reader returns a DataFrame with a row per image and the columns path, "
+            f"label or class_name, and split; this one returned {got}"
+        )
+    table = found.reset_index(drop=True).reindex(columns=TABLE_COLUMNS)
+    if "class_name" not in columns:
+        table["class_name"] = table["label"].convert_dtypes()
+    table["class_name"] = table["class_name"].astype(str)
+    if "label" not in columns:
+        table["label"] = table["class_name"].rank(method="dense")
+    names = table.groupby("label")["class_name"].transform("nunique")
+    numbers = table[["label", *BOX_COLUMNS]].apply(pd.to_numeric, errors="coerce").astype(float)
+    labels, splits = numbers.pop("label"), table["split"].map(_split)
+    sound = {  # column: whether each value is what it must be, and what to do
+        "path": (table["path"].map(lambda path: isinstance(path, str | Path)), "give a path"),
+        "split": (splits.notna() | ("split" not in columns), f"use {', '.join(SPLITS)}"),
+        "class_name": (table["class_name"].notna() & ~(names > 1), "give one name to each label"),
+        "label": (labels.mod(1).eq(0) & (labels.ge(0) | splits.eq("test")), "use whole numbers"),
+        **{side: (numbers[side].notna() | table[side].isna(), "use pixels") for side in numbers},
+    }
+    for column, (is_sound, remedy) in sound.items():
+        if not is_sound.all():
+            row = is_sound.idxmin()
+            value = str(table.loc[row, column])[:80]
+            raise InputError(f"{origin}: {column} of row {row} is {value!r}; {remedy}")
+    table["path"] = [os.path.normpath(os.path.join(root, path)) for path in table["path"]]
+    if (twice := table["path"].duplicated()).any():
+        path = table["path"][twice].iloc[0]
+        raise InputError(f"{origin}: {path} is listed more than once; keep one line of it")
+    table["split"] = splits
+    table["label"] = labels.where(labels >= 0).rank(method="dense").fillna(0).astype(np.int64) - 1
+    boxed = numbers.index[numbers.notna().any(axis=1)]
+    entries = [f"{origin}: row {row}, {table['path'][row]}" for row in boxed]
+    numbers.loc[boxed] = clip_boxes(numbers.loc[boxed].to_numpy(), entries.__getitem__)
+    table[BOX_COLUMNS] = numbers
     return table
 
 
-def _check_boxes(found: Annotations) -> np.ndarray:
-    """Refuse boxes without area or outside their image; clip those that overhang it."""
-    top, left, bottom, right = found.boxes.T
-    height, width = np.inf, np.inf
-    if found.sizes is not None:
-        height, width = found.sizes.T
-    wrong = ~((bottom > top) & (right > left) & np.isfinite(found.boxes).all(axis=1))
-    outside = (top < -2) | (left < -2) | (top >= height) | (left >= width)  # -2: rounded by hand
-    if (wrong | outside).any():
-        row = int(np.argmax(wrong | outside))
-        what = "has no area" if wrong[row] else "lies outside the image"
+def _split(name: object) -> str | None:
+    return SPLIT_WORDS.get(str(name).lower())
+
+
+def clip_boxes(
+    boxes: np.ndarray, locate: Callable[[int], str], sizes: np.ndarray | None = None
+) -> np.ndarray:
+    """Clip boxes that overhang their image; refuse those without area or outside it.
+
+    Args:
+        boxes: (N, 4) top, left, bottom, right in pixels, bottom and right exclusive.
+        locate: where the box of a row is written, for messages.
+        sizes: (N, 2) height, width of the images, where known.
+    """
+    top, left, bottom, right = boxes.T
+    height, width = np.full((2, len(boxes)), np.inf) if sizes is None else sizes.T
+    sound = (bottom > top) & (right > left) & np.isfinite(boxes).all(axis=1)
+    inside = (top >= -2) & (left >= -2) & (top < height) & (left < width)  # -2: rounded by hand
+    limits = np.column_stack([height, width, height, width])
+    if not (sound & inside).all():
+        row = int(np.argmin(sound & inside))
+        what = "lies outside the image" if sound[row] else "has no area"
         raise InputError(
-            f"{found.locate(row)}: the box of {found.paths[row]} {what} "
-            f"(top, left, bottom, right = {found.boxes[row].tolist()}); correct this entry"
+            f"{locate(row)}: the box (top, left, bottom, right) = {boxes[row].tolist()} {what} of "
+            f"(height, width) = {limits[row, :2].tolist()}; correct this entry"
         )
-    limits = np.broadcast_arrays(height, width, height, width, top)[:4]
-    return np.clip(found.boxes, 0, np.column_stack(limits))
+    return np.clip(boxes, 0, limits)
 
 
-def _check_images(table: pd.DataFrame, home: str, allow_missing: bool) -> pd.DataFrame:
-    """Compare with the file system, one listing per folder instead of a call per image."""
+def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.DataFrame:
+    """Compare a table with the file system, one listing per folder instead of a call per image.
+
+    Returns:
+        The rows whose images exist.
+
+    Raises:
+        InputError: images are missing and that is not allowed, or a class has none to learn from.
+    """
     entries = map(list_folder, set(map(os.path.dirname, table["path"])))
     files = {entry.path for folder in entries for entry in folder if is_file(entry)}
-    missing = ~table["path"].isin(files)
-    if not missing.any():
-        return table
-    counts = missing.groupby(table["split"]).agg(["sum", "size"])
-    counts = counts.reindex([split for split in SPLITS if split in counts.index]).itertuples()
-    report = ", ".join(
-        f"{lost:,} of {size:,} {split} images missing" if lost else
-        f"{size:,} of {size:,} {split} images found"
-        for split, lost, size in counts
-    )  # fmt: skip
-    report = f"{home}: {report}, first: {table['path'][missing].iloc[0]}"
-    if not allow_missing:
+    exists = table["path"].isin(files)
+    if not exists.all():
+        counts = exists.groupby(table["split"]).agg(["sum", "size"]).itertuples()
+        parts = ", ".join(f"{found:,} of {size:,} {split}" for split, found, size in counts)
+        report = f"{root}: images found: {parts}; first missing: {table['path'][~exists].iloc[0]}"
+        if not allow_missing:
+            raise InputError(f"{report}; complete the images, or set allow_missing=true")
+        warnings.warn(f"{report}; those missing are left out", stacklevel=3)
+    classes = table[table["label"] >= 0].groupby("label")["class_name"].first()
+    without = classes.drop(table["label"][exists & (table["split"] == "train")].unique())
+    if len(without):
         raise InputError(
-            f"{report}; complete the images, or read it with allow_missing=True in Python"
+            f"{root}: {len(without):,} of {len(classes):,} classes have no training image, first: "
+            f"{without.iloc[0]}; add images, or take the class out of the dataset"
         )
-    warnings.warn(f"{report}; they are left out", stacklevel=3)
-    return table[~missing].reset_index(drop=True)
+    return table[exists].reset_index(drop=True)
 
 
 def list_folder(folder: str) -> list[os.DirEntry]:
@@ -143,36 +158,22 @@ def is_file(entry: os.DirEntry) -> bool:
     return entry.is_file(follow_symlinks=False) or entry.is_symlink() and os.path.isfile(entry)
 
 
-def check_classes(table: pd.DataFrame, names: Sequence[str], home: str) -> None:
-    """Refuse classes that nothing can be learned about."""
-    without = set(range(len(names))) - set(table["label"][table["split"] == "train"])
-    if without:
-        raise InputError(
-            f"{home}: {len(without):,} of {len(names):,} classes have no training image, first: "
-            f"{names[min(without)]}; add images, or take the class out of the data set"
-        )
-
-
-def find_root(root: Path | str, marker: str, *subfolders: str) -> str:
-    """Where ``marker`` lies: in ``root`` or in the folder that the official archive makes there."""
+def find_root(root: Path | str, marker_file: str, *subfolders: str) -> str:
+    """The folder of ``marker_file``: ``root``, or what the official archive makes there."""
     root = os.path.abspath(os.path.expanduser(root))
-    for home in (root, *(f"{root}/{name}" for name in subfolders)):
-        if os.path.exists(f"{home}/{marker}"):
-            return home
+    for folder in (root, *(f"{root}/{name}" for name in subfolders)):
+        if os.path.exists(f"{folder}/{marker_file}"):
+            return folder
     if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; give the folder that holds {marker}")
+        raise InputError(f"{root}: no such folder; give the folder that holds {marker_file}")
     held = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
-    raise InputError(f"{root}: no {marker} here (but {held}); give the folder that holds it")
+    raise InputError(f"{root}: no {marker_file} here (but {held}); give the folder that holds it")
 
 
 def read_text(file: str) -> str:
     """The text of a file."""
-    try:
+    with file_errors(file):
         return Path(file).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing; fetch the data set's annotation files again") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as text ({error}); fetch it again") from None
 
 
 def read_rows(file: str, **columns: Callable[[str], object]) -> Iterator[tuple[int, list]]:
@@ -217,7 +218,7 @@ def read_by_id(
             )
         values[key] = fields if len(fields) > 1 else fields[0]
     if not values:
-        raise InputError(f"{file}: has no line; fetch the data set's annotation files again")
+        raise InputError(f"{file}: has no line; download the dataset's annotation files again")
     missing = [key for key in known or () if key not in values]
     if missing:
         raise InputError(
@@ -229,9 +230,8 @@ def read_by_id(
 
 def locate_id(file: str, key: str) -> str:
     """``file:line`` of an id, for messages."""
-    return next(
-        f"{file}:{n}" for n, fields in read_rows(file, id=str, rest=str) if fields[0] == key
-    )
+    rows = read_rows(file, id=str, rest=str)
+    return next(f"{file}:{number}" for number, (found, _) in rows if found == key)
 
 
 def read_mat(file: str, key: str, kind: type = object) -> np.ndarray:
@@ -242,18 +242,16 @@ def read_mat(file: str, key: str, kind: type = object) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def file_errors(file: str) -> Iterator[None]:
+def file_errors(file: str, remedy: str = "download this file again") -> Iterator[None]:
     """Turn whatever goes wrong with a structured file into one line that names it."""
     try:
         yield
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing; fetch the data set's annotation files again") from None
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing; {remedy}") from None
     except Exception as error:  # parsers of foreign files fail in any way they like
-        raise InputError(
-            f"{file}: not as expected ({one_line(error)}); fetch this file again"
-        ) from None
+        raise InputError(f"{file}: not as expected ({one_line(error)}); {remedy}") from None
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -273,17 +271,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def image_file(path: str) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong inside becomes one line that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of large images and damaged EXIF
-            with Image.open(path) as image:
-                yield image
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image; put it back or read the data set again") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image that Pillow can read; replace it") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: too large to decode ({error}); scale it down") from None
-    except Exception as error:  # decoders of broken files fail in any way they like
-        raise InputError(f"{path}: broken or truncated ({one_line(error)}); replace it") from None
+    """Open an image file of `FORMATS`; whatever goes wrong inside is one line that names it."""
+    most = f"at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels"  # more: DecompressionBombError
+    remedy = f"replace it by a whole image ({', '.join(FORMATS)}) of {most}"
+    with file_errors(path, remedy), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large images and damaged EXIF
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise InputError(f"{path}: not an image; {remedy}") from None
+        with image:
+            yield image

@@ -1,20 +1,22 @@
-"""The official data sets of the field, each read from its own annotation files; nothing decoded.
+"""The official datasets of the field, each read from its own annotation files; nothing is decoded.
 
-Every reader takes the folder of the official archive (or the one above it) and gives the table that
-`annotations` describes. Class names are those of the files, labels follow the files' class order.
+Every reader takes the folder of the official archive (or the one above it) and returns a row per
+image, which `annotations.complete_table` checks and completes: class names are those of the files,
+labels their class ids. Whether the image files exist is checked by `datasets.read_table`.
 """
 
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ramslib.data.annotations import (
-    Annotations,
+    BOX_COLUMNS,
+    clip_boxes,
     file_errors,
     find_root,
     locate_id,
@@ -22,164 +24,134 @@ from ramslib.data.annotations import (
     read_mat,
     read_rows,
     read_text,
-    table_reader,
 )
 from ramslib.errors import InputError
-
-
-@table_reader
-def read_cub(root: Path) -> Annotations:
-    """CUB-200-2011, or any data set written in its layout; bounding_boxes.txt may be absent."""
-    home = find_root(root, "images.txt", "CUB_200_2011")
-    names = read_by_id(f"{home}/classes.txt", name=str)
-    return _read_text_layout(home, names, names)
-
-
-@table_reader
-def read_nabirds(root: Path) -> Annotations:
-    """NABirds; labels follow the class ids in use (555 leaves of a hierarchy of 1,011 nodes)."""
-    home = find_root(root, "images.txt", "nabirds")
-    names = read_by_id(f"{home}/classes.txt", name=str)
-    used = read_by_id(f"{home}/image_class_labels.txt", class_id=str).values()
-    return _read_text_layout(home, names, set(used))
-
-
-def _read_text_layout(home: str, names: dict[str, str], used: Collection[str]) -> Annotations:
-    """The text files that CUB-200-2011 and NABirds share, and the latter's image sizes."""
-    classes = sorted(names.keys() & used, key=lambda key: (len(key), key))  # 2 before 10
-    rank = {key: label for label, key in enumerate(classes)}
-    images = read_by_id(f"{home}/images.txt", path=str)
-    labels = read_by_id(f"{home}/image_class_labels.txt", images, class_id=rank.__getitem__)
-    kinds = {"1": "train", "0": "test"}
-    splits = read_by_id(f"{home}/train_test_split.txt", images, is_train=kinds.__getitem__)
-    boxes, sizes, file = None, None, f"{home}/bounding_boxes.txt"
-    if os.path.exists(file):
-        found = read_by_id(file, images, x=float, y=float, width=float, height=float)
-        x, y, width, height = np.array([found[key] for key in images]).T
-        boxes = np.column_stack([y, x, y + height, x + width])
-    if os.path.exists(f"{home}/sizes.txt"):
-        found = read_by_id(f"{home}/sizes.txt", images, width=float, height=float)
-        sizes = np.array([found[key][::-1] for key in images])
-    return Annotations(
-        home,
-        [names[key] for key in classes],
-        [f"{home}/images/{path}" for path in images.values()],
-        [labels[key] for key in images],
-        [splits[key] for key in images],
-        boxes,
-        sizes,
-        lambda row: locate_id(file, list(images)[row]),
-    )
-
 
 PART_COLUMNS = ["path", "part", "y", "x"]
 
 
-def read_parts(root: Path) -> pd.DataFrame:
+def read_cub(root: Path | str) -> pd.DataFrame:
+    """CUB-200-2011, or any dataset written in its layout; bounding_boxes.txt may be absent."""
+    return _read_text_layout(find_root(root, "images.txt", "CUB_200_2011"))
+
+
+def read_nabirds(root: Path | str) -> pd.DataFrame:
+    """NABirds; its classes are those that images have (555 leaves of a hierarchy of 1,011)."""
+    return _read_text_layout(find_root(root, "images.txt", "nabirds"))
+
+
+def _read_text_layout(root: str) -> pd.DataFrame:
+    """The text files that CUB-200-2011 and NABirds share, and the latter's image sizes."""
+    names = read_by_id(f"{root}/classes.txt", name=str)
+    rank = {key: label for label, key in enumerate(sorted(names, key=lambda k: (len(k), k)))}
+    images = read_by_id(f"{root}/images.txt", path=str)
+    labels = read_by_id(f"{root}/image_class_labels.txt", images, class_id=rank.__getitem__)
+    kinds = {"1": "train", "0": "test"}.__getitem__
+    splits = read_by_id(f"{root}/train_test_split.txt", images, is_train=kinds)
+    table = pd.DataFrame({"path": images, "label": labels, "split": splits}, index=list(images))
+    table["path"] = f"{root}/images/" + table["path"]
+    table["class_name"] = table["label"].map({rank[key]: name for key, name in names.items()})
+    file, sizes = f"{root}/bounding_boxes.txt", None
+    if os.path.exists(f"{root}/sizes.txt"):
+        found = read_by_id(f"{root}/sizes.txt", images, width=float, height=float)
+        sizes = np.array([found[key][::-1] for key in images])
+    if os.path.exists(file):
+        found = read_by_id(file, images, x=float, y=float, width=float, height=float)
+        x, y, width, height = np.array([found[key] for key in images]).T
+        boxes = np.column_stack([y, x, y + height, x + width])
+        table[BOX_COLUMNS] = clip_boxes(boxes, lambda row: locate_id(file, table.index[row]), sizes)
+    return table
+
+
+def read_parts(root: Path | str) -> pd.DataFrame:
     """Visible parts in the CUB (or NABirds) layout: `PART_COLUMNS`, y and x in pixels.
 
     A layout without the folder ``parts`` has none: no rows.
     """
-    home = find_root(root, "images.txt", "CUB_200_2011", "nabirds")
-    if not os.path.isdir(f"{home}/parts"):
+    root = find_root(root, "images.txt", "CUB_200_2011", "nabirds")
+    if not os.path.isdir(f"{root}/parts"):
         return pd.DataFrame(columns=PART_COLUMNS)
-    images = read_by_id(f"{home}/images.txt", path=str)
-    names = read_by_id(f"{home}/parts/parts.txt", name=str)
-    rows = read_rows(
-        f"{home}/parts/part_locs.txt",
-        image_id={key: f"{home}/images/{path}" for key, path in images.items()}.__getitem__,
-        part_id=names.__getitem__,
-        x=float,
-        y=float,
-        visible=int,
-    )
+    images = read_by_id(f"{root}/images.txt", path=str)
+    path = {key: f"{root}/images/{name}" for key, name in images.items()}.__getitem__
+    part = read_by_id(f"{root}/parts/parts.txt", name=str).__getitem__
+    file = f"{root}/parts/part_locs.txt"
+    rows = read_rows(file, image_id=path, part_id=part, x=float, y=float, visible=int)
     visible = [(path, part, y, x) for _, (path, part, x, y, is_visible) in rows if is_visible]
     return pd.DataFrame(visible, columns=PART_COLUMNS)
 
 
-def read_hierarchy(root: Path) -> pd.DataFrame:
-    """The tree of NABirds' classes: columns class_name, parent; a row per node but the root."""
-    home = find_root(root, "hierarchy.txt", "nabirds")
-    name = read_by_id(f"{home}/classes.txt", name=str).__getitem__
-    rows = read_rows(f"{home}/hierarchy.txt", class_id=name, parent_id=name)
-    return pd.DataFrame([row for _, row in rows], columns=["class_name", "parent"])
-
-
-@table_reader
-def read_cars(root: Path, unlabeled: bool = False) -> Annotations:
+def read_cars(root: Path | str, unlabeled: bool = False) -> pd.DataFrame:
     """Stanford Cars: devkit, cars_train, cars_test, cars_test_annos_withlabels.mat.
 
     The devkit's own cars_test_annos.mat has no classes. With ``unlabeled=True`` it will do, and
     the test images get label -1: good for predicting, not for scoring.
     """
-    home = find_root(root, "devkit/cars_train_annos.mat", "stanford_cars")
-    names = read_mat(f"{home}/devkit/cars_meta.mat", "class_names", str).tolist()
+    root = find_root(root, "devkit/cars_train_annos.mat", "stanford_cars")
+    names = dict(enumerate(read_mat(f"{root}/devkit/cars_meta.mat", "class_names", str), 1))
     labeled = "cars_test_annos_withlabels.mat"
-    tests = [
-        f"{home}/{labeled}",
-        f"{home}/devkit/{labeled}",
-        f"{home}/devkit/cars_test_annos.mat",
-    ]
-    test = next((file for file in tests if os.path.exists(file)), tests[0])
-    paths, labels, splits, boxes, places = [], [], [], [], []
-    for split, file in (("train", f"{home}/devkit/cars_train_annos.mat"), ("test", test)):
+    tests = (labeled, f"devkit/{labeled}", "devkit/cars_test_annos.mat")
+    test = next((name for name in tests if os.path.exists(f"{root}/{name}")), labeled)
+    tables = []
+    for split, name in (("train", "devkit/cars_train_annos.mat"), ("test", test)):
+        file = f"{root}/{name}"
         records = read_mat(file, "annotations")
         with file_errors(file):
-            corners = [records[f"bbox_{side}"].astype(float) for side in ("y1", "x1", "y2", "x2")]
-            paths += [f"{home}/cars_{split}/{name}" for name in records["fname"]]
-        if "class" in records.dtype.names:
-            labels += _labels(file, records["class"], names)
-        elif split == "test" and unlabeled:
-            labels += [-1] * len(records)
-        else:
+            table = pd.DataFrame({key: records[key] for key in records.dtype.names})
+            corners = table[["bbox_y1", "bbox_x1", "bbox_y2", "bbox_x2"]].to_numpy(float)
+        table["label"], table["class_name"] = -1, ""
+        if "class" in table:
+            table["label"] = table["class"]
+            table["class_name"] = _look_up(file, "class", table["class"], names)
+        elif not (unlabeled and split == "test"):
             raise InputError(
-                f"{file}: {len(records):,} {split} images without a class; put the separate "
-                f"official file {labeled} into {home}, or pass unlabeled=True"
+                f"{file}: {len(table):,} {split} images without a class; put the separate "
+                f"official file {labeled} into {root}, or pass unlabeled=True"
             )
-        boxes.append(np.column_stack(corners) - [1, 1, 0, 0])  # pixels from 1, ends inclusive
-        splits += [split] * len(records)
-        places += [f"{file}: entry {row + 1}" for row in range(len(records))]
-    boxes = np.concatenate(boxes)
-    return Annotations(home, names, paths, labels, splits, boxes, None, places.__getitem__)
+        table["path"], table["split"] = f"{root}/cars_{split}/" + table["fname"], split
+        entries = [f"{file}: entry {row + 1}" for row in table.index]
+        boxes = corners - [1, 1, 0, 0]  # pixels from 1, ends inclusive
+        table[BOX_COLUMNS] = clip_boxes(boxes, entries.__getitem__)
+        tables.append(table)
+    return pd.concat(tables)
 
 
-def _labels(file: str, class_ids: np.ndarray, names: Collection[str]) -> list[int]:
-    """Class ids from 1 as labels from 0."""
+def _look_up(file: str, kind: str, keys: Iterable[int], known: Mapping[int, object]) -> list:
+    """The value of each key; a key that is unknown is a fault of the file."""
     with file_errors(file):
-        labels = class_ids.astype(int) - 1
-    if labels.size and not (0 <= labels.min() and labels.max() < len(names)):
-        raise InputError(
-            f"{file}: class ids from {labels.min() + 1} to {labels.max() + 1} where there are "
-            f"{len(names)} class names; fetch this file again"
-        )
-    return labels.tolist()
+        if unknown := set(keys) - set(known):
+            raise InputError(
+                f"{file}: {kind} {min(unknown)} is not among the {len(known)} known; download this "
+                "file again"
+            )
+        return [known[key] for key in keys]
 
 
-@table_reader
-def read_dogs(root: Path, boxes: bool = True) -> Annotations:
-    """Stanford Dogs: train_list.mat, test_list.mat, Images, and Annotation where it is there.
+def read_dogs(root: Path | str, boxes: bool = True) -> pd.DataFrame:
+    """Stanford Dogs: train_list.mat, test_list.mat, Images, and Annotation where it exists.
 
     Boxes lie in one small file per image (20,580 in all), which ``boxes=False`` leaves alone; where
     an image has several dogs, the largest box counts.
     """
-    home = find_root(root, "train_list.mat", "stanford_dogs")
-    images, class_ids, splits = [], [], []
+    root = find_root(root, "train_list.mat", "stanford_dogs")
+    lists = {}
     for split in ("train", "test"):
-        file = f"{home}/{split}_list.mat"
-        images += read_mat(file, "file_list", str).tolist()
-        class_ids += read_mat(file, "labels", int).tolist()
-        splits += [split] * (len(images) - len(splits))
-        if len(images) != len(class_ids):
-            raise InputError(f"{file}: file_list and labels differ in length; fetch it again")
-    folders = dict(zip(class_ids, map(os.path.dirname, images), strict=True))
-    names = [folders[class_id] for class_id in sorted(folders)]
-    labels = _labels(file, np.array(class_ids), names)
-    files = [f"{home}/Annotation/{os.path.splitext(name)[0]}" for name in images]
-    found, sizes = None, None
-    if boxes and os.path.isdir(f"{home}/Annotation"):
+        with file_errors(file := f"{root}/{split}_list.mat"):
+            images = read_mat(file, "file_list", str)
+            lists[split] = pd.Series(read_mat(file, "labels", int), index=images)
+    table = _join(lists)
+    table["class_name"] = table["key"].map(os.path.dirname)
+    table["path"] = f"{root}/Images/" + table["key"]
+    if boxes and os.path.isdir(f"{root}/Annotation"):
+        files = [f"{root}/Annotation/{os.path.splitext(name)[0]}" for name in table["key"]]
         found, sizes = map(np.array, zip(*map(_read_dog, files), strict=True))
-    paths = [f"{home}/Images/{name}" for name in images]
-    return Annotations(home, names, paths, labels, splits, found, sizes, files.__getitem__)
+        table[BOX_COLUMNS] = clip_boxes(found, files.__getitem__, sizes)
+    return table
+
+
+def _join(lists: Mapping[str, Mapping]) -> pd.DataFrame:
+    """One table of the list of each split: columns split, key, label."""
+    series = {split: pd.Series(found) for split, found in lists.items()}
+    return pd.concat(series, names=["split", "key"]).reset_index(name="label")
 
 
 def _read_dog(file: str) -> tuple[list[float], list[float]]:
@@ -194,90 +166,77 @@ def _read_dog(file: str) -> tuple[list[float], list[float]]:
         return largest, [values["height"][0], values["width"][0]]
 
 
-@table_reader
-def read_inaturalist(root: Path, year: int = 2017) -> Annotations:
+def read_inaturalist(root: Path | str, year: int = 2017) -> pd.DataFrame:
     """iNaturalist: train2017.json, val2017.json, train_val_images; image and label paired by id.
 
     Its test labels are unpublished: its validation images are the test split here, as in papers.
     """
-    home = find_root(root, f"train{year}.json")
-    names, paths, labels, splits = [], [], [], []
-    for split, file in (("train", f"{home}/train{year}.json"), ("test", f"{home}/val{year}.json")):
+    root = find_root(root, f"train{year}.json")
+    lists, names = {}, {}
+    for split, file in (("train", f"{root}/train{year}.json"), ("test", f"{root}/val{year}.json")):
         with file_errors(file):
             content = json.loads(read_text(file))
-            categories = {item["id"]: item["name"] for item in content["categories"]}
             images = {item["id"]: item["file_name"] for item in content["images"]}
             pairs = {item["image_id"]: item["category_id"] for item in content["annotations"]}
+            categories = {item["id"]: item["name"] for item in content["categories"]}
             counts = len(content["images"]), len(content["annotations"])
-        rank = {key: label for label, key in enumerate(sorted(categories))}
         if counts != (len(images), len(pairs)) or images.keys() != pairs.keys():
             raise InputError(
                 f"{file}: {counts[0]:,} images and {counts[1]:,} annotations do not pair one to "
-                "one by id; fetch this file again"
+                "one by id; download this file again"
             )
-        names = names or [categories[key] for key in rank]
-        if not rank.keys() >= set(pairs.values()) or names != [categories[key] for key in rank]:
-            raise InputError(f"{file}: its categories are not those of training; fetch it again")
-        paths += [f"{home}/{name}" for name in images.values()]
-        labels += [rank[pairs[key]] for key in images]
-        splits += [split] * len(images)
-    return Annotations(home, names, paths, labels, splits)
+        names = names or categories
+        if names != categories:
+            raise InputError(f"{file}: its categories are not those of training; download it again")
+        lists[split] = pd.Series([pairs[key] for key in images], index=list(images.values()))
+        _look_up(file, "category", lists[split], names)
+    table = _join(lists)
+    table["class_name"] = table["label"].map(names)
+    table["path"] = f"{root}/" + table["key"]
+    return table
 
 
-@table_reader
-def read_aircraft(root: Path) -> Annotations:
+def read_aircraft(root: Path | str) -> pd.DataFrame:
     """FGVC-Aircraft: 100 variants, its own train, val and test lists, images_box.txt."""
-    home = find_root(root, "variants.txt", "data", "fgvc-aircraft-2013b/data")
-    names = [name for _, (name,) in read_rows(f"{home}/variants.txt", variant=str)]
-    rank = {name: label for label, name in enumerate(names)}
-    keys, labels, splits = [], [], []
-    for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
-        found = read_by_id(f"{home}/images_variant_{name}.txt", variant=rank.__getitem__)
-        keys += found
-        labels += found.values()
-        splits += [split] * len(found)
-    file, known = f"{home}/images_box.txt", dict.fromkeys(keys)
-    found = read_by_id(file, known, xmin=float, ymin=float, xmax=float, ymax=float)
+    root = find_root(root, "variants.txt", "data", "fgvc-aircraft-2013b/data")
+    names = [name for _, (name,) in read_rows(f"{root}/variants.txt", variant=str)]
+    rank = {name: label for label, name in enumerate(names)}.__getitem__
+    lists = {name: f"{root}/images_variant_{name}.txt" for name in ("train", "val", "test")}
+    table = _join({name: read_by_id(file, variant=rank) for name, file in lists.items()})
+    table["class_name"] = table["label"].map(dict(enumerate(names)))
+    table["path"] = f"{root}/images/" + table["key"] + ".jpg"
+    keys, file = table["key"].tolist(), f"{root}/images_box.txt"
+    found = read_by_id(file, dict.fromkeys(keys), xmin=float, ymin=float, xmax=float, ymax=float)
     left, top, right, bottom = np.array([found[key] for key in keys]).T
     boxes = np.column_stack([top - 1, left - 1, bottom, right])  # pixels from 1, ends inclusive
-    paths = [f"{home}/images/{key}.jpg" for key in keys]
-    return Annotations(
-        home, names, paths, labels, splits, boxes, None, lambda row: locate_id(file, keys[row])
-    )
+    table[BOX_COLUMNS] = clip_boxes(boxes, lambda row: locate_id(file, keys[row]))
+    return table
 
 
-@table_reader
-def read_flowers(root: Path) -> Annotations:
+def read_flowers(root: Path | str) -> pd.DataFrame:
     """Oxford Flowers-102: imagelabels.mat, setid.mat, jpg; class names are torchvision's."""
     from torchvision.datasets import Flowers102  # here: importing torch takes seconds
 
-    home = find_root(root, "imagelabels.mat", "flowers-102")
-    file, numbers, splits = f"{home}/setid.mat", [], []
-    for split, key in (("train", "trnid"), ("validation", "valid"), ("test", "tstid")):
-        numbers += read_mat(file, key, int).tolist()
-        splits += [split] * (len(numbers) - len(splits))
-    class_ids = read_mat(f"{home}/imagelabels.mat", "labels", int)
-    if not numbers or min(numbers) < 1 or max(numbers) > len(class_ids):
-        raise InputError(f"{file}: images beyond the {len(class_ids):,} labeled; fetch it again")
-    labels = _labels(f"{home}/imagelabels.mat", class_ids, Flowers102.classes)
-    paths = [f"{home}/jpg/image_{number:05d}.jpg" for number in numbers]
-    labels = [labels[number - 1] for number in numbers]
-    return Annotations(home, Flowers102.classes, paths, labels, splits)
+    root = find_root(root, "imagelabels.mat", "flowers-102")
+    class_ids = dict(enumerate(read_mat(f"{root}/imagelabels.mat", "labels", int), 1))
+    file, keys = f"{root}/setid.mat", {"train": "trnid", "val": "valid", "test": "tstid"}
+    table = _join({split: read_mat(file, key, int) for split, key in keys.items()})
+    numbers = table["label"]
+    table["path"] = [f"{root}/jpg/image_{number:05d}.jpg" for number in numbers]
+    table["label"] = _look_up(file, "image", numbers, class_ids)
+    names = dict(enumerate(Flowers102.classes, 1))
+    table["class_name"] = _look_up(f"{root}/imagelabels.mat", "class", table["label"], names)
+    return table
 
 
-@table_reader
-def read_pets(root: Path) -> Annotations:
-    """Oxford-IIIT Pets: annotations/trainval.txt, test.txt, images. It boxes heads: unread."""
-    home = find_root(root, "annotations/trainval.txt", "oxford-iiit-pet")
-    images, class_ids, splits = [], [], []
+def read_pets(root: Path | str) -> pd.DataFrame:
+    """Oxford-IIIT Pets: annotations/trainval.txt, test.txt, images. It boxes heads: not read."""
+    root = find_root(root, "annotations/trainval.txt", "oxford-iiit-pet")
+    lists, columns = {}, {"class_id": int, "species": int, "breed_id": int}
     for split, name in (("train", "trainval"), ("test", "test")):
-        file = f"{home}/annotations/{name}.txt"
-        found = read_by_id(file, class_id=int, species=int, breed_id=int)
-        images += found
-        class_ids += [class_id for class_id, _, _ in found.values()]
-        splits += [split] * len(found)
-    breeds = dict(zip(class_ids, (key.rpartition("_")[0] for key in images), strict=True))
-    names = [breeds[class_id] for class_id in sorted(breeds)]
-    labels = _labels(file, np.array(class_ids), names)
-    paths = [f"{home}/images/{key}.jpg" for key in images]
-    return Annotations(home, names, paths, labels, splits)
+        lists[split] = read_by_id(f"{root}/annotations/{name}.txt", **columns)
+    table = _join(lists)
+    table["label"] = table["label"].str[0]
+    table["class_name"] = table["key"].str.rpartition("_")[0]
+    table["path"] = f"{root}/images/" + table["key"] + ".jpg"
+    return table

@@ -1,8 +1,8 @@
-"""From an image file to the pixels that a model sees, and boxes from one to the other and back.
+"""From an image file to the pixels that a model is given, and boxes from one to the other and back.
 
-The view is the paper's: resize to a fixed size without keeping the aspect (bilinear), then crop, at
-random with a flip in training, in the center otherwise. It is taken once, at the resolution of the
-source; `prepare` makes the input of scale 1 from it on the device, so that both show the same.
+The transform is the paper's: resize to a fixed size without keeping the aspect (bilinear), then
+crop, at random with a flip in training, in the center otherwise. It is applied once, at the highest
+resolution; the model shrinks the result to the input of scale 1, so that both show the same part.
 """
 
 import random
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
@@ -31,8 +30,10 @@ from ramslib.errors import InputError
 def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
     """Open any image as upright RGB of 8 bits.
 
-    The EXIF orientation is applied, transparency is laid over white, 16 bits are scaled to 8, other
-    numbers (32-bit, float) from their minimum and maximum. Of several frames, the first is read.
+    The EXIF orientation is applied, transparency is laid over white. Gray values of 16 bits are
+    shifted to 8 by the number of bits that the file uses, as cameras fill 10 or 12 of them; other
+    numbers (32-bit, float) are scaled from their minimum and maximum. Of several frames, the first
+    is read.
 
     Args:
         path: the file.
@@ -59,7 +60,9 @@ def _open(path: Path | str, at_least: int | None) -> tuple[Image.Image, tuple[in
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        values = np.asarray(image)
+        bits = max(int(values.max()).bit_length(), 8)
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     elif image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         low, high = values.min(), values.max()
@@ -75,16 +78,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What part of an image is looked at, and how: called on a PIL image, gives (3, H, W) uint8.
+    """Resize, crop and augment: called on a PIL image, returns (3, H, W) uint8.
 
-    Training views draw from the global generators, see `ImageDataset` for reproducible ones.
+    In training it draws from the global generators; `ImageDataset` makes that reproducible.
 
     Attributes:
-        size: (H, W) of the view, or one number for both.
+        size: (H, W) of the result, or one number for both.
         crop_fraction: size / the size that the image is resized to before cropping.
         train: random crop and flip instead of the center crop.
-        augment: of training views: "flip"; "autoaugment" (ImageNet's policy, after crop and flip),
-            timm's RandAugment such as "rand-m9-mstd0.5" likewise; "none": the test view.
+        augment: in training: "flip"; "autoaugment" (ImageNet's policy, after crop and flip) or
+            timm's RandAugment such as "rand-m9-mstd0.5" likewise; "none": as in testing.
     """
 
     size: int | tuple[int, int]
@@ -96,15 +99,15 @@ class ImageTransform:
         size = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
         if len(size) != 2 or min(size) < 1 or not 0 < self.crop_fraction <= 1:
             raise InputError(
-                f"view of size {self.size}, crop_fraction {self.crop_fraction}: give (height, "
-                "width) in pixels and a fraction above 0 and up to 1"
+                f"size {self.size} with crop_fraction {self.crop_fraction}: give (height, width) "
+                "in pixels and a fraction above 0 and up to 1"
             )
         object.__setattr__(self, "size", size)
         _augmentation(self.augment, min(size))
 
     @property
     def is_random(self) -> bool:
-        """Whether two views of one image differ."""
+        """Whether two results of one image differ."""
         return self.train and self.augment != "none"
 
     @property
@@ -118,7 +121,7 @@ class ImageTransform:
         return tuple(round((r - s) / 2) for r, s in zip(self.resized, self.size, strict=True))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Look at an upright RGB image: (3, H, W) uint8."""
+        """Transform an upright RGB image to (3, H, W) uint8."""
         image = image.resize(self.resized[::-1], Image.Resampling.BILINEAR)
         (height, width), (top, left) = self.size, self.margins
         if self.is_random:
@@ -134,12 +137,12 @@ class ImageTransform:
         return pil_to_tensor(image)
 
     def boxes_to_input(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
-        """Boxes in upright images, as boxes in their center-cropped views, clipped to the view.
+        """Boxes in upright images, as boxes in their center crops, clipped to these.
 
         Args:
             boxes: (B, 4) pixels of the upright image; NaN stays NaN.
             image_sizes: (B, 2) height, width of the upright images.
-            frame: (height, width) that the view is measured in: its own size, or the model's input.
+            frame: (height, width) of the crop in the wanted pixels: its own, or the model's input.
 
         Returns:
             (B, 4) float64, pixels of the frame.
@@ -219,32 +222,3 @@ def temporary_seed(*key: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
-
-
-def prepare(
-    source: Tensor,
-    image_size: tuple[int, int],
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Normalize a batch on its device, and shrink it to the model's input with antialiasing.
-
-    Args:
-        source: (B, 3, Hs, Ws) uint8.
-        image_size: (H, W) of the model's input.
-        mean: per channel, of pixels in [0, 1].
-        std: likewise.
-
-    Returns:
-        The input (B, 3, H, W), and the source (B, 3, Hs, Ws) to cut crops from, or None where the
-        sizes are equal; float32, normalized.
-    """
-    mean, std = (
-        torch.as_tensor(values, dtype=torch.float32, device=source.device).reshape(3, 1, 1)
-        for values in (mean, std)
-    )
-    source = source.float().div_(255).sub_(mean).div_(std)
-    if source.shape[-2:] == tuple(image_size):
-        return source, None
-    size = tuple(image_size)
-    return F.interpolate(source, size, mode="bilinear", antialias=True), source

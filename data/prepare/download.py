@@ -1,8 +1,8 @@
-"""The official files of the data sets: fetched, resumed, checked, unpacked; or where to get them.
+"""The official files of the datasets: downloaded, checked, unpacked; or where to get them.
 
-Which files these are stands in ``sources.toml``. What an archive holds appears in one step, once
-all of it is unpacked. An archive may hold files and folders below its own folder and nothing else,
-so none can write elsewhere.
+``sources.toml`` lists these files. The content of an archive appears in one step, once all of it is
+unpacked. An archive may hold files and folders below its own folder and nothing else, so none can
+write elsewhere: ``shutil.unpack_archive`` has no limit of size and lets links pass.
 """
 
 import hashlib
@@ -27,23 +27,23 @@ from ramslib.errors import InputError, one_line
 
 SOURCES = Path(__file__).with_name("sources.toml")
 ARCHIVES = (".tgz", ".tar.gz", ".tar", ".zip")
-MAX_EXPANSION = 100  # an archive holds at most so many times its own size, or
-MIN_LIMIT = 2**30  # so many bytes
+MAX_EXPANSION = 100  # an archive unpacks to at most this many times its own size,
+MIN_LIMIT = 2**30  # or to this many bytes
 CHUNK = 2**20
 
 
 def download(data: str, root: Path | str) -> None:
-    """Bring into ``root`` what is missing there of a data set's official files.
+    """Bring into ``root`` what is missing there of a dataset's official files.
 
-    What is there is used and never replaced: archives put there by hand, too, and they are kept.
+    Existing files are used and never replaced, archives put there by hand too.
 
     Args:
         data: a name in ``sources.toml``.
-        root: folder of the data set, made where it is missing.
+        root: folder of the dataset, made where it is missing.
 
     Raises:
-        InputError: nothing to download, files that a person must fetch (where, and what to call
-            them), an address that does not answer, a wrong checksum, an archive that is not safe.
+        InputError: nothing to download, files that a person must download (where, and what to
+            call them), an address that does not answer, a wrong checksum, an unsafe archive.
     """
     sources = tomllib.loads(SOURCES.read_text())
     if data not in sources:
@@ -58,22 +58,23 @@ def download(data: str, root: Path | str) -> None:
     by_hand = [name for name in wanted if not (root / name).exists()]
     if by_hand and "address" not in source:
         raise InputError(
-            f"{root}: {', '.join(by_hand)} must be fetched by a person; see {source['page']}, put "
-            "that into this folder under this name, and run the same command again"
+            f"{root}: {', '.join(by_hand)} must be downloaded by a person, see "
+            f"{source['page']}; put that into this folder under this name, and run the same "
+            "command again"
         )
     if wanted:
         print(f"{data}: {', '.join(wanted)}; for the terms of use see {source['page']}")
     for name, checksum in wanted.items():
         if name in by_hand:
-            fetch(f"{source['address']}/{name}", root / name, checksum)
+            download_file(f"{source['address']}/{name}", root / name, checksum)
         else:
             check(root / name, checksum)
         if name.endswith(ARCHIVES):
             unpack(root / name, root)
 
 
-def fetch(address: str, path: Path, checksum: str = "") -> None:
-    """Fetch a file, going on where an interrupted call stopped, as long as each try brings more.
+def download_file(address: str, path: Path, checksum: str = "") -> None:
+    """Download a file, resuming where an interrupted call stopped, while each try brings more.
 
     Args:
         address: http or https.
@@ -91,14 +92,14 @@ def fetch(address: str, path: Path, checksum: str = "") -> None:
             if _size(part) <= before or isinstance(error, urllib.error.HTTPError):
                 why = one_line(error)
                 raise InputError(
-                    f"{address}: not fetched ({why}); run the same command again, it goes on after "
-                    f"{_size(part):,} bytes, or put the file there by hand: {path}"
+                    f"{address}: not downloaded ({why}); run the same command again, it "
+                    f"resumes after {_size(part):,} bytes, or put the file there by hand: {path}"
                 ) from None
     try:
         check(part, checksum)
     except InputError as error:
         os.replace(part, path.with_name(f"{path.name}.wrong"))
-        raise InputError(f"{error} ({address}); what came is kept as {path.name}.wrong") from None
+        raise InputError(f"{error} ({address}); the file is kept as {path.name}.wrong") from None
     os.replace(part, path)
 
 
@@ -107,7 +108,7 @@ def _size(path: Path) -> int:
 
 
 def _receive(address: str, part: Path) -> None:
-    """Add to ``part`` what it lacks of the file at an address; OSError where that is cut short."""
+    """Append to ``part`` what it lacks of the file at a URL; OSError where that is cut short."""
     have = _size(part)
     headers = {"User-Agent": f"ramslib/{ramslib.__version__}"}
     headers |= {"Range": f"bytes={have}-"} if have else {}
@@ -124,9 +125,9 @@ def _receive(address: str, part: Path) -> None:
         total = have + int(length) if length else None
         if total and total - have > shutil.disk_usage(part.parent).free:
             raise OSError(f"{total:,} bytes are more than its disk has room for")
-        look = {"desc": part.stem, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
+        options = {"desc": part.stem, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
         with (
-            tqdm(total=total, initial=have, **look) as bar,
+            tqdm(total=total, initial=have, **options) as bar,
             open(part, "ab" if have else "wb") as out,
         ):
             while chunk := answer.read(CHUNK):
@@ -143,7 +144,7 @@ def check(path: Path, checksum: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, kind).hexdigest()
     if found != checksum:
-        raise InputError(f"{path}: its {kind} is {found}, not {checksum}; fetch it again")
+        raise InputError(f"{path}: its {kind} is {found}, not {checksum}; download it again")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -154,7 +155,7 @@ def unpack(archive: Path, folder: Path) -> None:
             than the disk or `MAX_EXPANSION` allow, or what it holds is there already.
     """
     parts = folder / f".{archive.name}.unpacking"
-    shutil.rmtree(parts, ignore_errors=True)  # of a call that was killed
+    shutil.rmtree(parts, ignore_errors=True)  # of a killed call
     parts.mkdir()
     try:
         with file_errors(str(archive)):
@@ -162,7 +163,9 @@ def unpack(archive: Path, folder: Path) -> None:
         made = sorted(parts.iterdir())
         for item in made:
             if (folder / item.name).exists():
-                raise InputError(f"{archive}: {folder / item.name} is in its way; move that away")
+                raise InputError(
+                    f"{archive}: {folder / item.name} is in its way; move it elsewhere"
+                )
         for item in made:
             os.replace(item, folder / item.name)
     finally:
@@ -174,11 +177,14 @@ def _write_members(archive: Path, folder: Path) -> None:
     for name, size, content in tqdm(_members(archive), archive.name, unit=" files"):
         windows = PureWindowsPath(name)
         if windows.anchor or ".." in windows.parts or PurePosixPath(name).is_absolute():
-            raise InputError(f"{archive}: {name!r} in it leads out of its folder; do not trust it")
-        room -= size + 512  # many empty files are much, too
+            raise InputError(
+                f"{archive}: {name!r} in it leads out of its folder; do not use this archive"
+            )
+        room -= size + 512  # many empty files take space, too
         if room < 0:
             raise InputError(
-                f"{archive}: unpacked, it is larger than the disk or good sense allows"
+                f"{archive}: unpacked, it is larger than the disk, or than {MAX_EXPANSION} times "
+                "itself; if you trust it, unpack it by hand"
             )
         target = folder / name
         (target.parent if content else target).mkdir(parents=True, exist_ok=True)
@@ -203,4 +209,4 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes] | None]]:
             if not (entry.isfile() or entry.isdir()):
                 raise InputError(other.format(archive, entry.name))
             yield entry.name, entry.size, opened.extractfile(entry)
-            opened.members.clear()  # a list of all that has passed: 675,000 for iNaturalist
+            opened.members.clear()  # a list of all members so far: 675,000 for iNaturalist

@@ -1,4 +1,4 @@
-"""The diagnostic set: drawn scenes in the CUB-200-2011 layout, for where no data set is at hand."""
+"""The synthetic dataset: drawn scenes in the layout of CUB-200-2011."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ramslib.data.scenes import SIGNS, VERSION, draw_scene
 from ramslib.errors import InputError
+from ramslib.extensions import load_source
+
+scenes = load_source(Path(__file__).with_name("scenes.py"))
 
 
 def write_diagnostic_set(
@@ -23,11 +25,11 @@ def write_diagnostic_set(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the set in the CUB-200-2011 layout, once: a second call finds it and returns.
+    """Write the dataset in the layout of CUB-200-2011, once: a second call finds it and returns.
 
     Args:
-        root: folder to make; it appears when the set is complete.
-        species: number of classes, the first of ``SIGNS``.
+        root: folder to make; it appears when the dataset is complete.
+        species: number of classes, the first of ``scenes.SIGNS``.
         train_per_species, test_per_species: images of each.
         image_size: (H, W) around which the sizes of the images vary.
         seed: a scene depends only on it and on its species, split and number in the class.
@@ -38,10 +40,12 @@ def write_diagnostic_set(
     """
     root, counts = Path(root), (test_per_species, train_per_species)
     wanted = {"species": species, "train_per_species": counts[1], "test_per_species": counts[0]}
-    wanted |= {"image_size": list(image_size), "seed": seed, "version": VERSION}
-    if not 2 <= species <= len(SIGNS) or min(counts) < 1 or min(image_size) < 64 or seed < 0:
-        limits = f"2 to {len(SIGNS)} species, 1 image each or more, 64 pixels or more, seed >= 0"
-        raise InputError(f"{root}: cannot draw a set of {wanted}; use {limits}")
+    wanted |= {"image_size": list(image_size), "seed": seed, "version": scenes.VERSION}
+    if not 2 <= species <= len(scenes.SIGNS) or min(counts) < 1 or min(image_size) < 64 or seed < 0:
+        limits = (
+            f"2 to {len(scenes.SIGNS)} species, 1 image each or more, 64 pixels or more, seed >= 0"
+        )
+        raise InputError(f"{root}: cannot draw a dataset of {wanted}; use {limits}")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         _check_same(root, wanted)
         return root
@@ -56,15 +60,17 @@ def _check_same(root: Path, wanted: dict) -> None:
     try:
         found = dict(json.loads((root / "diagnostic.json").read_text()))
     except (OSError, ValueError, TypeError):
-        raise InputError(f"{root}: exists and is no diagnostic set; name a new folder") from None
+        raise InputError(f"{root}: exists and is no synthetic dataset; name a new folder") from None
     pairs = [(key, found.get(key), value) for key, value in wanted.items()]
     other = ", ".join(f"{key} {old} instead of {new}" for key, old, new in pairs if old != new)
     if other:
-        raise InputError(f"{root}: holds a set of {other}; name a new folder or delete this one")
+        raise InputError(
+            f"{root}: holds a dataset of {other}; name a new folder or delete this one"
+        )
 
 
 def _write(folder: Path, counts: tuple[int, int], wanted: dict, progress) -> None:
-    signs = list(SIGNS)[: wanted["species"]]
+    signs = list(scenes.SIGNS)[: wanted["species"]]
     classes = [f"{number:03d}.{sign}_Signbird" for number, sign in enumerate(signs, 1)]
     keys = [(s, t, k) for s in range(len(signs)) for t in (1, 0) for k in range(counts[t])]
     images = [f"{classes[s]}/{signs[s]}_Signbird_{k + 1:04d}_{t}.jpg" for s, t, k in keys]
@@ -73,7 +79,7 @@ def _write(folder: Path, counts: tuple[int, int], wanted: dict, progress) -> Non
 
     def draw(key: tuple[int, int, int], image: str) -> tuple:
         rng = np.random.default_rng([wanted["seed"], *key])
-        scene = draw_scene(key[0], rng, wanted["image_size"])
+        scene = scenes.draw_scene(key[0], rng, wanted["image_size"])
         scene.image.save(folder / "images" / image, quality=90)
         return scene.box, scene.parts
 

@@ -1,9 +1,9 @@
-"""Scenes drawn by code, of which the diagnostic set is made.
+"""Scenes drawn by code, of which the synthetic dataset is made.
 
 A scene is a bird on a branch above stones and grass. Pose, size, place, colors, light and clutter
 vary and say nothing about the species. Species differ only in the sign on a badge on the wing
-(about 5 % of the image side, equal ink for every sign); stones carry badges of random species. So a
-look at low resolution cannot read the sign, and a second look at the wrong place misleads.
+(about 5 % of the image side, equal ink for every sign); stones carry badges of random species. So
+the sign cannot be read at low resolution, and a crop of the wrong place misleads.
 Points are complex numbers x + y j, y down.
 """
 
