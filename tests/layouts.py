@@ -20,7 +20,7 @@ def write_image(path, size=(8, 6)):
 
 
 def write_cub(root, classes=("001.Crow", "002.Wren"), train=4, test=2, images=True):
-    """A data set in the CUB layout: ids from 1, boxes (1, 2, 3, 4) as x, y, width, height."""
+    """A dataset in the CUB layout: ids from 1, boxes (1, 2, 3, 4) as x, y, width, height."""
     lists = {"images": [], "image_class_labels": [], "train_test_split": [], "bounding_boxes": []}
     number = 0
     for class_id, name in enumerate(classes, 1):

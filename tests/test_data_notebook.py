@@ -1,13 +1,13 @@
-"""The first notebook's cells, on a small data set in every layout that has a reader."""
+"""The first notebook's cells, on a small dataset in every layout that has a reader."""
 
 import json
 from pathlib import Path
 
+import layouts
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import layouts
 from PIL import Image
 from scipy.io import savemat
 

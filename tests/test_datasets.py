@@ -107,8 +107,8 @@ MISTAKES = {
     "split flag": ("train_test_split.txt", 1, "1 2", "expected 'id is_train'"),
     "negative width": ("bounding_boxes.txt", 6, "6 1.0 2.0 -3.0 4.0", "has no area"),
     "not a number": ("bounding_boxes.txt", 6, "6 nan 2.0 3.0 4.0", "has no area"),
-    "left of it": ("bounding_boxes.txt", 7, "7 -4.0 2.0 30.0 4.0", "outside the image"),
-    "above it": ("bounding_boxes.txt", 7, "7 4.0 -3.0 30.0 4.0", "outside the image"),
+    "left of it": ("bounding_boxes.txt", 7, "7 -4.0 2.0 30.0 4.0", "outside its image"),
+    "above it": ("bounding_boxes.txt", 7, "7 4.0 -3.0 30.0 4.0", "outside its image"),
 }
 
 
@@ -298,7 +298,7 @@ def test_cars_broken_files(tmp_path):
     bad = cars_records(4)
     bad["class"][1] = 3
     savemat(file, {"annotations": bad})
-    assert "class 3 is not among the 2 known" in message(lambda: read("cars", root))
+    assert "KeyError: 3" in message(lambda: read("cars", root))
     bad["class"][1], bad["bbox_x2"][2] = 1, 0
     savemat(file, {"annotations": bad})
     assert "cars_train_annos.mat: entry 3" in message(lambda: read("cars", root))
@@ -324,12 +324,14 @@ def test_inaturalist_pairs_by_id(tmp_path):
 
 def test_inaturalist_mistakes(tmp_path):
     root = write_inaturalist(tmp_path, train=(40, 3, 7, 8))
-    assert "train2017.json: category 8 is not among" in message(lambda: read("inaturalist", root))
+    assert "train2017.json: 4 images, 4 annotations and their categories" in message(
+        lambda: read("inaturalist", root)
+    )
     content = inaturalist((40, 3, 7), 100)
     content["annotations"].append(content["annotations"][0])
     write(root / "train2017.json", json.dumps(content))
     found = message(lambda: read("inaturalist", root))
-    assert "3 images and 4 annotations do not pair one to one" in found
+    assert "train2017.json: not as expected (MergeError: " in found
     write(root / "train2017.json", '{"images": []')
     assert "train2017.json: not as expected" in message(lambda: read("inaturalist", root))
 
@@ -380,7 +382,9 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
         assert part["label"].tolist() == reference._labels
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
-    assert "image 307 is not among the 306 known" in message(lambda: read("flowers", tmp_path))
+    assert "setid.mat: not as expected (KeyError: 307)" in message(
+        lambda: read("flowers", tmp_path)
+    )
 
 
 def test_pets_equals_torchvision(tmp_path):
@@ -878,7 +882,7 @@ def test_describe_finds_a_box_outside_and_a_broken_image(tmp_path):
     table = read("cub", root)
     found = message(lambda: describe(table))
     assert "Crow_0004.jpg: the box (top, left, bottom, right) = [1.0, 8.0, 6.0, 13.0]" in found
-    assert "lies outside the image of (height, width) = [6, 8]" in found
+    assert "lies outside its image of [6, 8] pixels" in found
     write(root / "images/001.Crow/Crow_0000.jpg", "text")
     assert "Crow_0000.jpg: not an image" in message(lambda: describe(table))
 

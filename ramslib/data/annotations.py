@@ -58,7 +58,7 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
         table["label"] = table["class_name"].rank(method="dense")
     names = table.groupby("label")["class_name"].transform("nunique")
     numbers = table[["label", *BOX_COLUMNS]].apply(pd.to_numeric, errors="coerce").astype(float)
-    labels, splits = numbers.pop("label"), table["split"].map(_split)
+    labels, splits = numbers.pop("label"), table["split"].astype(str).str.lower().map(SPLIT_WORDS)
     sound = {  # column: whether each value is what it must be, and what to do
         "path": (table["path"].map(lambda path: isinstance(path, str | Path)), "give a path"),
         "split": (splits.notna() | ("split" not in columns), f"use {', '.join(SPLITS)}"),
@@ -84,10 +84,6 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
     return table
 
 
-def _split(name: object) -> str | None:
-    return SPLIT_WORDS.get(str(name).lower())
-
-
 def clip_boxes(
     boxes: np.ndarray, locate: Callable[[int], str], sizes: np.ndarray | None = None
 ) -> np.ndarray:
@@ -105,10 +101,10 @@ def clip_boxes(
     limits = np.column_stack([height, width, height, width])
     if not (sound & inside).all():
         row = int(np.argmin(sound & inside))
-        what = "lies outside the image" if sound[row] else "has no area"
+        image = "its image" if sizes is None else f"its image of {limits[row, :2].tolist()} pixels"
         raise InputError(
-            f"{locate(row)}: the box (top, left, bottom, right) = {boxes[row].tolist()} {what} of "
-            f"(height, width) = {limits[row, :2].tolist()}; correct this entry"
+            f"{locate(row)}: the box (top, left, bottom, right) = {boxes[row].tolist()} "
+            f"{f'lies outside {image}' if sound[row] else 'has no area'}; correct this entry"
         )
     return np.clip(boxes, 0, limits)
 

@@ -20,7 +20,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -42,14 +42,8 @@ PREPARATION = Path(__file__).resolve().parents[2] / "data" / "prepare"
 
 def load_table(config: Config) -> pd.DataFrame:
     """The dataset that a configuration names, with its validation split; see `read_table`."""
-    return read_table(
-        config.data,
-        config.root,
-        config.validation_fraction,
-        config.seed,
-        test_fraction=config.test_fraction,
-        allow_missing=config.allow_missing,
-    )
+    options = {"test_fraction": config.test_fraction, "allow_missing": config.allow_missing}
+    return read_table(config.data, config.root, config.validation_fraction, config.seed, **options)
 
 
 def read_table(
@@ -226,11 +220,7 @@ def _split_of(name: str) -> str | None:
 def _folders(folder: str) -> list[str]:
     """Names of the visible folders in a folder, sorted."""
     found = annotations.list_folder(folder)
-    return [e.name for e in found if _is_folder(e) and not e.name.startswith(HIDDEN)]
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry)
+    return [e.name for e in found if not e.name.startswith(HIDDEN) and os.path.isdir(e)]
 
 
 def _find_photos(base: str) -> list[str]:
@@ -316,7 +306,7 @@ def _read_split(file: str, keys: Sequence[str]) -> tuple[dict[str, str], str]:
         if header not in ("path,split", "path;split", "path\tsplit"):
             raise InputError(f"{file}:1: the first line must be path,split; correct it")
         for number, row in enumerate(csv.reader(lines, delimiter=separator), 2):
-            split = SPLIT_WORDS.get(row[1].lower()) if len(row) == 2 else None
+            split = SPLIT_WORDS.get(row[1].strip().lower()) if len(row) == 2 else None
             key = spelling.get(row[0], spelling.get(_portable(row[0]), row[0])) if split else ""
             if not split or key in splits:
                 raise InputError(
@@ -345,18 +335,7 @@ def _write_split(file: str, splits: dict, added: dict, separator: str) -> None:
         warnings.warn(f"{file}: {len(added)} new photos appended: {counts}", stacklevel=4)
 
 
-READERS: dict[str, Callable[..., pd.DataFrame]] = {
-    "diagnostic": read_diagnostic,
-    "folder": read_folder,
-    "cub": readers.read_cub,
-    "cars": readers.read_cars,
-    "dogs": readers.read_dogs,
-    "nabirds": readers.read_nabirds,
-    "inaturalist": readers.read_inaturalist,
-    "aircraft": readers.read_aircraft,
-    "flowers": readers.read_flowers,
-    "pets": readers.read_pets,
-}
+READERS = {"diagnostic": read_diagnostic, "folder": read_folder, **readers.READERS}
 
 
 # ---------------------------------------------------------------- what a dataset holds
@@ -374,25 +353,23 @@ def describe(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:
         (median pixels), ``shortest_side`` (smallest), ``boxes`` (count), ``box_share`` (mean share
         of the image's area). A box outside its image is an InputError.
     """
-    parts = {split: table[table["split"] == split] for split in SPLITS}
-    rows = {name: _describe(part, sample) for name, part in parts.items() if len(part)}
+    rows = {}
+    for split in [name for name in SPLITS if (table["split"] == name).any()]:
+        part = table[table["split"] == split]
+        sizes = _image_sizes(_spread(part, sample))
+        per_class = part["class_name"].value_counts()
+        rows[split] = {
+            "images": len(part),
+            "classes": len(per_class),
+            "smallest_class": per_class.min(),
+            "largest_class": per_class.max(),
+            "height": np.median(sizes[:, 0]),
+            "width": np.median(sizes[:, 1]),
+            "shortest_side": sizes.min(),
+            "boxes": part["top"].notna().sum(),
+            "box_share": describe_boxes(part, sample)["area"].mean(),
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _describe(table: pd.DataFrame, sample: int) -> dict[str, float]:
-    sizes = _image_sizes(_spread(table, sample))
-    per_class = table["class_name"].value_counts()
-    return {
-        "images": len(table),
-        "classes": len(per_class),
-        "smallest_class": per_class.min(),
-        "largest_class": per_class.max(),
-        "height": np.median(sizes[:, 0]),
-        "width": np.median(sizes[:, 1]),
-        "shortest_side": sizes.min(),
-        "boxes": table["top"].notna().sum(),
-        "box_share": describe_boxes(table, sample)["area"].mean(),
-    }
 
 
 def describe_boxes(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:

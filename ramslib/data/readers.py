@@ -8,7 +8,7 @@ labels their class ids. Whether the image files exist is checked by `datasets.re
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,8 @@ def read_cars(root: Path | str, unlabeled: bool = False) -> pd.DataFrame:
         table["label"], table["class_name"] = -1, ""
         if "class" in table:
             table["label"] = table["class"]
-            table["class_name"] = _look_up(file, "class", table["class"], names)
+            with file_errors(file):
+                table["class_name"] = [names[label] for label in table["label"]]
         elif not (unlabeled and split == "test"):
             raise InputError(
                 f"{file}: {len(table):,} {split} images without a class; put the separate "
@@ -113,17 +114,6 @@ def read_cars(root: Path | str, unlabeled: bool = False) -> pd.DataFrame:
         table[BOX_COLUMNS] = clip_boxes(boxes, entries.__getitem__)
         tables.append(table)
     return pd.concat(tables)
-
-
-def _look_up(file: str, kind: str, keys: Iterable[int], known: Mapping[int, object]) -> list:
-    """The value of each key; a key that is unknown is a fault of the file."""
-    with file_errors(file):
-        if unknown := set(keys) - set(known):
-            raise InputError(
-                f"{file}: {kind} {min(unknown)} is not among the {len(known)} known; download this "
-                "file again"
-            )
-        return [known[key] for key in keys]
 
 
 def read_dogs(root: Path | str, boxes: bool = True) -> pd.DataFrame:
@@ -172,27 +162,23 @@ def read_inaturalist(root: Path | str, year: int = 2017) -> pd.DataFrame:
     Its test labels are unpublished: its validation images are the test split here, as in papers.
     """
     root = find_root(root, f"train{year}.json")
-    lists, names = {}, {}
+    tables, ids = [], {"left_on": "id", "right_on": "image_id"}
     for split, file in (("train", f"{root}/train{year}.json"), ("test", f"{root}/val{year}.json")):
         with file_errors(file):
             content = json.loads(read_text(file))
-            images = {item["id"]: item["file_name"] for item in content["images"]}
-            pairs = {item["image_id"]: item["category_id"] for item in content["annotations"]}
-            categories = {item["id"]: item["name"] for item in content["categories"]}
-            counts = len(content["images"]), len(content["annotations"])
-        if counts != (len(images), len(pairs)) or images.keys() != pairs.keys():
+            images = pd.DataFrame(content["images"])[["id", "file_name"]]
+            labels = pd.DataFrame(content["annotations"])[["image_id", "category_id"]]
+            names = pd.DataFrame(content["categories"]).set_index("id")["name"]
+            table = images.merge(labels, "outer", validate="one_to_one", **ids)
+            table["class_name"] = table["category_id"].map(names)
+        if table.isna().any(axis=None):
             raise InputError(
-                f"{file}: {counts[0]:,} images and {counts[1]:,} annotations do not pair one to "
-                "one by id; download this file again"
+                f"{file}: {len(images):,} images, {len(labels):,} annotations and their categories "
+                "do not pair one to one by id; download this file again"
             )
-        names = names or categories
-        if names != categories:
-            raise InputError(f"{file}: its categories are not those of training; download it again")
-        lists[split] = pd.Series([pairs[key] for key in images], index=list(images.values()))
-        _look_up(file, "category", lists[split], names)
-    table = _join(lists)
-    table["class_name"] = table["label"].map(names)
-    table["path"] = f"{root}/" + table["key"]
+        tables.append(table.assign(split=split))
+    table = pd.concat(tables).rename(columns={"category_id": "label"})
+    table["path"] = f"{root}/" + table["file_name"]
     return table
 
 
@@ -218,14 +204,16 @@ def read_flowers(root: Path | str) -> pd.DataFrame:
     from torchvision.datasets import Flowers102  # here: importing torch takes seconds
 
     root = find_root(root, "imagelabels.mat", "flowers-102")
-    class_ids = dict(enumerate(read_mat(f"{root}/imagelabels.mat", "labels", int), 1))
     file, keys = f"{root}/setid.mat", {"train": "trnid", "val": "valid", "test": "tstid"}
     table = _join({split: read_mat(file, key, int) for split, key in keys.items()})
-    numbers = table["label"]
+    numbers = table["label"].tolist()
     table["path"] = [f"{root}/jpg/image_{number:05d}.jpg" for number in numbers]
-    table["label"] = _look_up(file, "image", numbers, class_ids)
+    class_ids = dict(enumerate(read_mat(f"{root}/imagelabels.mat", "labels", int), 1))
     names = dict(enumerate(Flowers102.classes, 1))
-    table["class_name"] = _look_up(f"{root}/imagelabels.mat", "class", table["label"], names)
+    with file_errors(file):
+        table["label"] = [class_ids[number] for number in numbers]
+    with file_errors(f"{root}/imagelabels.mat"):
+        table["class_name"] = [names[label] for label in table["label"]]
     return table
 
 
@@ -240,3 +228,10 @@ def read_pets(root: Path | str) -> pd.DataFrame:
     table["class_name"] = table["key"].str.rpartition("_")[0]
     table["path"] = f"{root}/images/" + table["key"] + ".jpg"
     return table
+
+
+READERS = {
+    reader.__name__.removeprefix("read_"): reader
+    for reader in (read_cub, read_cars, read_dogs, read_nabirds, read_inaturalist)
+    + (read_aircraft, read_flowers, read_pets)
+}
