@@ -69,7 +69,7 @@ def multiply_rows_in_cache(rows: Tensor, block, probabilities: Callable) -> Tens
     buffer = rows.new_empty(group * count * tokens)
     for image, first in product(range(batch), range(0, heads, group)):
         place = image, slice(first, first + group)
-        part = _part(block, place)
+        part = heads_of(block, place)
         for chunk in (slice(start, start + count) for start in range(0, tokens, count)):
             weights = rows[place][..., chunk]
             shape = len(weights), weights.shape[-1], tokens
@@ -78,8 +78,13 @@ def multiply_rows_in_cache(rows: Tensor, block, probabilities: Callable) -> Tens
     return products
 
 
-def _part(block, place: tuple[int, slice]):
-    """Some heads of one image, without a dimension for images."""
+def heads_of(block, place: tuple[int | slice, slice]):
+    """Some heads of an `attention.QueryKey`: of one image, without a dimension for images, or all.
+
+    Args:
+        block: `attention.QueryKey`.
+        place: of the images and of the heads.
+    """
     bias = block.bias
     if bias is not None:
         bias = bias.expand(*block.query.shape[:3], block.key.shape[2])[place]

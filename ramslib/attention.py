@@ -234,18 +234,12 @@ def single_block(number: int, head: int | None = None, class_token: bool = True)
     @reads(blocks=None)
     def strength(recorded: RecordedScale) -> Tensor:
         block = recorded.blocks[number - 1]
-        block = block if head is None else _one_head(block, head - 1)
+        if head is not None:
+            block = acceleration.heads_of(block, (slice(None), slice(head - 1, head)))
         return (last_class if class_token else rollout_mean)(recorded._replace(blocks=[block]))
 
     strength.is_single = True
     return strength
-
-
-def _one_head(block: QueryKey, head: int) -> QueryKey:
-    bias, one = block.bias, slice(head, head + 1)
-    if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1:
-        bias = bias[..., one, :, :]
-    return block._replace(query=block.query[:, one], key=block.key[:, one], bias=bias)
 
 
 def attention_strength(recorded: RecordedScale, strength: str | Callable = "last_class") -> Tensor:
@@ -262,11 +256,11 @@ def attention_strength(recorded: RecordedScale, strength: str | Callable = "last
     Raises:
         InputError: unknown name, or a function that gives another shape.
     """
-    function = strength if callable(strength) else resolve(strength, STRENGTHS, "strength")
-    query = recorded.blocks[-1].query
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    function = resolve(strength, STRENGTHS, "strength")
+    given = recorded.blocks[-1].query if recorded.blocks else recorded.image
+    with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
         values = function(recorded)
-    wanted = (len(query), *recorded.grid)
+    wanted = (given.shape[0], *recorded.grid)
     if not isinstance(values, Tensor) or values.shape != wanted:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(

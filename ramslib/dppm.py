@@ -89,8 +89,8 @@ def largest_component(mask: Tensor, weights: Tensor | None = None) -> Tensor:
         return acceleration.largest_component_tensor(mask, weights)
     labels = label_components(mask)
     weights = None if weights is None else weights.cpu().double().numpy().ravel()
-    sizes = np.bincount(labels.ravel(), weights, minlength=1)
-    sizes[0] = -np.inf if weights is not None else 0
+    sizes = np.bincount(labels.ravel(), weights, minlength=1).astype(float)
+    sizes[0] = -np.inf
     largest = [image.flat[sizes[image].argmax()] for image in labels]  # the first of that size
     return torch.from_numpy((labels == np.reshape(largest, (-1, 1, 1))) & (labels > 0))
 
@@ -171,8 +171,9 @@ def random_proposal(strength, threshold, recorded=None) -> Proposal:
     space, generators = _free_space(dppm), _GENERATORS.get()
     if generators is None:
         place = torch.rand(space.shape)
-    else:
-        place = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+    else:  # as many for each image as the scale has regions of it
+        each = [torch.rand(len(space) // len(generators), 2, generator=g) for g in generators]
+        place = torch.cat([torch.empty(0, 2), *each])
     return _shift_boxes(dppm, (place * (space + 1)).long())
 
 
@@ -249,7 +250,7 @@ def propose(
     Raises:
         InputError: unknown name, or a function that gives something else.
     """
-    function = proposal if callable(proposal) else resolve(proposal, PROPOSALS, "proposal")
+    function = resolve(proposal, PROPOSALS, "proposal")
     name = getattr(function, "__name__", str(proposal))
     if recorded is None and getattr(function, "reads_blocks", None) != 0:
         raise InputError(
@@ -258,28 +259,28 @@ def propose(
         )
     with torch.no_grad():
         found = function(strength, threshold, recorded)
-    if not isinstance(found, Proposal):
-        found = _from_boxes(found, strength, threshold, name)
-    return found
+    return found if function in PROPOSALS.values() else _check(found, strength, threshold, name)
 
 
-def _from_boxes(boxes: Tensor, strength: Tensor, threshold: float | Tensor, name: str) -> Proposal:
-    """A proposal that was given as boxes; the mask is the threshold's, for pictures."""
-    grid = strength.shape[1:]
-    shaped = isinstance(boxes, Tensor) and boxes.shape[:1] == strength.shape[:1]
-    if not (shaped and boxes.ndim in (2, 3) and boxes.shape[-1] == 4 and boxes.numel()):
-        got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+def _check(found, strength: Tensor, threshold: float | Tensor, name: str) -> Proposal:
+    """A proposal of one's own, on the CPU; of boxes alone, the mask is the threshold's."""
+    boxes = found.patch_boxes if isinstance(found, Proposal) else found
+    count, *grid = strength.shape
+    shape = tuple(boxes.shape) if isinstance(boxes, Tensor) else ()
+    if shape not in ((count, 4), (count, *shape[1:2], 4)) or 0 in shape[1:]:
         raise InputError(
-            f"proposal {name!r} gives {got}; it must return a Proposal, or boxes (B, 4) or "
-            f"(B, R, 4) in patches, here with B = {len(strength)}"
+            f"proposal {name!r} gives {shape or type(boxes).__name__}; it must return a Proposal, "
+            f"or boxes (B, 4) or (B, R, 4) in patches, here with B = {count}"
         )
     boxes = boxes.cpu()
-    limits = torch.tensor([*grid, *grid])
-    inside = (boxes >= 0) & (boxes <= limits)
-    if not (inside.all() and (boxes[..., 2:] > boxes[..., :2]).all()):
+    inside = (boxes >= 0) & (boxes <= torch.tensor(grid * 2))
+    filled = boxes[..., 2:] > boxes[..., :2]
+    if not (torch.compiler.is_exporting() or (inside.all() and filled.all())):
         raise InputError(
             f"proposal {name!r} gives a box that is empty or leaves the grid of {grid[0]} x "
             f"{grid[1]} patches; a box is (top, left, bottom, right), bottom and right exclusive"
         )
+    if isinstance(found, Proposal):
+        return Proposal(found.mask.cpu(), found.component.cpu(), boxes)
     first = boxes if boxes.ndim == 2 else boxes[:, 0]
     return Proposal(patch_mask(strength, threshold).cpu(), inside_boxes(first, grid), boxes)

@@ -64,17 +64,20 @@ def split_reference(reference: str) -> tuple[Path, str]:
     return Path(path).expanduser().absolute(), name
 
 
-def resolve(name: str, registry: Mapping[str, Any], kind: str) -> Any:
+def resolve(name: str | Callable, registry: Mapping[str, Any], kind: str) -> Any:
     """What a name stands for.
 
     Args:
-        name: a key of the registry or a reference, ``path/to/file.py:name``.
+        name: a key of the registry or a reference, ``path/to/file.py:name``; a function stands for
+            itself.
         registry: the built-in choices.
         kind: the name of the setting, for messages.
 
     Raises:
         InputError: an unknown name, or a file that does not import or lacks the name.
     """
+    if callable(name):
+        return name
     if name in registry:
         return registry[name]
     if not is_reference(name):

@@ -57,12 +57,8 @@ class ProposalSettings:
         Raises:
             InputError: an unknown name.
         """
-        chosen = self.strength, STRENGTHS, "strength"
-        proposed = self.proposal, PROPOSALS, "proposal"
-        return tuple(
-            name if callable(name) else resolve(name, registry, kind)
-            for name, registry, kind in (chosen, proposed)
-        )
+        proposal = resolve(self.proposal, PROPOSALS, "proposal")
+        return resolve(self.strength, STRENGTHS, "strength"), proposal
 
     @property
     def reads(self) -> tuple[int | None, bool]:
@@ -130,23 +126,24 @@ class RAMSTrans(ImageClassifier):
         """
         self.check_size(images)
         settings, run = settings or self.settings, run or self.run_scale
-        inputs, boxes = images, full_image_boxes(images)
+        inputs, boxes, regions = images, full_image_boxes(images), 1
         for scale in range(settings.scales):
             is_last = scale == settings.scales - 1
             logits, feature, recorded = run(inputs, scale, *(() if is_last else settings.reads))
-            strength = proposal = None
-            if not is_last:
-                strength, proposal = self.propose(recorded, settings, scale)
-            logits, feature = (_mean_over_regions(each, len(images)) for each in (logits, feature))
+            strength, proposal = (
+                (None, None) if is_last else self.propose(recorded, settings, scale)
+            )
+            logits, feature = (x.unflatten(0, (-1, regions)).mean(1) for x in (logits, feature))
             kept = yield ScaleOutput(logits, inputs, boxes, strength, proposal, feature)
             if is_last:
                 return
             if kept is not None:
-                rows = kept.repeat_interleave(len(inputs) // len(images))
+                rows = kept.repeat_interleave(regions)
                 images, high_res = images[kept], None if high_res is None else high_res[kept]
                 inputs, boxes = inputs[rows], boxes[rows.cpu()]
                 proposal = Proposal(*(each[rows.cpu()] for each in proposal))
-                keep_random_proposals(rows)
+                keep_random_proposals(kept)
+            regions *= proposal.patch_boxes.shape[1:-1].numel()  # 1 for boxes (B, 4)
             source = high_res if settings.from_high_res else None
             inputs, boxes = self.crop_region(inputs, source, boxes, proposal.patch_boxes)
 
@@ -169,10 +166,9 @@ class RAMSTrans(ImageClassifier):
         record = nullcontext() if blocks == 0 else record_attention(self.backbone, blocks)
         with accelerated, record as recorded:
             features = self.backbone.forward_features(inputs)
-        feature, patches = self.backbone.forward_head(features[:, token:], pre_logits=True), None
-        if tokens:
-            count = self.grid[0] * self.grid[1]
-            patches = features[:, -count:].detach().unflatten(1, self.grid)
+        feature = self.backbone.forward_head(features[:, token:], pre_logits=True)
+        patches = features[:, -self.grid[0] * self.grid[1] :].detach()
+        patches = patches.unflatten(1, self.grid) if tokens else None
         recorded = RecordedScale(recorded or [], self.grid, token, inputs, patches)
         return self.classifier(feature), feature, recorded
 
@@ -199,8 +195,7 @@ class RAMSTrans(ImageClassifier):
         Returns:
             The next inputs (B * R, 3, H, W) and their boxes (B * R, 4).
         """
-        regions = patch_boxes.shape[1] if patch_boxes.ndim == 3 else 1
-        boxes = boxes.repeat_interleave(regions, dim=0) if regions > 1 else boxes
+        boxes = boxes.repeat_interleave(patch_boxes.shape[1:-1].numel(), dim=0)
         whole = full_image_boxes(inputs[:1])
         inside = rescale_boxes(patch_boxes.reshape(-1, 4), self.grid, whole)
         if self.legacy_boxes:
@@ -209,14 +204,9 @@ class RAMSTrans(ImageClassifier):
         pixels = inputs if high_res is None else high_res
         if high_res is not None:
             inside = rescale_boxes(places, self.image_size, full_image_boxes(high_res[:1]))
-        if len(pixels) != len(inside):
-            pixels = pixels.repeat_interleave(len(inside) // len(pixels), dim=0)
+        if pixels.shape[0] != inside.shape[0]:
+            pixels = pixels.repeat_interleave(inside.shape[0] // pixels.shape[0], dim=0)
         return crop_and_resize(pixels, inside, self.image_size, self.align_corners), places
-
-
-def _mean_over_regions(values: Tensor, images: int) -> Tensor:
-    """(B * R, D) -> (B, D)."""
-    return values if len(values) == images else values.unflatten(0, (images, -1)).mean(dim=1)
 
 
 def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: bool) -> None:
@@ -224,10 +214,9 @@ def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: 
     if scales < 1:
         raise InputError(f"a model needs at least one scale, not {scales}")
     if len(thresholds) < scales - 1 or any(eta != eta for eta in thresholds):
-        wanted = f"{scales} scales need {scales - 1} numbers as thresholds"
-        raise InputError(f"{wanted}, not {tuple(thresholds)}")
-    strength, _ = settings.functions  # raises on unknown names
-    reads_class = strength.__name__.endswith("_class")
+        raise InputError(f"{scales} scales need {scales - 1} thresholds, not {tuple(thresholds)}")
+    class_strengths = STRENGTHS["rollout_class"], STRENGTHS["last_class"]
+    reads_class = settings.functions[0] in class_strengths  # raises on unknown names
     if scales > 1 and reads_class and not count_class_tokens(backbone):
         raise InputError(
             f"{type(backbone).__name__} has no class token for strength {settings.strength!r}; "
@@ -245,9 +234,8 @@ def build_rams(config: Config, num_classes: int) -> RAMSTrans:
     per_scale = config.class_token == "per_scale"
     backbone = build_backbone(config, class_tokens=config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.grad_checkpointing)
-    settings = ProposalSettings(
-        config.thresholds(), config.strength, config.proposal, config.scales
-    )
+    chosen = config.strength, config.proposal, config.scales
+    settings = ProposalSettings(config.thresholds(), *chosen)
     return RAMSTrans(
         backbone,
         num_classes,

@@ -1,4 +1,4 @@
-"""Recorded attention against timm's own unfused attention, and the recorder's manners."""
+"""Recorded attention against timm's own unfused attention; strengths against full matrices."""
 
 import copy
 
@@ -6,10 +6,28 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from ramslib.attention import QueryKey, attention_probabilities, record_attention
+from ramslib import acceleration
+from ramslib.acceleration import plain_path
+from ramslib.attention import (
+    STRENGTHS,
+    QueryKey,
+    RecordedScale,
+    attention_probabilities,
+    attention_strength,
+    multiply_rows,
+    record_attention,
+    rollout_rows,
+    single_block,
+)
+from ramslib.errors import InputError
+
+# --- recording ---------------------------------------------------------------------------------
 
 
 def unfused_probabilities(backbone, images):
@@ -55,10 +73,10 @@ def test_recording_changes_no_gradient(family, backbone_of, images):
     for recorded in (False, True):
         torch.manual_seed(0)
         backbone = backbone_of(family, proj_drop_rate=0.1).train()
-        view = images().requires_grad_()
-        tokens = record(backbone, view)[1] if recorded else backbone.forward_features(view)
+        inputs = images().requires_grad_()
+        tokens = record(backbone, inputs)[1] if recorded else backbone.forward_features(inputs)
         tokens.square().mean().backward()
-        gradients.append([view.grad, *(p.grad for p in backbone.parameters())])
+        gradients.append([inputs.grad, *(p.grad for p in backbone.parameters())])
     for plain, with_recording in zip(*gradients, strict=True):
         assert plain is with_recording is None or torch.equal(plain, with_recording)
 
@@ -150,7 +168,7 @@ def test_grouped_heads_are_expanded():
     torch.testing.assert_close(attention_probabilities(blocks[0]), output)
 
 
-def test_pooling_attention_is_passed_over(backbone_of, images):
+def test_pooling_attention_is_ignored(backbone_of, images):
     backbone = backbone_of("siglip")
     with record_attention(backbone) as blocks:
         backbone(images())  # the pooling head attends with a latent query
@@ -212,7 +230,7 @@ def test_two_recordings_nest(backbone_of, images):
         assert torch.equal(one.query, other.query) and torch.equal(one.key, other.key)
 
 
-def test_autocast_records_bfloat16_and_softens_in_float32(backbone_of, images):
+def test_autocast_records_bfloat16_and_the_softmax_is_float32(backbone_of, images):
     backbone = backbone_of("dinov2_registers")
     expected, _ = record(backbone, images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -220,10 +238,10 @@ def test_autocast_records_bfloat16_and_softens_in_float32(backbone_of, images):
         with torch.autocast("cpu", enabled=False):
             probabilities = [attention_probabilities(block) for block in blocks]
     assert blocks[0].query.dtype == torch.bfloat16
-    for block, recorded, given in zip(expected, probabilities, blocks, strict=True):
+    for block, recorded, half in zip(expected, probabilities, blocks, strict=True):
         assert recorded.dtype == torch.float32
         torch.testing.assert_close(recorded.sum(-1), torch.ones_like(recorded[..., 0]))
-        exact = given._replace(query=given.query.double(), key=given.key.double())
+        exact = half._replace(query=half.query.double(), key=half.key.double())
         loops = reference.attention_probabilities(exact.query.numpy(), exact.key.numpy(), 0.25)
         np.testing.assert_allclose(recorded, loops, atol=1e-6)
         torch.testing.assert_close(recorded, attention_probabilities(block), atol=0.1, rtol=0)
@@ -255,3 +273,303 @@ def test_inference_mode(backbone_of, images):
         probabilities = [attention_probabilities(block) for block in blocks]
     for block, recorded in zip(expected, probabilities, strict=True):
         assert torch.equal(attention_probabilities(block), recorded)
+
+
+# --- strengths ---------------------------------------------------------------------------------
+
+
+BIASES = [None, (1, 3, 9, 9), (2, 3, 9, 9), (9, 9), (2, 1, 1, 9)]
+
+
+def random_blocks(seed, batch=2, heads=3, tokens=9, depth=4, size=2.0, bias=None):
+    """Recorded blocks whose attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (depth, 2, batch, heads, tokens, 4)
+    pairs = size * torch.randn(shape, generator=generator)
+    return [QueryKey(query, key, bias, 0.5) for query, key in pairs]
+
+
+def strength_of(blocks, strength, grid=(2, 4), class_index=0):
+    """Strength of recorded blocks; the last patches of the grid are the last tokens."""
+    return attention_strength(RecordedScale(blocks, grid, class_index), strength)
+
+
+def probabilities(blocks):
+    """Per image, the (A, N, N) probabilities of each block, from the loops."""
+    each = [
+        reference.attention_probabilities(
+            block.query.numpy(),
+            block.key.numpy(),
+            block.scale,
+            None if block.bias is None else block.bias.numpy(),
+        )
+        for block in blocks
+    ]
+    return list(zip(*each, strict=True))
+
+
+@pytest.mark.parametrize("bias_shape", BIASES)
+@pytest.mark.parametrize("class_index", [0, 2])
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_strength_equals_the_full_matrices(name, class_index, bias_shape):
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    blocks = random_blocks(0, bias=bias)
+    strength = strength_of(blocks, name, (2, 3), class_index)
+    expected = [
+        reference.strength(image, name, (2, 3), class_index) for image in probabilities(blocks)
+    ]
+    assert strength.shape == (2, 2, 3) and strength.dtype == torch.float32
+    np.testing.assert_allclose(strength, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_any_depth(name, depth):
+    blocks = random_blocks(1, depth=depth)
+    expected = [reference.strength(image, name, (2, 4)) for image in probabilities(blocks)]
+    np.testing.assert_allclose(strength_of(blocks, name), expected, atol=1e-6)
+
+
+def test_strengths_differ_from_one_another():
+    blocks = random_blocks(2)
+    maps = [strength_of(blocks, name) for name in STRENGTHS]
+    maps.append(strength_of(blocks, "rollout_class", (2, 4), 1))
+    maps.append(strength_of(blocks, "last_class", (2, 4), 1))
+    for i, one in enumerate(maps):
+        for other in maps[:i]:
+            assert (one - other).abs().max() > 1e-3
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(2, 12), st.floats(0, 8))
+def test_rows_of_the_rollout_sum_to_one(seed, depth, tokens, size):
+    blocks = random_blocks(seed, depth=depth, tokens=tokens, size=size)
+    rows = torch.eye(tokens).unsqueeze(1).expand(tokens, 2, tokens)  # every row of g in turn
+    for weights in rows:
+        result = rollout_rows(blocks, weights)
+        assert (result >= 0).all()
+        torch.testing.assert_close(result.sum(1), torch.ones(2))
+
+
+def test_identity_attention_has_an_identity_rollout():
+    query = 100 * torch.eye(6).repeat(1, 2, 1, 1)  # each token looks at itself alone
+    blocks = [QueryKey(query, query, None, 1.0)] * 5
+    weights = torch.rand(1, 6)
+    torch.testing.assert_close(rollout_rows(blocks, weights), weights)
+    uniform = strength_of(blocks, "rollout_mean", (1, 5))
+    torch.testing.assert_close(uniform, torch.full((1, 1, 5), 1 / 6))
+    assert strength_of(blocks, "rollout_class", (1, 5)).abs().max() == 0
+    assert strength_of(blocks, "last_class", (1, 5)).abs().max() == 0
+
+
+def test_uniform_attention_gives_uniform_strength():
+    zeros = torch.zeros(2, 3, 7, 4)
+    blocks = [QueryKey(zeros, zeros, None, 0.5)] * 3
+    for name in STRENGTHS:
+        strength = strength_of(blocks, name, (2, 3))
+        torch.testing.assert_close(strength, strength[:1, :1, :1].expand(2, 2, 3))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.permutations(range(6)), st.sampled_from(sorted(STRENGTHS)))
+def test_permuting_patches_permutes_strength(seed, order, name):
+    blocks = random_blocks(seed, tokens=8)  # two prefix tokens
+    order = torch.tensor([0, 1, *(patch + 2 for patch in order)])
+    permuted = [
+        block._replace(query=block.query[:, :, order], key=block.key[:, :, order])
+        for block in blocks
+    ]
+    strength = strength_of(blocks, name, (1, 6), 1).flatten(1)
+    torch.testing.assert_close(
+        strength_of(permuted, name, (1, 6), 1).flatten(1),
+        strength[:, order[2:] - 2],
+        atol=1e-6,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_each_image_is_on_its_own(name):
+    blocks = random_blocks(3, batch=4)
+    alone = [block._replace(query=block.query[2:3], key=block.key[2:3]) for block in blocks]
+    together = strength_of(blocks, name)
+    torch.testing.assert_close(strength_of(alone, name), together[2:3])
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_prefix_tokens_are_dropped_and_rows_come_first(name):
+    blocks = random_blocks(4, tokens=14)
+    wide = strength_of(blocks, name, (1, 12))
+    grid = strength_of(blocks, name, (3, 4))
+    assert torch.equal(grid[0, 1], wide[0, 0, 4:8])
+    assert torch.equal(strength_of(blocks, name, (1, 9)), wide[:, :, 3:])
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_half_precision_records_give_float32_strength(name):
+    blocks = random_blocks(5, size=1.0)
+    half = [
+        block._replace(query=block.query.bfloat16(), key=block.key.bfloat16()) for block in blocks
+    ]
+    exact = [block._replace(query=block.query.float(), key=block.key.float()) for block in half]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        strength = strength_of(half, name)
+    assert strength.dtype == torch.float32
+    assert torch.equal(strength, strength_of(exact, name))
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_real_backbone(name, family, backbone_of, images):
+    backbone = backbone_of(family)
+    if name.endswith("_class") and getattr(backbone, "cls_token", None) is None:
+        return
+    with record_attention(backbone) as blocks:
+        backbone.forward_features(images())
+    strength = strength_of(blocks, name, (3, 4))
+    assert not strength.requires_grad
+    for image, per_block in enumerate(
+        probabilities([b._replace(query=b.query, key=b.key) for b in blocks])
+    ):
+        expected = reference.strength(per_block, name, (3, 4))
+        np.testing.assert_allclose(strength[image], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [1, 20, 70, 10**9])
+@pytest.mark.parametrize("bias_shape", BIASES)
+def test_any_number_of_rows_at_a_time(cached, bias_shape, monkeypatch):
+    blocks = random_blocks(8, bias=None if bias_shape is None else torch.randn(bias_shape))
+    expected = [
+        reference.strength(image, "rollout_mean", (2, 4)) for image in probabilities(blocks)
+    ]
+    monkeypatch.setattr(acceleration, "CACHED", cached)
+    found = strength_of(blocks, "rollout_mean")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_a_strength_reads_no_more_blocks_than_it_says(name):
+    blocks = random_blocks(9, depth=5)
+    count = STRENGTHS[name].reads_blocks
+    fewer = blocks[-(count or 5) :]
+    expected = strength_of(blocks, name)
+    assert torch.equal(strength_of(fewer, name), expected)
+    assert count or not torch.allclose(strength_of(blocks[1:], name), expected)
+
+
+def test_records_are_left_alone():
+    blocks = random_blocks(6)
+    before = [block.query.clone() for block in blocks]
+    for name in STRENGTHS:
+        strength_of(blocks, name)
+    assert all(torch.equal(b.query, old) for b, old in zip(blocks, before, strict=True))
+
+
+def test_unknown_name():
+    with pytest.raises(InputError, match="unknown strength 'rolout'; choose one of rollout_mean"):
+        strength_of(random_blocks(7), "rolout")
+
+
+# --- the plain path, single blocks, and strengths of one's own ---------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("bias_shape", BIASES)
+def test_rows_times_a_block_are_a_matrix_product(bias_shape, heads, rows):
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    (block,) = random_blocks(10, depth=1, bias=bias)
+    weights = torch.rand(2, heads, rows, 9)
+    full = torch.tensor(np.array(probabilities([block]))[:, 0])
+    expected = weights.double() @ full
+    torch.testing.assert_close(multiply_rows(weights, block).double(), expected, atol=1e-6, rtol=0)
+    with plain_path():
+        plain = multiply_rows(weights, block)
+    torch.testing.assert_close(plain.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_plain_path_gives_the_same_strength(family, backbone_of, images):
+    blocks, _ = record(backbone_of(family), images())
+    for name in STRENGTHS:
+        with plain_path():
+            plain = strength_of(blocks, name, (3, 4))
+        torch.testing.assert_close(strength_of(blocks, name, (3, 4)), plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias_shape", BIASES)
+@pytest.mark.parametrize("number", [1, 4])
+def test_the_strength_of_a_single_block_or_head_is_a_row_or_mean_of_it(number, bias_shape):
+    blocks = random_blocks(11, bias=None if bias_shape is None else torch.randn(bias_shape))
+    for image, maps in enumerate(probabilities(blocks)):
+        matrices = maps[number - 1]
+        row = strength_of(blocks, single_block(number), class_index=1)[image]
+        np.testing.assert_allclose(row.flatten(), matrices.mean(axis=0)[1, 1:], atol=1e-6)
+        rows = strength_of(blocks, single_block(number, class_token=False))[image]
+        expected = (matrices.mean(axis=0).mean(axis=0) + 1 / 9) / 2  # with the identity
+        np.testing.assert_allclose(rows.flatten(), expected[1:], atol=1e-6)
+        for head in (1, 3):
+            one = strength_of(blocks, single_block(number, head), class_index=1)[image]
+            np.testing.assert_allclose(one.flatten(), matrices[head - 1, 1, 1:], atol=1e-6)
+    assert single_block(number) is single_block(number), "a key of what is remembered"
+
+
+def refused(*arguments):
+    """The one line with which a strength is refused."""
+    with pytest.raises(InputError) as caught:
+        attention_strength(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_strength_of_ones_own_is_a_function_or_a_file(tmp_path):
+    blocks = random_blocks(12)
+
+    def norms(recorded):
+        assert not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        norm = recorded.blocks[0].key.double().norm(dim=-1).mean(dim=1)
+        return norm[:, 1:].unflatten(1, recorded.grid)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = strength_of(blocks, norms)
+    expected = np.linalg.norm(blocks[0].key.numpy().astype(float), axis=-1).mean(axis=1)[:, 1:]
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.flatten(1), expected, rtol=1e-6)
+    code = "def norms(recorded):\n    norm = recorded.blocks[0].key.norm(dim=-1).mean(dim=1)\n"
+    code += "    return norm[:, 1:].unflatten(1, recorded.grid)\n"
+    (tmp_path / "ideas.py").write_text(code)
+    torch.testing.assert_close(strength_of(blocks, f"{tmp_path}/ideas.py:norms"), found)
+
+
+def test_a_strength_may_read_image_and_tokens_alone():
+    recorded = RecordedScale([], (3, 2), 0, torch.rand(4, 3, 18, 12), torch.rand(4, 3, 2, 8))
+    brightness = attention_strength(recorded, lambda r: F.avg_pool2d(r.image, 6).sum(dim=1))
+    torch.testing.assert_close(brightness, F.avg_pool2d(recorded.image, 6).sum(dim=1))
+    norms = attention_strength(recorded, lambda r: r.tokens.norm(dim=-1))
+    torch.testing.assert_close(norms, recorded.tokens.norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (torch.zeros(2, 8), "(2, 8)"),
+        (torch.zeros(2, 4, 2), "(2, 4, 2)"),
+        (torch.zeros(1, 2, 4), "(1, 2, 4)"),
+        (np.zeros((2, 2, 4)), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_strength_of_another_shape_or_type_is_refused(given, words, tmp_path):
+    recorded = RecordedScale(random_blocks(13), (2, 4))
+
+    def mine(_):
+        return given
+
+    message = refused(recorded, mine)
+    assert "strength 'mine'" in message and words in message and "(B, h, w) = (2, 2, 4)" in message
+
+
+def test_a_strength_in_a_file_that_gives_another_shape_is_refused_by_name(tmp_path):
+    (tmp_path / "ideas.py").write_text("def rows(recorded):\n    return recorded.blocks[0].key\n")
+    recorded = RecordedScale(random_blocks(13), (2, 4))
+    message = refused(recorded, f"{tmp_path}/ideas.py:rows")
+    assert "strength 'rows'" in message and "(2, 3, 9, 4)" in message
+    assert "ideas.py has no function 'row'" in refused(recorded, f"{tmp_path}/ideas.py:row")

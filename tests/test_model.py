@@ -488,8 +488,8 @@ def test_images_of_another_size_are_refused():
     "options, words",
     [
         ({"scales": 0, "thresholds": ()}, ["at least one scale", "0"]),
-        ({"scales": 3, "thresholds": (1.0,)}, ["3 scales need 2 numbers", "(1.0,)"]),
-        ({"thresholds": (float("nan"),)}, ["2 scales need 1 numbers", "(nan,)"]),
+        ({"scales": 3, "thresholds": (1.0,)}, ["3 scales need 2 thresholds", "(1.0,)"]),
+        ({"thresholds": (float("nan"),)}, ["2 scales need 1 thresholds", "(nan,)"]),
         ({"strength": "mean"}, ["unknown strength 'mean'", "rollout_mean", "file.py:name"]),
         ({"proposal": "middle"}, ["unknown proposal 'middle'", "attention", "file.py:name"]),
         ({}, ["2 scales need as many class tokens", "VisionTransformer has 1"]),
