@@ -1,4 +1,4 @@
-"""Every kind of image file, the view against torchvision, boxes, and reproducible randomness."""
+"""Every kind of image file, the transform against torchvision, boxes and seeded randomness."""
 
 import random
 from pathlib import Path
@@ -193,8 +193,8 @@ def test_damaged_exif_is_ignored(tmp_path):
 
 def test_one_pixel(tmp_path):
     Image.new("L", (1, 1), 77).save(tmp_path / "file.png")
-    view = ImageTransform((6, 9))(open_image(tmp_path / "file.png"))
-    assert view.shape == (3, 6, 9) and (view == 77).all()
+    transform = ImageTransform((6, 9))(open_image(tmp_path / "file.png"))
+    assert transform.shape == (3, 6, 9) and (transform == 77).all()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp"])
@@ -255,10 +255,10 @@ def test_large_jpeg_is_decoded_smaller_only_where_that_will_do(tmp_path, monkeyp
     assert (item["pixels"].int() - whole.int()).abs().max() <= 6
 
 
-# ---------------------------------------------------------------- the view
+# ---------------------------------------------------------------- the transform
 
 
-def test_test_view_is_torchvisions(tmp_path):
+def test_center_crop_is_torchvisions(tmp_path):
     reference = v2.Compose(
         [
             v2.Resize((80, 100), interpolation=v2.InterpolationMode.BILINEAR),
@@ -276,8 +276,8 @@ def test_papers_sizes():
     assert ImageTransform(304, 304 / 400).resized == (400, 400)
 
 
-def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
-    image, view = picture(90, 70), ImageTransform(24, 0.5, train=True)
+def test_training_takes_a_crop_maybe_flipped_of_the_resized_image():
+    image, transform = picture(90, 70), ImageTransform(24, 0.5, train=True)
     resized = image.resize((48, 48), Image.Resampling.BILINEAR)
     pictures = [np.asarray(resized), np.asarray(ImageOps.mirror(resized))]
     windows = {
@@ -287,29 +287,29 @@ def test_training_view_is_a_crop_maybe_flipped_of_the_resized_image():
         for left in range(25)
     }
     with temporary_seed(0):
-        seen = [windows[view(image).permute(1, 2, 0).numpy().tobytes()] for _ in range(400)]
+        seen = [windows[transform(image).permute(1, 2, 0).numpy().tobytes()] for _ in range(400)]
     flips, tops, lefts = map(np.array, zip(*seen, strict=True))
     assert 150 < flips.sum() < 250
     assert set(tops) == set(lefts) == set(range(25))
 
 
-def test_no_augmentation_is_the_test_view():
+def test_no_augmentation_is_the_center_crop():
     image = picture()
-    view = ImageTransform(16, train=True, augment="none")
-    assert torch.equal(view(image), ImageTransform(16)(image)) and not view.is_random
+    transform = ImageTransform(16, train=True, augment="none")
+    assert torch.equal(transform(image), ImageTransform(16)(image)) and not transform.is_random
 
 
 @pytest.mark.parametrize("augment", ["autoaugment", "rand", "rand-m9-mstd0.5", "rand-n3-m7-inc1"])
 def test_augmentations_change_pixels_and_keep_the_shape(augment):
     image = picture(90, 70)
-    views = {}
+    crops = {}
     for name in ("flip", augment):
-        view = ImageTransform(24, train=True, augment=name)
+        transform = ImageTransform(24, train=True, augment=name)
         for seed in range(8):
             with temporary_seed(seed):
-                views[name, seed] = view(image)
-    assert all(view.shape == (3, 24, 24) and view.dtype == torch.uint8 for view in views.values())
-    same = [torch.equal(views["flip", seed], views[augment, seed]) for seed in range(8)]
+                crops[name, seed] = transform(image)
+    assert all(crop.shape == (3, 24, 24) and crop.dtype == torch.uint8 for crop in crops.values())
+    same = [torch.equal(crops["flip", seed], crops[augment, seed]) for seed in range(8)]
     assert sum(same) < 5
 
 
@@ -320,40 +320,41 @@ def test_unknown_augmentation(augment):
 
 
 @pytest.mark.parametrize("size,fraction", [(0, 1.0), ((3, 4, 5), 1.0), (8, 0.0), (8, 1.5)])
-def test_impossible_views(size, fraction):
+def test_impossible_sizes(size, fraction):
     assert "crop_fraction" in message(lambda: ImageTransform(size, fraction))
 
 
 def drawn_box(box, size=(150, 200)):
-    """A white box on black, as its test view shows it, and where it is brighter than half."""
+    """A white box on black."""
     image = Image.new("L", size[::-1])
     top, left, bottom, right = box
     ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=255)
     return image.convert("RGB")
 
 
-def located(view):
-    bright = view[0] > 127
+def located(crop):
+    """The box where a crop is brighter than half."""
+    bright = crop[0] > 127
     rows, columns = bright.any(dim=1).nonzero()[:, 0], bright.any(dim=0).nonzero()[:, 0]
     return [int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1]
 
 
 @pytest.mark.parametrize("box", [(40, 60, 90, 150), (0, 0, 80, 50), (100, 10, 150, 200)])
 @pytest.mark.parametrize("size,fraction", [((120, 96), 0.8), ((300, 420), 0.75), (75, 1.0)])
-def test_boxes_are_where_the_view_shows_them(box, size, fraction):
-    view = ImageTransform(size, fraction)
+def test_boxes_are_where_the_crop_shows_them(box, size, fraction):
+    transform = ImageTransform(size, fraction)
     sizes = torch.tensor([[150, 200]])
-    expected = view.boxes_to_input(torch.tensor([box]), sizes, view.size)[0]
-    found = torch.tensor(located(view(drawn_box(box))))
+    expected = transform.boxes_to_input(torch.tensor([box]), sizes, transform.size)[0]
+    found = torch.tensor(located(transform(drawn_box(box))))
     assert (found - expected).abs().max() <= 0.51
 
 
 def test_boxes_in_another_frame_and_nan():
-    view = ImageTransform((100, 200), 0.8)
+    transform = ImageTransform((100, 200), 0.8)
     boxes = torch.tensor([[10.0, 20.0, 60.0, 90.0], [torch.nan] * 4])
     sizes = torch.tensor([[80, 120], [50, 60]])
-    found = view.boxes_to_input(boxes, sizes, view.size)
-    half = view.boxes_to_input(boxes, sizes, (50, 50))
+    found = transform.boxes_to_input(boxes, sizes, transform.size)
+    half = transform.boxes_to_input(boxes, sizes, (50, 50))
     assert torch.allclose(half[0], found[0] * torch.tensor([0.5, 0.25, 0.5, 0.25]).double())
     assert found[1].isnan().all()
 
@@ -366,11 +367,11 @@ def test_boxes_in_another_frame_and_nan():
 )
 @settings(max_examples=100, deadline=None)
 def test_boxes_go_there_and_back(image_size, size, fraction, box):
-    view, frame = ImageTransform(size, fraction), (56, 70)
+    transform, frame = ImageTransform(size, fraction), (56, 70)
     boxes = torch.tensor([box], dtype=torch.float64) * torch.tensor([*frame, *frame])
     sizes = torch.tensor([image_size])
-    there = view.boxes_to_image(boxes, sizes, frame)
-    assert torch.allclose(view.boxes_to_input(there, sizes, frame), boxes)
+    there = transform.boxes_to_image(boxes, sizes, frame)
+    assert torch.allclose(transform.boxes_to_input(there, sizes, frame), boxes)
     assert (there >= 0).all() and (there <= torch.tensor([*image_size, *image_size])).all()
 
 
@@ -386,39 +387,39 @@ def table(tmp_path_factory):
     return pd.DataFrame({"path": list(map(str, paths)), "label": [0, 1, 2, 0, 1, 2]})
 
 
-def sources(batches):
+def pixels_of(batches):
     return torch.cat([batch["pixels"] for batch in batches])
 
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
-def test_views_do_not_depend_on_workers(table, augment):
+def test_random_crops_do_not_depend_on_workers(table, augment):
     dataset = ImageDataset(table, ImageTransform(16, 0.6, train=True, augment=augment), seed=3)
-    alone = sources(DataLoader(dataset, batch_size=2))
+    alone = pixels_of(DataLoader(dataset, batch_size=2))
     torch.manual_seed(99)
     np.random.seed(99)
     random.seed(99)
-    assert torch.equal(sources(DataLoader(dataset, batch_size=3, num_workers=2)), alone)
+    assert torch.equal(pixels_of(DataLoader(dataset, batch_size=3, num_workers=2)), alone)
     order = [4, 2, 5]
-    assert torch.equal(sources(DataLoader(dataset, sampler=order)), alone[order])
+    assert torch.equal(pixels_of(DataLoader(dataset, sampler=order)), alone[order])
 
 
 def test_epochs_and_seeds_differ_and_repeat(table):
-    view = ImageTransform(16, 0.6, train=True)
-    dataset = ImageDataset(table, view, seed=3)
-    first = sources(DataLoader(dataset))
-    second = sources(DataLoader(dataset, sampler=[(1, row) for row in range(len(dataset))]))
-    other = sources(DataLoader(ImageDataset(table, view, seed=4)))
+    transform = ImageTransform(16, 0.6, train=True)
+    dataset = ImageDataset(table, transform, seed=3)
+    first = pixels_of(DataLoader(dataset))
+    second = pixels_of(DataLoader(dataset, sampler=[(1, row) for row in range(len(dataset))]))
+    other = pixels_of(DataLoader(ImageDataset(table, transform, seed=4)))
     for epoch in (second, other):
         assert sum(torch.equal(a, b) for a, b in zip(first, epoch, strict=True)) < 3
     keys = [[(0, 0), (1, 1)], [(1, 2), (0, 3)]]
-    mixed = sources(DataLoader(dataset, batch_sampler=keys))
+    mixed = pixels_of(DataLoader(dataset, batch_sampler=keys))
     assert torch.equal(mixed, torch.stack([first[0], second[1], second[2], first[3]]))
 
 
 def test_rows_differ_even_of_one_image(table):
     twelve = pd.concat([table.iloc[:1]] * 12)
-    found = sources(DataLoader(ImageDataset(twelve, ImageTransform(16, 0.6, train=True))))
-    assert len({source.numpy().tobytes() for source in found}) > 6
+    found = pixels_of(DataLoader(ImageDataset(twelve, ImageTransform(16, 0.6, train=True))))
+    assert len({pixels.numpy().tobytes() for pixels in found}) > 6
 
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
