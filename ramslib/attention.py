@@ -26,6 +26,9 @@ from ramslib.errors import InputError
 from ramslib.extensions import reads, resolve
 
 
+LAST_BLOCKS = 3  # how many blocks the strengths of "last blocks" read
+
+
 class QueryKey(NamedTuple):
     """What one block's attention compares.
 
@@ -214,10 +217,37 @@ def last_class(recorded: RecordedScale) -> Tensor:
     return on_grid(class_row(recorded.blocks[-1], recorded.class_index), recorded.grid)
 
 
+@reads(blocks=LAST_BLOCKS)
+def last_blocks_mean(recorded: RecordedScale) -> Tensor:
+    """The class token's rows of the last blocks, averaged over blocks and heads."""
+    rows = [class_row(block, recorded.class_index) for block in recorded.blocks[-LAST_BLOCKS:]]
+    return on_grid(torch.stack(rows).mean(dim=0), recorded.grid)
+
+
+@reads(blocks=LAST_BLOCKS, tokens=True)
+def token_contrast(recorded: RecordedScale) -> Tensor:
+    """How much more a patch token is like the attended object than like the image's border.
+
+    Cosine to the mean of the tokens weighted by `last_blocks_mean`, minus cosine to the mean of the
+    border's tokens, from 0 for the least patch.
+    """
+    tokens, weights = F.normalize(recorded.tokens.float(), dim=-1), last_blocks_mean(recorded)
+    attended = (tokens * weights[..., None]).sum(dim=(1, 2))
+    inner = tokens[:, 1:-1, 1:-1].sum(dim=(1, 2))
+    cosines = [
+        F.cosine_similarity(tokens, mean[:, None, None], dim=-1)
+        for mean in (attended, tokens.sum(dim=(1, 2)) - inner)
+    ]
+    contrast = cosines[0] - cosines[1]
+    return contrast - contrast.amin(dim=(1, 2), keepdim=True)
+
+
 STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
     "rollout_mean": rollout_mean,
     "rollout_class": rollout_class,
     "last_class": last_class,
+    "last_blocks_mean": last_blocks_mean,
+    "token_contrast": token_contrast,
 }
 
 

@@ -58,6 +58,7 @@ class Config:
     strength: str = "last_class"  # best on real birds (docs/results.md); release: rollout_mean
     threshold: float | tuple[float, ...] = within(1.0, -1e6, 1e6)  # eta, or one per proposal
     proposal: str = "attention"  # a key of dppm.PROPOSALS, or your own
+    upsampling: int = within(1, 1, 16)  # of the strength before threshold and box
     class_token: Literal["shared", "per_scale"] = "shared"  # paper: per_scale, slow when frozen
     legacy_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the release has True

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -237,6 +238,7 @@ def propose(
     threshold: float | Tensor,
     proposal: str | Callable = "attention",
     recorded: RecordedScale | None = None,
+    upsampling: int = 1,
 ) -> Proposal:
     """Propose a region for the next scale.
 
@@ -246,6 +248,8 @@ def propose(
         proposal: a key of ``PROPOSALS``, ``path/to/file.py:name``, or a function ``(strength,
             threshold, recorded)`` that gives a `Proposal` or boxes (B, 4) or (B, R, 4) in patches.
         recorded: what the scale left; read by proposals of your own.
+        upsampling: the strength is interpolated to so many times the grid first (bilinear), so that
+            boxes need not end between two patches; masks are then of the finer grid.
 
     Raises:
         InputError: unknown name, or a function that gives something else.
@@ -258,8 +262,20 @@ def propose(
             "with @ramslib.reads(blocks=0) if it reads the strength alone"
         )
     with torch.no_grad():
+        if upsampling > 1:
+            strength = upsample(strength, upsampling)
         found = function(strength, threshold, recorded)
-    return found if function in PROPOSALS.values() else _check(found, strength, threshold, name)
+    if function not in PROPOSALS.values():
+        found = _check(found, strength, threshold, name)
+    if upsampling > 1:
+        found = found._replace(patch_boxes=found.patch_boxes / upsampling)
+    return found
+
+
+def upsample(strength: Tensor, factor: int) -> Tensor:
+    """A strength (B, h, w) interpolated to (B, factor * h, factor * w), bilinear."""
+    size = [factor * side for side in strength.shape[1:]]
+    return F.interpolate(strength[:, None], size, mode="bilinear")[:, 0]
 
 
 def _check(found, strength: Tensor, threshold: float | Tensor, name: str) -> Proposal:

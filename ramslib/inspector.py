@@ -162,7 +162,7 @@ class Inspector:
         if strength not in run.strengths:
             run.strengths[strength] = attention_strength(run.recorded, strength)
         values, eta = run.strengths[strength], settings.threshold(scale)
-        proposed = propose(values, eta, _steady(proposal), run.recorded)
+        proposed = propose(values, eta, _steady(proposal), run.recorded, settings.upsampling)
         source = self._images[1] if settings.from_high_res else None
         crop, boxes = self.model.crop_region(run.inputs, source, run.boxes, proposed.patch_boxes)
         return Region(values, proposed, crop, boxes)

@@ -76,7 +76,11 @@ def record_strengths(
 
 
 def propose_boxes(
-    strengths: StrengthMaps, name: str, threshold: float, proposal: str | Callable
+    strengths: StrengthMaps,
+    name: str,
+    threshold: float,
+    proposal: str | Callable,
+    upsampling: int = 1,
 ) -> Tensor:
     """The proposed region of every image: (n, 4) in pixels of the upright images.
 
@@ -84,7 +88,7 @@ def propose_boxes(
     """
     strength = strengths.maps[name]
     with seed_random_proposals(range(len(strength))):
-        patch_boxes = propose(strength, threshold, proposal).patch_boxes
+        patch_boxes = propose(strength, threshold, proposal, None, upsampling).patch_boxes
     patch_boxes = patch_boxes[:, 0] if patch_boxes.ndim == 3 else patch_boxes
     whole = torch.tensor([0.0, 0.0, *strengths.image_size])
     boxes = rescale_boxes(patch_boxes, strength.shape[1:], whole)
@@ -139,6 +143,7 @@ def sweep_thresholds(
     thresholds: Sequence[float],
     proposals: Sequence[str] = ("attention",),
     parts: pd.DataFrame | None = None,
+    upsampling: int = 1,
 ) -> pd.DataFrame:
     """Scores of the proposed regions for every strength, proposal and threshold.
 
@@ -148,7 +153,7 @@ def sweep_thresholds(
     """
     rows = []
     for name, proposal, threshold in product(strengths.maps, proposals, thresholds):
-        boxes = propose_boxes(strengths, name, threshold, proposal)
+        boxes = propose_boxes(strengths, name, threshold, proposal, upsampling)
         scores = score_regions(boxes, strengths, parts)
         row = {"strength": name, "proposal": proposal, "threshold": threshold}
         row["iou_above_half"] = (scores["iou"].dropna() > 0.5).mean()

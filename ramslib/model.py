@@ -42,6 +42,7 @@ class ProposalSettings:
         proposal: a key of ``PROPOSALS``, ``path/to/file.py:name`` or a function.
         scales: the number of scales.
         from_high_res: crop from the high-resolution pixels, else from the previous input.
+        upsampling: of the strength before threshold and box, see `dppm.propose`.
     """
 
     thresholds: tuple[float, ...] = (1.0,)
@@ -49,6 +50,7 @@ class ProposalSettings:
     proposal: str | Callable = "attention"
     scales: int = 2
     from_high_res: bool = True
+    upsampling: int = 1
 
     @cached_property
     def functions(self) -> tuple[Callable, Callable]:
@@ -178,7 +180,8 @@ class RAMSTrans(ImageClassifier):
         """Attention strength (B, h, w) and proposal of a recorded scale: no forward pass."""
         strength_function, proposal_function = settings.functions
         strength, eta = attention_strength(recorded, strength_function), settings.threshold(scale)
-        return strength, propose(strength, eta, proposal_function, recorded)
+        finer = settings.upsampling
+        return strength, propose(strength, eta, proposal_function, recorded, finer)
 
     @torch.no_grad()
     def crop_region(
@@ -235,7 +238,7 @@ def build_rams(config: Config, num_classes: int) -> RAMSTrans:
     backbone = build_backbone(config, class_tokens=config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.grad_checkpointing)
     chosen = config.strength, config.proposal, config.scales
-    settings = ProposalSettings(config.thresholds(), *chosen)
+    settings = ProposalSettings(config.thresholds(), *chosen, upsampling=config.upsampling)
     return RAMSTrans(
         backbone,
         num_classes,
