@@ -94,12 +94,11 @@ def test_style_does_not_leak_and_a_switched_on_display_stays_on(metrics):
     assert not matplotlib.is_interactive()
 
 
-def test_vector_files_hold_real_text_and_replace_nothing_halfway(tmp_path, metrics):
-    ax = plots.plot_learning(metrics)[0]
-    path = plots.save(ax, tmp_path / "figures" / "loss.svg")
-    assert "loss (nats)</text>" in path.read_text()
-    assert plots.save(ax.figure, tmp_path / "figures" / "loss.pdf").read_bytes()[:5] == b"%PDF-"
-    assert sorted(p.name for p in path.parent.iterdir()) == ["loss.pdf", "loss.svg"]
+def test_vector_files_hold_real_text(tmp_path, metrics):
+    with plt.rc_context(plots.STYLE):
+        figure = plots.plot_learning(metrics)[0].figure
+        figure.savefig(tmp_path / "loss.svg")
+    assert "loss (nats)</text>" in (tmp_path / "loss.svg").read_text()
 
 
 def test_each_scale_has_its_own_color_everywhere():
@@ -219,7 +218,7 @@ def test_likeliest_classes_and_the_true_one():
     table = images.top_classes(views, classes, label=3, count=2)
     assert table.index.tolist() == ["tit", "wren ✓"]
     assert table.to_numpy().flatten().tolist() == pytest.approx([0.3, 0.7, 0.1, 0])
-    ax = plots.plot_probabilities(views, classes, label=0, count=4)
+    ax = plots.plot_probabilities(views, classes, label=0)
     assert [text.get_text() for text in ax.get_yticklabels()][:2] == ["tit", "Black bird ✓"]
     widths = sorted(round(bar.get_width(), 3) for bar in ax.patches if bar.get_width() > 0)
     assert widths == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7])
@@ -251,8 +250,7 @@ def test_recursion_of_any_number_of_scales_and_regions(backbone_of, scales, prop
         crop = model.denormalize(output.input[len(output.input) // 2])
         assert np.array_equal(shown, crop.permute(1, 2, 0))
     assert [ax.get_title(loc="left") for ax in axes[:, 0]] == ["a", "image"]
-    titles = [ax.get_title(loc="left") for ax in axes[1, 1:-1]]
-    assert len(titles) == len(set(titles)) and all(titles)
+    assert all(ax.get_title(loc="left") for ax in axes.flat)
     assert plots.plot_recursion(outputs, pixels, model).shape == (2, 1 + 3 * (scales - 1))
 
 
@@ -266,7 +264,7 @@ def test_patch_grid_has_a_line_between_patches(photo):
 
 def test_attention_is_drawn_with_queries_as_rows():
     matrix = torch.rand(5, 5).softmax(dim=-1)
-    ax = plots.plot_attention(matrix, "head 1")
+    ax = plots.plot_attention(matrix)
     assert np.allclose(ax.images[0].get_array(), matrix) and ax.get_ylim() == (4.5, -0.5)
 
 
@@ -324,10 +322,10 @@ def test_differences_draw_their_own_interval_and_name_seeds_where_several():
     ends = [sorted(x for x, _ in segment) for c in ax.collections for segment in c.get_segments()]
     assert sorted(ends) == [[-5, 0], [-1, 4.5]]
     names = [text.get_text() for text in ax.get_yticklabels()]
-    assert names == ["TransFG: scale 1, seed 0", "RAMS-Trans: scale 2, seed 1"]
+    assert names == ["TransFG, seed 0", "RAMS-Trans, seed 1"]
     assert ax.get_title(loc="left") == "equal time"
     single = plots.plot_differences(pd.DataFrame(rows[:1], columns=columns))
-    assert [text.get_text() for text in single.get_yticklabels()] == ["TransFG: scale 1"]
+    assert [text.get_text() for text in single.get_yticklabels()] == ["TransFG"]
 
 
 def test_threshold_curves_and_stored_accuracies():

@@ -1,10 +1,10 @@
 """Figures for notebooks and papers: one function per figure, tensors or tables in, Axes out.
 
 Each draws on ``ax`` (or ``axes``) where given, else on a new figure, in the style ``STYLE``. With
-``plt.style.use(plots.STYLE)`` a notebook's own figures have it, too. `save` writes vector graphics.
+``plt.style.use(plots.STYLE)`` a notebook's own figures have it, too, and vector graphics real text.
 """
 
-from ramslib.plots.drawing import STYLE, as_bytes, as_image, clean_class_name, save, styled
+from ramslib.plots.drawing import STYLE, clean_class_name, output_color, styled
 from ramslib.plots.figures import (
     plot_ablation,
     plot_attention,

@@ -6,26 +6,21 @@ in pixels of the image that is drawn on.
 """
 
 import functools
-import io
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import IPython.display
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-
-from ramslib.errors import write_atomically
 
 ANNOTATION_COLOR = "#ffffff"  # of annotated boxes, dashed
 HEATMAP_CMAP = "inferno"
@@ -98,31 +93,6 @@ def new_axes(ax: Axes | None, width: float = 4.2, height: float = 2.8) -> Axes:
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
-@styled
-def as_bytes(axes: Axes | Sequence[Axes], form: str = "png") -> bytes:
-    """The figure of some Axes as the content of a file: png, jpeg or svg; the figure is closed."""
-    figure = np.ravel(axes)[0].figure
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def as_image(axes: Axes | Sequence[Axes]) -> IPython.display.Image:
-    """The figure of some Axes for the live display of a notebook; the figure is closed."""
-    return IPython.display.Image(as_bytes(axes))
-
-
-@styled
-def save(drawing: Axes | Figure, path: Path | str) -> Path:
-    """Write a figure atomically; ``.pdf`` and ``.svg`` are vectors with real text."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = drawing.get_figure()
-    write_atomically(path, lambda part: figure.savefig(part, format=path.suffix[1:]))
-    return path
-
-
 def to_pil(image: Tensor | Image.Image) -> Image.Image:
     """A PIL image or a (3, H, W) uint8 tensor as an RGB image."""
     is_pil = isinstance(image, Image.Image)
@@ -134,19 +104,16 @@ def relative_strength(strength: Tensor) -> Tensor:
     return (strength / strength.mean()).nan_to_num().cpu()
 
 
-def draw_strength(
-    image: Image.Image, strength: Tensor, opacity: float = 0.6, limit: float | None = None
-) -> Image.Image:
+def draw_strength(image: Image.Image, strength: Tensor, opacity: float = 0.6) -> Image.Image:
     """Attention strength (h, w) as a heat map over the image that it was recorded for.
 
     Args:
         image: RGB.
         strength: only its ratios matter; NaN is cold.
         opacity: of the heat map, 0 to 1.
-        limit: the multiple of the mean that is brightest; the maximum by default.
     """
     relative = relative_strength(strength).numpy()
-    levels = relative / (limit or max(float(relative.max()), 1e-12))
+    levels = relative / max(float(relative.max()), 1e-12)
     heat = Image.fromarray(plt.get_cmap(HEATMAP_CMAP)(levels, bytes=True)[..., :3].copy())
     return Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), opacity)
 

@@ -10,15 +10,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from ramslib.evaluation import confusion_matrix, expected_calibration_error
-from ramslib.plots.drawing import (
-    HEATMAP_CMAP,
-    LINE_STYLES,
-    clean_class_name,
-    new_axes,
-    output_color,
-    output_style,
-    styled,
-)
+from ramslib.plots import drawing
+from ramslib.plots.drawing import clean_class_name, new_axes, output_color, output_style, styled
 
 CMAP = "viridis"
 LINE_COLORS = ("#56b4e9", "#d55e00", "#882255", "#117733", "#ddaa33")  # no color of an output
@@ -92,59 +85,65 @@ def plot_learning(
 def plot_ablation(
     summary: pd.DataFrame, by: str, hue: str = "output", label: str = "top1", ax: Axes | None = None
 ) -> Axes:
-    """Mean and 95 % interval of each condition, from `ablation.summarize`.
+    """Mean and 95 % interval of each condition, from `comparison.summarize`.
 
     Args:
         summary: columns ``mean, half_width, runs`` and those named by ``by`` and ``hue``.
         by: the column whose values are the rows, in the order of their appearance.
         hue: the column that colors and markers distinguish.
-        label: the score that was summarized; ``difference`` of `ablation.paired_differences`.
+        label: the score that was summarized; ``difference`` of `comparison.paired_differences`.
         ax: where to draw.
     """
-    conditions, hues = list(dict.fromkeys(summary[by])), list(dict.fromkeys(summary[hue]))
-    ax = new_axes(ax, 6, 1 + (0.1 + 0.13 * len(hues)) * len(conditions))
+    low, high = (summary["mean"] + sign * summary["half_width"] for sign in (-1, 1))
+    ax = _plot_intervals(summary.assign(low=low, high=high), by, hue, ax)
     if label == "difference":
         ax.axvline(0, **ZERO)
-    for number, value in enumerate(hues):
-        group = summary[summary[hue] == value]
-        offset = 0.8 * ((number + 0.5) / len(hues) - 0.5)
-        places = [conditions.index(condition) + offset for condition in group[by]]
-        style = output_style(value if hue == "output" else f"scale {number + 1}")
-        style = style | {"linestyle": "none", "label": str(value)}
-        ax.errorbar(group["mean"], places, xerr=group["half_width"].fillna(0), **style)
     is_single = set(summary["runs"]) == {1}
     title = "one run each, no interval" if is_single else "mean and 95 % interval over seeds"
     ax.set(xlabel=LABELS.get(label, label), ylabel=LABELS.get(by, by), title=title)
-    ax.legend(title=LABELS.get(hue, hue), loc="center left", bbox_to_anchor=(1, 0.5))
-    return _name_rows(ax, conditions)
+    return ax
 
 
 @styled
 def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None = None) -> Axes:
-    """Differences to a baseline with their 95 % intervals, a row per method, output and seed.
+    """Differences to a baseline with their 95 % intervals over images.
 
     Args:
         differences: from `comparison.differences`, of one budget and one checkpoint.
         title: above it.
         ax: where to draw.
     """
-    ax = new_axes(ax, 6, 1 + 0.3 * len(differences))
-    names = differences["method"] + ": " + differences["output"]
-    if differences["seed"].nunique() > 1:
-        names += ", seed " + differences["seed"].astype(str)
-    for place, row in enumerate(differences.itertuples()):
-        ends = [[max(0, row.difference - row.low)], [max(0, row.high - row.difference)]]
-        ax.errorbar(row.difference, place, xerr=ends, **output_style(row.output))
+    names, seeds = differences["method"], differences["seed"].astype(str)
+    names = names if seeds.nunique() == 1 else names + ", seed " + seeds
+    table = differences.assign(mean=differences["difference"], method=names)
+    ax = _plot_intervals(table, "method", "output", ax)
     ax.axvline(0, **ZERO)
     ax.set(xlabel="difference to the baseline (points, 95 % over images)", title=title)
-    return _name_rows(ax, names)
+    return ax
 
 
-def _name_rows(ax: Axes, names: Sequence) -> Axes:
-    """Name the rows 0, 1, ... of a figure, from top to bottom."""
+def _plot_intervals(table: pd.DataFrame, by: str, hue: str, ax: Axes | None) -> Axes:
+    """A row per value of ``by``, in it a point and an interval (NaN: none) per value of ``hue``.
+
+    Args:
+        table: columns ``mean, low, high`` and those two.
+        by: a column.
+        hue: a column.
+        ax: where to draw.
+    """
+    names, hues = list(dict.fromkeys(table[by])), list(dict.fromkeys(table[hue]))
+    ax = new_axes(ax, 6, 1 + (0.1 + 0.13 * len(hues)) * len(names))
+    for number, value in enumerate(hues):
+        rows = table[table[hue] == value]
+        places = [names.index(name) + 0.8 * ((number + 0.5) / len(hues) - 0.5) for name in rows[by]]
+        ends = np.nan_to_num([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]).clip(0)
+        style = output_style(value if hue == "output" else f"scale {number + 1}")
+        style = style | {"linestyle": "none", "label": str(value)}
+        ax.errorbar(rows["mean"], places, xerr=ends, **style)
     ax.set_yticks(range(len(names)), list(map(str, names)))
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(False, axis="y")
+    ax.legend(title=LABELS.get(hue, hue), loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
@@ -152,7 +151,6 @@ def _name_rows(ax: Axes, names: Sequence) -> Axes:
 def plot_threshold(
     curve: pd.DataFrame,
     mark: float | None = None,
-    title: str = "",
     accuracy: pd.DataFrame | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -161,20 +159,19 @@ def plot_threshold(
     Args:
         curve: ``threshold`` and columns in [0, 1]; ``LABELS`` has their names.
         mark: a threshold to mark.
-        title: above it.
         accuracy: ``threshold, output, top1`` (%) as of `localization.accuracy_by_threshold`.
         ax: where to draw.
     """
     ax = new_axes(ax, 7)
     shares = curve.set_index("threshold").rename(columns=LABELS)
-    ax.set_prop_cycle(color=LINE_COLORS, linestyle=LINE_STYLES[: len(LINE_COLORS)])
+    ax.set_prop_cycle(color=LINE_COLORS, linestyle=drawing.LINE_STYLES[: len(LINE_COLORS)])
     ax.plot(shares, label=list(shares))
     for name, rows in accuracy.groupby("output", sort=False) if accuracy is not None else ():
         style = output_style(name) | {"linewidth": 0.8, "label": f"accuracy, {name}"}
         ax.plot(rows["threshold"], rows["top1"] / 100, **style)
     if mark is not None:
         ax.axvline(mark, **ZERO)
-    ax.set(xlabel=LABELS["threshold"], ylim=(0, 1.02), ylabel="share", title=title)
+    ax.set(xlabel=LABELS["threshold"], ylim=(0, 1.02), ylabel="share")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
@@ -211,15 +208,15 @@ def plot_confusion(
         ax: where to draw.
     """
     counts = confusion_matrix(predictions, len(classes), output, limit)
-    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    shares, text = counts.div(counts.sum(axis=1).clip(lower=1), axis=0), None
+    if len(counts) <= 20:  # room for names and numbers
+        names = [clean_class_name(classes[label]) for label in counts]
+        shares = shares.set_axis(names).set_axis(names, axis=1)
+        text = counts.astype(str).where(counts > 0, "")
     side = min(9, 2 + 0.35 * len(counts))
     ax = new_axes(ax, side + 1, side)
-    has_room = len(counts) <= 20
-    names = [clean_class_name(classes[label]) for label in counts] if has_room else "auto"
-    options = {"cmap": CMAP, "vmin": 0, "vmax": 1, "square": True, "fmt": ""}
-    options |= {"annot": counts.astype(str).where(counts > 0, "") if has_room else None}
-    options |= {"xticklabels": names, "yticklabels": names}
-    sns.heatmap(shares, cbar_kws={"label": "share of the true class"}, ax=ax, **options)
+    options = {"cmap": CMAP, "vmin": 0, "vmax": 1, "square": True, "annot": text, "fmt": ""}
+    sns.heatmap(shares, **options, cbar_kws={"label": "share of the true class"}, ax=ax)
     ax.set(xlabel="predicted", ylabel="true", title=f"confusion, {output}")
     return ax
 
@@ -231,12 +228,11 @@ def plot_reliability(
     """Accuracy against confidence in equal bins; the diagonal is a calibrated model."""
     rows = predictions[predictions["output"] == output]
     table = pd.DataFrame({"confidence": rows["confidence"], "correct": rows["rank"] == 0})
-    bin_of = np.minimum((table["confidence"] * bins).astype(int), bins - 1)
-    means, sizes = table.groupby(bin_of).mean(), table.groupby(bin_of).size()
+    bins_of = table.groupby(np.minimum((table["confidence"] * bins).astype(int), bins - 1))
+    means, sizes = bins_of.mean(), 15 + 200 * bins_of.size() / len(rows)
     ax = new_axes(ax, 2.8, 2.8)
     ax.plot([0, 1], [0, 1], color="#999999", linestyle="--", linewidth=1)
-    area = 15 + 200 * sizes / len(rows)
-    ax.scatter(means["confidence"], means["correct"], area, output_color(output))
+    ax.scatter(means["confidence"], means["correct"], sizes, output_color(output))
     error = 100 * expected_calibration_error(table["confidence"], table["correct"])
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.set_title(f"{output}: ECE {error:.1f} points")
@@ -244,15 +240,15 @@ def plot_reliability(
 
 
 @styled
-def plot_attention(matrix: Tensor, title: str = "attention", ax: Axes | None = None) -> Axes:
+def plot_attention(matrix: Tensor, ax: Axes | None = None) -> Axes:
     """An attention matrix (N, N) of one head, or the mean over heads: its rows sum to 1.
 
     The color bar ends at the 99.5th percentile, or a few strong tokens would darken all others.
     """
     ax = new_axes(ax, 3.6, 3)
     values = matrix.detach().float().cpu().numpy()
-    drawn = ax.imshow(values, HEATMAP_CMAP, vmin=0, vmax=np.quantile(values, 0.995))
+    drawn = ax.imshow(values, drawing.HEATMAP_CMAP, vmin=0, vmax=np.quantile(values, 0.995))
     ax.figure.colorbar(drawn, ax=ax, label="attention probability", extend="max")
-    ax.set(xlabel="token that is read (key)", ylabel="token that reads (query)", title=title)
+    ax.set(xlabel="token that is read (key)", ylabel="token that reads (query)")
     ax.grid(False)
     return ax

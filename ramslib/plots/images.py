@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
@@ -21,24 +22,19 @@ from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
 from ramslib.evaluation import probabilities
-from ramslib.plots.drawing import (
-    ANNOTATION_COLOR,
-    HEATMAP_CMAP,
-    clean_class_name,
-    draw_mask,
-    new_axes,
-    output_color,
-    relative_strength,
-    styled,
-    to_pil,
-)
+from ramslib.plots import drawing
+from ramslib.plots.drawing import clean_class_name, new_axes, output_color, styled, to_pil
+
+RIM = [withStroke(linewidth=1.8, foreground="black")]  # lines on images of any color
+AnyImage = Tensor | Image.Image
+Box = Sequence[float] | Tensor
 
 
 @styled
 def plot_image(
-    image: Tensor | Image.Image,
-    boxes: Mapping[str, Sequence[float] | Tensor] | None = None,
-    truth: Sequence[float] | None = None,
+    image: AnyImage,
+    boxes: Mapping[str, Box] | None = None,
+    truth: Box | None = None,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -59,7 +55,7 @@ def plot_image(
         for box in torch.as_tensor(group).reshape(-1, 4).tolist():
             _add_box(ax, box, output_color(name), "-")
     if truth is not None and np.isfinite(np.asarray(truth, dtype=float)).all():
-        _add_box(ax, truth, ANNOTATION_COLOR, (0, (4, 2)))
+        _add_box(ax, truth, drawing.ANNOTATION_COLOR, (0, (4, 2)))
     return ax
 
 
@@ -71,27 +67,19 @@ def _add_box(ax: Axes, box: Sequence[float], color: str, line: str | tuple) -> N
 
 
 @styled
-def plot_patch_grid(
-    image: Tensor | Image.Image, grid: tuple[int, int], title: str = "", ax: Axes | None = None
-) -> Axes:
+def plot_patch_grid(image: AnyImage, grid: tuple[int, int], ax: Axes | None = None) -> Axes:
     """An image cut into its (h, w) patches, the tokens of a Vision Transformer."""
-    ax = plot_image(image, title=title or f"{grid[0]} × {grid[1]} patches", ax=ax)
+    ax = plot_image(image, title=f"{grid[0]} × {grid[1]} patches", ax=ax)
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    for color, width in (("black", 1.6), ("white", 0.7)):
-        options = {"colors": color, "linewidth": width}
-        ax.hlines(np.linspace(top, bottom, grid[0] + 1)[1:-1], left, right, **options)
-        ax.vlines(np.linspace(left, right, grid[1] + 1)[1:-1], top, bottom, **options)
+    options = {"colors": "white", "linewidth": 0.7, "path_effects": RIM}
+    ax.hlines(np.linspace(top, bottom, grid[0] + 1)[1:-1], left, right, **options)
+    ax.vlines(np.linspace(left, right, grid[1] + 1)[1:-1], top, bottom, **options)
     return ax
 
 
 @styled
 def plot_strength(
-    image: Tensor | Image.Image,
-    strength: Tensor,
-    threshold: float | None = None,
-    title: str = "attention strength",
-    ax: Axes | None = None,
-    has_bar: bool = True,
+    image: AnyImage, strength: Tensor, threshold: float | None = None, ax: Axes | None = None
 ) -> Axes:
     """Attention strength (h, w) over its image, with a color bar in multiples of the mean.
 
@@ -99,43 +87,35 @@ def plot_strength(
         image: PIL's, or (3, H, W) uint8.
         strength: one value per patch.
         threshold: the paper's eta, marked on the bar.
-        title: above it.
         ax: where to draw.
-        has_bar: whether there is a color bar.
     """
-    ax = plot_image(image, title=title, ax=ax)
-    where = *ax.get_xlim(), *ax.get_ylim()
-    options = {"cmap": HEATMAP_CMAP, "vmin": 0, "alpha": 0.6, "extent": where}
-    heat = ax.imshow(relative_strength(strength).numpy(), **options)
-    if has_bar:
-        bar = ax.figure.colorbar(heat, ax=ax, shrink=0.8, pad=0.02, aspect=14)
-        bar.solids.set_alpha(1)
-        bar.set_label("× mean strength", fontsize="small")
-        bar.ax.tick_params(labelsize="small")
-        for color, width in (("black", 3), ("white", 1.2)) if threshold is not None else ():
-            bar.ax.axhline(threshold, color=color, linewidth=width)
+    ax = plot_image(image, title="attention strength", ax=ax)
+    options = {"cmap": drawing.HEATMAP_CMAP, "vmin": 0, "alpha": 0.6}
+    options |= {"extent": (*ax.get_xlim(), *ax.get_ylim()), "interpolation": "nearest"}
+    heat = ax.imshow(drawing.relative_strength(strength).numpy(), **options)
+    bar = ax.figure.colorbar(heat, ax=ax, shrink=0.8, pad=0.02, aspect=14)
+    bar.solids.set_alpha(1)
+    bar.set_label("× mean strength", fontsize="small")
+    bar.ax.tick_params(labelsize="small")
+    if threshold is not None:
+        bar.ax.axhline(threshold, color="white", linewidth=1, path_effects=RIM)
     return ax
 
 
 @styled
 def plot_mask(
-    image: Tensor | Image.Image,
-    proposal: Proposal,
-    index: int = 0,
-    scale: int = 2,
-    title: str = "mask, component, box",
-    ax: Axes | None = None,
+    image: AnyImage, proposal: Proposal, index: int = 0, scale: int = 2, ax: Axes | None = None
 ) -> Axes:
     """The patch mask over its image, the kept component outlined, the box for the next ``scale``.
 
     ``index`` chooses the image of the proposal's batch; see `draw_mask` for the drawing.
     """
     name, image = f"scale {scale}", to_pil(image)
-    mask, component = proposal.mask[index], proposal.component[index]
+    mask, component, boxes = (values[index].cpu() for values in proposal)
     frame = torch.tensor([0.0, 0.0, image.height, image.width])
-    box = rescale_boxes(proposal.patch_boxes[index].cpu(), tuple(mask.shape), frame)
-    drawn = draw_mask(image, mask, component, output_color(name))
-    return plot_image(drawn, {name: box}, title=title, ax=ax)
+    drawn = drawing.draw_mask(image, mask, component, output_color(name))
+    boxes = {name: rescale_boxes(boxes, tuple(mask.shape), frame)}
+    return plot_image(drawn, boxes, title="mask, component, box", ax=ax)
 
 
 @styled
@@ -145,7 +125,7 @@ def plot_recursion(
     model: ImageClassifier,
     classes: Sequence[str] = (),
     labels: Sequence[int | None] | None = None,
-    truths: Sequence[Sequence[float] | Tensor] | None = None,
+    truths: Sequence[Box] | None = None,
 ) -> np.ndarray:
     """What a model does with each image: strength, mask and box, crop, probabilities in a row.
 
@@ -162,28 +142,22 @@ def plot_recursion(
     Returns:
         (B, columns) Axes.
     """
-    images, columns = len(pixels), 3 * len(outputs) - 2 + bool(len(classes))
-    size, frame = (2.3 * columns, 2.3 * images), torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
-    axes = plt.subplots(images, columns, figsize=size, squeeze=False)[1]
+    count, columns = len(pixels), 3 * len(outputs) - 2 + bool(len(classes))
+    size, frame = (2.3 * columns, 2.3 * count), torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
+    axes = plt.subplots(count, columns, figsize=size, squeeze=False)[1]
+    boxes = [rescale_boxes(output.boxes, model.image_size, frame) for output in outputs]
     for index, row in enumerate(axes):
-        label = None if labels is None else labels[index]
-        title = "image" if label is None or not len(classes) else clean_class_name(classes[label])
-        boxes = {
-            f"scale {number}": rescale_boxes(
-                output.boxes.unflatten(0, (images, -1))[index], model.image_size, frame
-            )
-            for number, output in enumerate(outputs[1:], start=2)
-        }
-        plot_image(pixels[index], boxes, None if truths is None else truths[index], title, row[0])
-        for scale, (output, following) in enumerate(zip(outputs, outputs[1:], strict=False), 1):
-            heat, mask, crop = row[3 * scale - 2 : 3 * scale + 1]
-            first, which = index * len(output.input) // images, f" {scale}" * (len(outputs) > 2)
-            image = model.denormalize(output.input[first])
-            plot_strength(image, output.strength[first], None, f"attention strength{which}", heat)
-            title = f"mask, component, box{which}"
-            plot_mask(image, output.proposal, first, scale + 1, title, mask)
-            image = model.denormalize(following.input[index * len(following.input) // images])
-            plot_image(image, title=f"crop: input of scale {scale + 1}", ax=crop)
+        places = [index * len(output.input) // count for output in outputs]  # of first regions
+        inputs = [model.denormalize(o.input[k]) for o, k in zip(outputs, places, strict=True)]
+        label = labels[index] if labels and len(classes) else None
+        title = "image" if label is None else clean_class_name(classes[label])
+        own = {f"scale {n}": box.chunk(count)[index] for n, box in enumerate(boxes[1:], start=2)}
+        plot_image(pixels[index], own, truths[index] if truths else None, title, row[0])
+        for scale, output in enumerate(outputs[:-1]):
+            heat, mask, crop = row[3 * scale + 1 : 3 * scale + 4]
+            plot_strength(inputs[scale], output.strength[places[scale]], ax=heat)
+            plot_mask(inputs[scale], output.proposal, places[scale], scale + 2, mask)
+            plot_image(inputs[scale + 1], title=f"crop: input of scale {scale + 2}", ax=crop)
         if len(classes):
             shown = probabilities([output.logits for output in outputs], index)
             plot_probabilities(shown, classes, label, ax=row[-1])
@@ -217,11 +191,10 @@ def plot_probabilities(
     by_output: Mapping[str, Tensor],
     classes: Sequence[str],
     label: int | None = None,
-    count: int = 4,
     ax: Axes | None = None,
 ) -> Axes:
-    """The likeliest classes as bars, one bar per output; see `top_classes`."""
-    table = top_classes(by_output, classes, label, count)
+    """The likeliest four classes as bars, one bar per output; see `top_classes`."""
+    table = top_classes(by_output, classes, label, 4)
     colors = {name: output_color(name) for name in table}
     ax = table.plot.barh(ax=new_axes(ax, 3.4, 2.3), color=colors, width=0.8)
     ax.set(xlim=(0, 1), title="class probabilities")
@@ -233,15 +206,15 @@ def plot_probabilities(
 
 @styled
 def plot_strength_per_block(
-    strengths: Tensor, image: Tensor | Image.Image, axes: Sequence[Axes] | None = None
+    strengths: Tensor, image: AnyImage, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
     """The strength (L, h, w) after each block over its image, each in its own brightness."""
     if axes is None:
         rows, columns = -(-len(strengths) // 6), min(6, len(strengths))
         axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False)[1]
-    axes = list(np.ravel(axes))
+    axes, image = list(np.ravel(axes)), to_pil(image)
     for number, (ax, strength) in enumerate(zip(axes, strengths, strict=False), start=1):
-        plot_strength(image, strength, None, f"block {number}", ax, has_bar=False)
+        plot_image(drawing.draw_strength(image, strength), title=f"block {number}", ax=ax)
     for ax in axes[len(strengths) :]:
         ax.axis("off")
     return axes
@@ -251,8 +224,8 @@ def plot_strength_per_block(
 def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int = 0) -> np.ndarray:
     """Images drawn by seed, classes in turn, with annotated boxes and class names."""
     shuffled = table.sample(frac=1, random_state=seed)
-    turn = shuffled.groupby("label").cumcount()
-    chosen = shuffled.iloc[np.lexsort([shuffled["label"], turn])].head(rows * columns)
+    shuffled = shuffled.assign(turn=shuffled.groupby("label").cumcount())
+    chosen = shuffled.sort_values(["turn", "label"]).head(rows * columns)
     axes = plt.subplots(rows, columns, figsize=(2 * columns, 1.7 * rows), squeeze=False)[1]
     for ax in axes.flat:
         ax.axis("off")
