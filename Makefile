@@ -9,6 +9,7 @@
 ##
 ## DATA=cub ROOT=folder   another data set; OUT=folder: another place for what is made
 ## PRESET=paper           other settings: small (the default), paper or tiny
+## STORY=folder            the trained run that docs/story.png shows
 ## PYTHON=python3.12      another interpreter for the virtual environment; VENV=folder: another one
 ## ARGS='...'             further arguments: of the road (run), pytest (test), JupyterLab (lab)
 
@@ -45,9 +46,8 @@ app: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks $(ARGS)
 
-docs/story.png: $(OUT)/figures/05_recursion.png
-	mkdir -p docs
-	$(VENV)/bin/python -c "from PIL import Image; i = Image.open('$<'); i.thumbnail((1300, 1300)); i.convert('P', palette=1).save('$@', optimize=True)"
+docs/story.png: $(VENV)/.installed
+	$(VENV)/bin/python docs/draw_story.py "$@" "$(STORY)"
 
 docs/explorer.png: $(OUT)/results.csv $(VENV)/.installed-test
 	$(VENV)/bin/python tests/take_picture.py "$@" "$(DATA)" "$(ROOT)" "$(OUT)"

@@ -1,5 +1,8 @@
 """Figures: what is drawn is what was given, in one style that does not leak."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +16,9 @@ from tiny import draw_photos
 
 from ramslib import plots
 from ramslib.data.datasets import read_table
+from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import propose
-from ramslib.evaluation import confusion_matrix, expected_calibration_error
+from ramslib.evaluation import confusion_matrix, expected_calibration_error, predict
 from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.plots import drawing, figures, images
 
@@ -132,6 +136,11 @@ def test_class_names_of_any_script_are_drawn_or_warned_of_once(monkeypatch):
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
 
+def test_class_names_that_are_no_unicode_are_drawn():
+    name = drawing.clean_class_name(b"h\xe9ron_gris".decode(errors="surrogateescape"))
+    assert name == "h?ron gris"
+
+
 def test_fonts_of_the_style_are_installed_and_fall_back():
     families = drawing.STYLE["font.family"]
     assert families[0] == "DejaVu Sans"
@@ -240,7 +249,8 @@ def test_recursion_of_any_number_of_scales_and_regions(backbone_of, scales, prop
     pixels = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     with torch.inference_mode():
         outputs = list(model.forward_scales(pixels))
-    axes = plots.plot_recursion(outputs, pixels, model, ["a", "b", "c"], labels=[0, None])
+    truths = torch.full((2, 4), torch.nan)
+    axes = plots.plot_recursion(outputs, pixels, model, ["a", "b", "c"], [0, None], truths)
     assert axes.shape == (2, 2 + 3 * (scales - 1))
     boxes = [(2 * output.boxes[len(output.boxes) // 2 :]) for output in outputs[1:]]
     drawn = [box for box, _ in rectangles(axes[1, 0])]
@@ -365,3 +375,22 @@ def test_reliability_shows_the_calibration_error(predictions):
     tenth = (rows["confidence"] * 10).astype(int)
     assert sorted(x) == pytest.approx(sorted(rows["confidence"].groupby(tenth).mean()))
     assert sorted(y) == pytest.approx(sorted((rows["rank"] == 0).groupby(tenth).mean()))
+
+
+def test_story_shows_correct_images_of_different_classes(tmp_path, backbone_of, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs")
+    from draw_story import choose_images, draw_story
+
+    table = read_table("folder", draw_photos(tmp_path / "photos"), 0.2)
+    model = RAMSTrans(backbone_of("vit"), 3, per_scale_token=False).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    transform = ImageTransform((48, 64))
+    predictions = predict(model, table[table["split"] == "test"], transform)
+    chosen = choose_images(predictions, 2)
+    rows = predictions[predictions["path"].isin(chosen)]
+    assert (rows.loc[rows["output"].isin(["scale 2", "mean softmax"]), "rank"] == 0).all()
+    assert 1 <= len(chosen) <= 2 and rows.groupby("label")["path"].nunique().max() == 1
+    loaded = SimpleNamespace(model=model, table=table, transform=transform, classes=list("abc"))
+    assert draw_story(loaded, tmp_path / "story.png", 2) == chosen
+    with Image.open(tmp_path / "story.png") as drawn:
+        assert drawn.format == "PNG" and 1000 < drawn.width <= 1300

@@ -68,6 +68,7 @@ def clean_class_name(class_name: str) -> str:
     """``001.Black_footed_Albatross`` as ``Black footed Albatross``."""
     head, dot, tail = class_name.partition(".")
     name = (tail if dot and head.isdigit() else class_name).replace("_", " ")
+    name = name.encode(errors="replace").decode()  # names of folders may be no Unicode
     if not _drawable().issuperset("".join(name.split())):
         _warn_of_missing_glyphs()
     return name

@@ -25,7 +25,7 @@ from ramslib.evaluation import probabilities
 from ramslib.plots import drawing
 from ramslib.plots.drawing import clean_class_name, new_axes, output_color, styled, to_pil
 
-RIM = [withStroke(linewidth=1.8, foreground="black")]  # lines on images of any color
+RIM = [withStroke(linewidth=1.8, foreground="black", alpha=0.5)]  # lines on images of any color
 AnyImage = Tensor | Image.Image
 Box = Sequence[float] | Tensor
 
@@ -149,10 +149,11 @@ def plot_recursion(
     for index, row in enumerate(axes):
         places = [index * len(output.input) // count for output in outputs]  # of first regions
         inputs = [model.denormalize(o.input[k]) for o, k in zip(outputs, places, strict=True)]
-        label = labels[index] if labels and len(classes) else None
+        label = None if labels is None or not len(classes) else labels[index]
         title = "image" if label is None else clean_class_name(classes[label])
+        truth = None if truths is None else truths[index]
         own = {f"scale {n}": box.chunk(count)[index] for n, box in enumerate(boxes[1:], start=2)}
-        plot_image(pixels[index], own, truths[index] if truths else None, title, row[0])
+        plot_image(pixels[index], own, truth, title, row[0])
         for scale, output in enumerate(outputs[:-1]):
             heat, mask, crop = row[3 * scale + 1 : 3 * scale + 4]
             plot_strength(inputs[scale], output.strength[places[scale]], ax=heat)
