@@ -22,7 +22,6 @@ LABELS = {
     "iou": "IoU with the annotated box",
     "iou_above_half": "IoU above 0.5 (share of images)",
     "parts_inside": "visible parts inside the box (share)",
-    "accuracy": "accuracy (share of images)",
     "probability": "probability of the true class",
     "top1": "accuracy (%)",
     "difference": "accuracy minus the baseline's (points)",
