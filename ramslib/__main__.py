@@ -214,7 +214,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from ramslib.experiments.report import write_report
+    from ramslib.experiments.notebooks import write_report
 
     print(write_report(options.run))
 

@@ -10,11 +10,13 @@ import pytest
 from ramslib.data.datasets import preparation
 from ramslib.experiments.notebooks import run_notebooks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The folder of a whole road over a small data set in the CUB layout."""
-    folder = tmp_path_factory.mktemp("road")
+    """The folder of all notebooks over a small dataset in the CUB layout."""
+    folder = tmp_path_factory.mktemp("notebooks")
     root = preparation("diagnostic").write_diagnostic_set(
         folder / "data",
         species=3,
@@ -23,7 +25,7 @@ def out(tmp_path_factory):
         image_size=(120, 160),
     )
     methods = {"methods": ["plain ViT", "TransFG", "RAMS-Trans"]}
-    ablations = {"ablations": {"threshold": [1.2]}, "trained": [1.2]}  # one cell for both
+    ablations = {"ablations": {"threshold": [1.2]}, "trained": [1.2]}  # one run for both
     run_notebooks("cub", root, folder / "out", "tiny", methods | ablations)
     return folder / "out"
 
@@ -37,9 +39,9 @@ def test_one_table_holds_the_results_of_every_notebook(out):
 
 
 def test_notebooks_share_the_run_that_they_have_in_common(out):
-    cells = [cell for cell in (out / "cells").iterdir() if (cell / "results.csv").exists()]
+    runs = [run for run in (out / "runs").iterdir() if (run / "results.csv").exists()]
     # two scales, one scale, TransFG, the faster ones for as long as the slowest, another threshold
-    assert 4 <= len(cells) <= 7
+    assert 4 <= len(runs) <= 7
 
 
 @pytest.mark.parametrize("number", range(1, 7))
@@ -52,11 +54,11 @@ def test_every_page_has_its_figures_inside(out, number):
 
 def test_every_cell_runs_again_over_what_is_there(out):
     """nbval executes the executed copies, cell by cell, as a person's second Run All does."""
-    cells = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/results.csv")}
+    results = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/results.csv")}
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600", "-qq"]
     options += ["--override-ini=addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, *sorted(out.glob("0*.ipynb"))]
     outside = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     done = subprocess.run(command, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert cells == {path: path.stat().st_mtime_ns for path in out.glob("cells/*/results.csv")}
+    assert results == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/results.csv")}

@@ -1,4 +1,4 @@
-"""The road driver on tiny notebooks of its own: papermill, real kernels, no training."""
+"""The notebooks command on tiny notebooks of its own: papermill, real kernels, no training."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.experiments import notebooks as notebooks_command
 
@@ -43,7 +44,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
     for name in ("photos", "notebooks", "package"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(road, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(notebooks_command, "PACKAGE", tmp_path / "package")
     return tmp_path
 
 
@@ -57,8 +58,8 @@ def write_notebook(folder, name, *code, more="", last=WRITE):
     nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
 
 
-def walk(folder, **changes):
-    """Walk the road in ``folder``."""
+def run_all(folder, **changes):
+    """Execute the notebooks in ``folder``."""
     arguments = {"data": "folder", "root": folder / "photos", "out": folder / "runs" / "a {b}"}
     return notebooks_command.run_notebooks(
         **(arguments | {"notebooks": folder / "notebooks"} | changes)
@@ -77,7 +78,7 @@ def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
     write_notebook(folder, "01_first", FIGURE, more="epochs = 1  # count\n")
     write_notebook(folder, "draft", "raise ValueError")
 
-    path = walk(folder, parameters={"epochs": "3"})
+    path = run_all(folder, parameters={"epochs": "3"})
     out, printed = path.parent, capsys.readouterr().out
     table = pd.read_csv(path)
     assert list(table["notebook"]) == ["01_first", "02_second"]
@@ -86,6 +87,9 @@ def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
     assert set(table["root"]) == {str(folder / "photos")} and set(table["preset"]) == {"small"}
     assert set(table["cwd"]) == {"notebooks"}, "as in JupyterLab"
     assert str(path) in printed and "[2/2] 02_second" in printed and "01_first" in printed
+    assert str(out / "index.html") in printed
+    index = (out / "index.html").read_text()
+    assert '<a href="01_first.html">01_first</a>' in index and 'href="results.csv"' in index
 
     figure, slider = ((out / f"{name}.html").read_text() for name in ("01_first", "02_second"))
     assert "data:image/png;base64," in figure and "Live widget" in slider
@@ -94,22 +98,22 @@ def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
         assert not re.search(r"""(src|href)=["'](?!data:|#)|@import|url\(["']?http""", page)
 
     times = {file: os.stat(file).st_mtime_ns for file in out.glob("0*")}
-    walk(folder, parameters={"epochs": 3})
+    run_all(folder, parameters={"epochs": 3})
     assert capsys.readouterr().out.count("reused") == 2
     assert times == {file: os.stat(file).st_mtime_ns for file in out.glob("0*")}
 
     write_notebook(folder, "02_second", SLIDER, "assert True")
-    walk(folder, parameters={"epochs": 3})
-    assert re.findall(r"\] (\w+) .*reused", capsys.readouterr().out) == ["01_first"]
+    run_all(folder, parameters={"epochs": 3})
+    assert re.findall(r"\] (\w+): reused", capsys.readouterr().out) == ["01_first"]
 
 
 def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, capsys):
     write_notebook(folder, "01_first", 'open(root + "/made.txt", "w").close()')
-    out = walk(folder).parent
+    out = run_all(folder).parent
 
     def is_reused():
         capsys.readouterr()
-        walk(folder)
+        run_all(folder)
         return "reused" in capsys.readouterr().out
 
     assert is_reused(), "what the notebook itself adds to the data set is no change"
@@ -119,12 +123,14 @@ def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, ca
     assert not is_reused()
     (out / "01_first.html").unlink()
     assert not is_reused()
-    (out / "01_first.ipynb").write_text('{"cells": [')
+    (out / "notebooks.json").unlink()
+    (out / "results.csv").unlink()
+    (out / "index.html").unlink()
     assert not is_reused()
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "reason"),
     [
         ("raise ValueError('first\\nsecond')", "01_bad: ValueError: first;"),
         ("assert 1 == 2", "01_bad: AssertionError;"),
@@ -135,81 +141,131 @@ def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, ca
     ],
     ids=["raise", "assert", "exit", "dead", "timeout", "widget"],
 )
-def test_a_notebook_that_fails_is_one_line_that_names_its_copy(folder, monkeypatch, code, told):
-    monkeypatch.setattr(road, "CELL_TIMEOUT", 15)
+def test_a_notebook_that_fails_is_one_line_that_names_its_copy(folder, monkeypatch, code, reason):
+    monkeypatch.setattr(notebooks_command, "CELL_TIMEOUT", 15)
     if "sleep" in code:
-        monkeypatch.setattr(road, "CELL_TIMEOUT", 3)
+        monkeypatch.setattr(notebooks_command, "CELL_TIMEOUT", 3)
     write_notebook(folder, "01_bad", code)
     with pytest.raises(InputError) as caught:
-        walk(folder)
+        run_all(folder)
     copy = folder / "runs" / "a {b}" / "01_bad.ipynb"
-    assert told in str(caught.value) and str(copy) in str(caught.value)
+    assert reason in str(caught.value) and str(copy) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert nbformat.read(copy, 4).cells
-    assert not notebooks_command.is_finished(
-        folder / "notebooks" / "01_bad.ipynb", {"out": str(copy.parent)}
-    )
+    assert not (copy.parent / "notebooks.json").exists()
+    with pytest.raises(RuntimeError):
+        notebooks_command.check_executed(nbformat.read(copy, 4))
 
 
 def test_a_notebooks_own_input_error_is_passed_on(folder):
-    told = "images.txt:3: no such image; remove the line"
-    raised = f"class InputError(ValueError): ...\nraise InputError({told!r})"
+    message = "images.txt:3: no such image; remove the line"
+    raised = f"class InputError(ValueError): ...\nraise InputError({message!r})"
     write_notebook(folder, "01_bad", raised)
     with pytest.raises(InputError) as caught:
-        walk(folder)
-    assert str(caught.value) == told
+        run_all(folder)
+    assert str(caught.value) == message
 
 
 def test_a_notebook_that_writes_no_table_fails(folder):
     write_notebook(folder, "01_silent", last="")
     with pytest.raises(InputError, match=r"01_silent: it wrote no .*01_silent\.csv"):
-        walk(folder)
+        run_all(folder)
 
 
-def test_bad_requests_are_refused_before_anything_runs(folder):
+def test_bad_requests_are_refused_before_anything_runs(folder, monkeypatch):
+    monkeypatch.setattr(notebooks_command, "execute", None)
     with pytest.raises(InputError, match="no numbered notebooks"):
-        walk(folder)
-    write_notebook(folder, "01_first", more="epochs = 1\n")
-    with pytest.raises(InputError, match="unknown parameter epoch; there are data, epochs, out"):
-        walk(folder, parameters={"epoch": 3})
-    with pytest.raises(InputError, match="epochs=three: give a value like 1"):
-        walk(folder, parameters={"epochs": "three"})
-    (folder / "file").touch()
-    with pytest.raises(InputError, match="cannot make it"):
-        walk(folder, out=folder / "file")
-    bare = new_notebook(cells=[new_code_cell("data = 1", metadata={"tags": ["parameters"]})])
-    bare.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": ""}
-    nbformat.write(bare, folder / "notebooks" / "02_bare.ipynb")
-    with pytest.raises(InputError, match=r"02_bare\.ipynb.* lacks out, preset, root"):
-        walk(folder)
+        run_all(folder)
+    write_notebook(folder, "01_first", more="processes = 2\nsettings = {}\nhalves = [0.5]\n")
+    for name, value, *facts in (
+        ("processs", "3", "'processs'", "'processes'"),
+        ("EPOCHS", "3", "'EPOCHS'", "'epochs'"),
+        ("xyzzy", "3", "'xyzzy'", "processes"),
+        ("processes", "many", "processes='many'", "2"),
+        ("processes", "True", "processes=True", "2"),
+        ("processes", "2.5", "processes=2.5", "2"),
+        ("halves", "0.5", "halves=0.5", "[0.5]"),
+        ("halves", "[[[", "halves='[[['"),
+        ("data", 3, "data=3", "'diagnostic'"),
+        ("batch_size", "0", "'batch_size'"),
+        ("settings", "{'epoks': 3}", "'epoks'", "'epochs'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            run_all(folder, parameters={name: value})
+        assert all(fact in str(caught.value) for fact in facts), caught.value
+    with pytest.raises(InputError, match="unknown preset 'papers'"):
+        run_all(folder, preset="papers")
     assert not (folder / "runs").exists()
 
 
+def test_a_folder_of_somebody_else_or_with_a_damaged_record_is_left_alone(folder, monkeypatch):
+    monkeypatch.setattr(notebooks_command, "execute", None)
+    write_notebook(folder, "01_first")
+    (folder / "file").touch()
+    with pytest.raises(InputError, match="file: cannot be used"):
+        run_all(folder, out=folder / "file")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "results.csv").write_text("my own")
+    with pytest.raises(InputError, match="results.csv: made by somebody else"):
+        run_all(folder, out=folder / "mine")
+    (folder / "mine" / "results.csv").unlink()
+    for text in ("", "{", "[1]", "3", '{"finished": 3}', "\udcff"):
+        (folder / "mine" / "notebooks.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(InputError, match="notebooks.json: damaged .*; remove it"):
+            run_all(folder, out=folder / "mine")
+
+
 def test_results_of_another_question_are_not_overwritten(folder):
-    write_notebook(folder, "01_first", more="sizes = (1, 2)\n")
-    with pytest.raises(InputError):
-        walk(folder, parameters={"sizes": "x"})
-    walk(folder, parameters={"sizes": "(3, 4)"})
-    walk(folder, parameters={"sizes": (3, 4)})
-    with pytest.raises(InputError, match=r"holds results of preset=small, not paper"):
-        walk(folder, preset="paper", parameters={"sizes": (3, 4)})
-    with pytest.raises(InputError, match=r"holds results of root=.*photos, not .*other"):
-        walk(folder, root=folder / "other", parameters={"sizes": (3, 4)})
-    with pytest.raises(InputError, match="holds results of sizes="):
-        walk(folder)
+    write_notebook(folder, "01_first", more="sizes = (1, 2)\nsettings = {}\n")
+    out = run_all(folder, parameters={"sizes": "(3, 4)"}).parent
+    run_all(folder, parameters={"sizes": (3, 4)})
+    (out / "notebooks.json").rename(out / "road.json")  # as version 0.1 called it
+    for changes, facts in (
+        ({"preset": "paper"}, ["preset=small", "paper"]),
+        ({"root": folder / "other"}, ["root=", "photos", "other"]),
+        ({"parameters": {}}, ["sizes="]),
+        ({"parameters": {"sizes": (3, 4), "epochs": "7"}}, ["settings=None", "epochs"]),
+    ):
+        with pytest.raises(InputError, match="holds results of") as caught:
+            run_all(folder, **{"parameters": {"sizes": (3, 4)}} | changes)
+        assert all(fact in str(caught.value) for fact in facts)
 
 
-def test_status_line_on_a_terminal_and_in_a_log(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    line = notebooks_command.StatusLine("[1/5] 01_first")
-    line.write("epoch 1\repoch 2 " + 100 * "x")
-    shown = "[1/5] 01_first  0:00  epoch 2 " + 100 * "x"
-    assert capsys.readouterr().out == "\r\x1b[K" + shown[:39]
+def test_settings_reach_every_notebook_as_the_configuration(folder, monkeypatch):
+    """Also one that names a file, relative to the shell's folder."""
+    monkeypatch.chdir(folder)
+    (folder / "ideas.py").write_text("def mine(strength, threshold, recorded): ...\n")
+    shown = "import json\nfrom ramslib.config import Config\nprint(json.dumps(settings))"
+    write_notebook(folder, "01_first", shown, more="settings = {}\n")
+    write_notebook(folder, "02_second")
+    given = {"batch_size": "5", "proposal": "ideas.py:mine", "settings": "{'image_size': (32, 48)}"}
+    out = run_all(folder, parameters=given).parent
+    (cell,) = [c for c in nbformat.read(out / "01_first.ipynb", 4).cells if c.source == shown]
+    settings = json.loads(cell.outputs[0].text)
+    expected = {"batch_size": "5", "proposal": f"{folder}/ideas.py:mine", "image_size": [32, 48]}
+    assert settings == expected
+    record = (out / "notebooks.json").read_text()
+    (folder / "ideas.py").write_text("def mine(strength, threshold, recorded): return strength\n")
+    run_all(folder, parameters=given)
+    assert record != (out / "notebooks.json").read_text(), "a changed idea is executed again"
 
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    line = notebooks_command.StatusLine("[1/5] 01_first")
-    for text in ("\n", "one\ntwo\n", "three\n"):
-        line.write(text)
-    line.show("done")
-    assert capsys.readouterr().out == "[1/5] 01_first  0:00  two\n[1/5] 01_first  0:00  done\n"
+
+def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
+    monkeypatch.setattr(notebooks_command, "CLONE", folder)
+    more = "scales = [1, 2]\nshare = 0.5\nquick = False\nsettings = {}\n"
+    write_notebook(folder, "01_first", more=more)
+    given = {"data": "cub", "root": "data/cub", "out": "runs/x", "preset": "tiny", "other": 3}
+    given |= {"scales": "[1, 3]", "share": "1", "quick": "True", "settings": "{'epochs': 7}"}
+    read = notebooks_command.read_parameters("01_first", given, folder / "notebooks")
+    assert (read.scales, read.share, read.quick) == ([1, 3], 1, True)
+    assert read.root == folder / "data" / "cub" and read.out == folder / "runs" / "x"
+    assert read.config == Config.preset("tiny", data="cub", root=str(read.root), epochs=7)
+    assert read.table == read.out / "results" / "01_first.csv" and read.table.parent.is_dir()
+    assert read.runs == read.out / "runs" and not hasattr(read, "other")
+    (read.out / "cells").mkdir()
+    again = notebooks_command.read_parameters("01_first", given, folder / "notebooks")
+    assert again.runs == read.out / "cells", "runs of version 0.1 are found"
+    for wrong in ({"root": ""}, {"preset": "none"}, {"scales": "two"}, {"settings": {"x": 1}}):
+        with pytest.raises(InputError):
+            notebooks_command.read_parameters("01_first", given | wrong, folder / "notebooks")
+    with pytest.raises(InputError, match="no such notebook"):
+        notebooks_command.read_parameters("02_second", given, folder / "notebooks")

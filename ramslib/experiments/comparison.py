@@ -322,3 +322,42 @@ def _mean_and_error(better: float, worse: float, images: float) -> tuple[float, 
     """Mean in points, and its standard error, of values 1 (better), -1 (worse) and 0."""
     mean = (better - worse) / images
     return 100 * mean, 100 * np.sqrt(((better + worse) / images - mean**2) / images)
+
+
+def headlines(tables: Iterable[pd.DataFrame], count: int = 6) -> list[str]:
+    """What came out of the notebooks' comparisons, a line per condition with its uncertainty.
+
+    A condition is read at its last output, by which its checkpoint was chosen; the output with the
+    best test accuracy would flatter conditions that have several.
+
+    Args:
+        tables: with ``checkpoint, output, top1, standard_error`` and either ``condition`` or
+            ``budget, method, difference, low, high``; others are left out.
+        count: the largest number of lines.
+    """
+    lines = []
+    for table in tables:
+        by = [name for name in ("condition", "method", "budget") if name in table]
+        rows = table[table["checkpoint"] == "best"] if by else table
+        lines += (
+            [_headline(key, group) for key, group in rows.groupby(by, sort=False)] if by else []
+        )
+    lines = [line for line in lines if line]
+    more = [f"and {len(lines) - count + 1} more conditions"] if len(lines) > count else []
+    return lines[: count - len(more)] + more
+
+
+def _headline(condition: tuple[str, ...], rows: pd.DataFrame) -> str:
+    """One condition over its seeds; empty for the baseline of differences."""
+    rows = rows[rows["output"] == rows["output"].iloc[-1]].dropna(axis=1, how="all")
+    name, seeds = f"{', '.join(condition)} ({rows['output'].iloc[0]})", len(rows)
+    value = "difference" if "budget" in rows else "top1"
+    if value not in rows:
+        return ""
+    ((mean, half_width),) = summarize(rows, ["output"], value)[["mean", "half_width"]].to_numpy()
+    over = f" (95 % over {seeds} seeds)" if seeds > 1 else ""
+    if value == "top1":
+        spread = half_width if over else rows["standard_error"].iloc[0]
+        return f"{name}: {mean:.1f} ± {spread:.1f} %{over or ' (best checkpoint)'}"
+    low, high = (mean - half_width, mean + half_width) if over else rows[["low", "high"]].iloc[0]
+    return f"{name}: {mean:+.1f} points [{low:.1f}, {high:.1f}] against the {BASELINE}{over}"

@@ -1,21 +1,26 @@
-"""The road from a folder of photos to a table: every numbered notebook, executed and kept.
+"""The notebooks, executed: all numbered ones in order into one folder, and the report of a run.
 
-``run_notebooks`` executes ``notebooks/[0-9][0-9]_*.ipynb`` in order by papermill and writes into one
-folder: the executed notebooks, pages that open without kernel or network, one table of results.
-It is strict where papermill is not: an unknown parameter, a cell that did not complete, an error
-inside a widget and a cell that never ends stop it, with one line. A notebook is not executed again
-while its cells, its parameters, ramslib and the data set's files (by name and time) stay the same.
+`run_notebooks` executes ``notebooks/[0-9][0-9]_*.ipynb`` by papermill and writes executed copies,
+pages that open without kernel or network, one table of results and an index. It is strict where
+papermill is not: an unknown parameter, a cell that did not complete, an error inside a widget and a
+cell that never ends stop it, with one line. A notebook is not executed again while its cells, its
+parameters, ramslib and the dataset's files (by name and time) stay the same.
+
+`read_parameters` is the other side: a notebook's parameters, whoever set them.
 """
 
 import ast
+import difflib
 import hashlib
-import io
 import json
-import shutil
 import sys
-import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import nbformat
 import pandas as pd
 import papermill
@@ -24,23 +29,24 @@ from jupyter_client.manager import AsyncKernelManager
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
-from ramslib.errors import InputError, write_atomically
+from ramslib.config import Config
+from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.experiments.comparison import describe, headlines
+from ramslib.extensions import key_values
+from ramslib.runs.results import read_predictions, read_results
+from ramslib.runs.run import read_run
 
 PACKAGE = Path(__file__).resolve().parents[1]
+CLONE = PACKAGE.parent
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days
-
-# JupyterLab's page without what it loads from the network: require.js, widgets, MathJax, Mermaid.
-PAGE = """{% extends "lab/index.html.j2" %}
-{% block html_head_js %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}
-{% block data_widget_view %}<em>Live widget: open the notebook in JupyterLab.</em>{% endblock %}
-{% block footer %}</html>{% endblock %}"""
+RECORD, OLD_RECORD = "notebooks.json", "road.json"  # the question that a folder answers
+KINDS = (bool, int, (int, float), str, (list, tuple, dict))  # a parameter keeps its default's
 
 
 class OwnInterpreter(AsyncKernelManager):
     """Starts kernels with this process's own interpreter, whatever kernelspecs are installed.
 
-    They end without looking through torch for garbage, which takes two seconds.
+    They end without searching torch for garbage, which takes two seconds.
     """
 
     def _kernel_spec_manager_default(self) -> KernelSpecManager:
@@ -48,35 +54,104 @@ class OwnInterpreter(AsyncKernelManager):
 
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
         """The command that starts a kernel."""
-        line = "import atexit, gc; atexit.register(gc.freeze)"
-        return super().format_kernel_cmd(
-            [*(extra_arguments or []), f"--IPKernelApp.exec_lines={line}"]
-        )
+        line = "--IPKernelApp.exec_lines=import atexit, gc; atexit.register(gc.freeze)"
+        return super().format_kernel_cmd([*(extra_arguments or []), line])
 
     def _transport_encryption_default(self) -> str:
         return "auto"  # without it every kernel warns on the terminal
 
 
-class StatusLine(io.TextIOBase):
-    """To papermill a text file; to a person one line: time taken and what was printed last."""
+def read_parameters(
+    notebook: str, given: Mapping[str, object], folder: Path = CLONE / "notebooks"
+) -> SimpleNamespace:
+    """A notebook's parameters, whether a person, papermill or ``ramslib notebooks`` set them.
 
-    def __init__(self, label: str):
-        self.label, self.live = label, sys.stdout.isatty()
-        self.start, self.next = time.monotonic(), 0.0
+    The second cell of a notebook calls it::
 
-    def write(self, text: str) -> None:
-        """Show the last line of ``text``: at once on a terminal, every 10 s elsewhere."""
-        if text.strip() and (self.live or time.monotonic() >= self.next):
-            self.next = time.monotonic() + 10
-            self.show(text.strip().splitlines()[-1], end="" if self.live else "\n")
+        given = read_parameters("03_ablation_scales", globals())
 
-    def show(self, text: str, end: str = "\n") -> None:
-        """Replace this notebook's line on a terminal, else add one."""
-        seconds = int(time.monotonic() - self.start)
-        line = f"{self.label}  {seconds // 60}:{seconds % 60:02d}  {text}"
-        if self.live:
-            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
-        print(line, end=end, flush=True)
+    Text, as papermill's ``-p scales "[1, 2]"`` gives it, is read as the type that the cell of
+    parameters declares. Relative paths start at the clone, whatever the working directory.
+
+    Args:
+        notebook: name of the file, without its ending.
+        given: the parameters by name; other names are ignored.
+        folder: of the notebook.
+
+    Returns:
+        All declared parameters (``root``, ``out`` and ``run`` as absolute paths) and, where
+        ``preset`` and ``out`` are declared, ``config``: the `Config` of ``preset``, ``data``,
+        ``root`` and ``settings``; ``runs``: the folder of all runs; ``table``: the CSV file that
+        the notebook writes, in a folder that exists.
+
+    Raises:
+        InputError: a value of another type, an unknown preset or setting, or an empty path.
+    """
+    declared = declared_parameters(folder / f"{notebook}.ipynb")
+    values = {name: read_value(name, given[name], default) for name, default in declared.items()}
+    for name in {"root", "out", "run"} & set(values):
+        values[name] = CLONE / Path(values[name]).expanduser()
+    if "preset" in values:
+        values["config"] = choose_config(values, CLONE)
+        values["runs"] = runs_folder(values["out"])
+        values["table"] = values["out"] / "results" / f"{notebook}.csv"
+        values["table"].parent.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(**values)
+
+
+def declared_parameters(path: Path) -> dict[str, object]:
+    """Names and default values in a notebook's cell tagged ``parameters``."""
+    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
+    nodes = [node for cell in cells for node in ast.parse(cell.source).body]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook's file; the numbered ones and the report's are in a clone only."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such notebook; run from a clone of the project")
+    return nbformat.read(path, 4)
+
+
+def read_value(name: str, value: object, default: object) -> object:
+    """A parameter's value as the kind of its default; text is read as a Python literal.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    if isinstance(value, str) and not isinstance(default, str):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)
+    kind = next(kind for kind in KINDS if isinstance(default, kind))
+    number_for_bool = isinstance(value, bool) != isinstance(default, bool)
+    if not isinstance(value, kind) or number_for_bool or value == "":
+        raise InputError(f"{name}={value!r}: give a value like {default!r}")
+    return value
+
+
+def choose_config(values: Mapping[str, object], folder: Path) -> Config:
+    """The configuration of a notebook's parameters.
+
+    Args:
+        values: ``data``, ``root``, ``preset`` and, if any, ``settings``.
+        folder: where relative paths in settings start.
+    """
+    changes = {"data": values["data"], "root": str(values["root"])} | values.get("settings", {})
+    located = {name: _locate(value, folder) for name, value in changes.items()}
+    return Config.preset(values["preset"], **located)
+
+
+def _locate(value: object, folder: Path) -> object:
+    """A setting that names a file, or something in it (``ideas.py:mine``), by its absolute path."""
+    path = str(folder / Path(value).expanduser()) if isinstance(value, str) else ""
+    named = [file for file in (path, path.rpartition(":")[0]) if Path(file).is_file()]
+    return path if named else value
+
+
+def runs_folder(out: Path) -> Path:
+    """The folder of all runs below ``out``: ``runs``, or ``cells`` where version 0.1 wrote them."""
+    old = out / "cells"
+    return old if old.is_dir() and not (out / "runs").is_dir() else out / "runs"
 
 
 def run_notebooks(
@@ -84,20 +159,20 @@ def run_notebooks(
     root: str | Path,
     out: str | Path,
     preset: str = "small",
-    parameters: dict | None = None,
-    notebooks: Path = PACKAGE.parent / "notebooks",
+    parameters: Mapping[str, object] | None = None,
+    notebooks: Path = CLONE / "notebooks",
 ) -> Path:
-    """Execute all numbered notebooks, collect their tables, print them and where to look.
+    """Execute all numbered notebooks, collect their tables, print what came out and where it is.
 
     Args:
-        data: which reader: ``diagnostic``, ``cub``, ``folder``, ...
-        root: folder of the data set.
+        data: a reader: ``diagnostic``, ``cub``, ``folder``, ...
+        root: folder of the dataset.
         out: folder for all that is made; it keeps to one data, root, preset and parameters.
         preset: settings to start from, a key of ``config.PRESETS``; ``small`` takes minutes on two
             cores, ``paper`` is the size of the paper.
-        parameters: further notebook parameters; each goes to the notebooks that declare it; text
-            is read as the type that is declared.
-        notebooks: folder of the notebooks; each writes ``results/<its name>.csv`` below ``out``.
+        parameters: further notebook parameters, each for the notebooks that declare it, and
+            settings of `Config` for all of them.
+        notebooks: their folder; each writes ``results/<its name>.csv`` below ``out``.
 
     Returns:
         Path of ``results.csv``: the rows of all tables, with a column ``notebook``.
@@ -106,144 +181,200 @@ def run_notebooks(
         InputError: unknown parameter, ``out`` answers another question, or a notebook failed; then
             the message is the notebook's own InputError or names its executed copy.
     """
-    root, out = Path(root).absolute(), Path(out).absolute()
+    out = Path(out).absolute()
+    common = {"data": _locate(data, Path.cwd()), "root": str(Path(root).absolute())}
+    common |= {"out": str(out), "preset": preset}
     paths = sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        raise InputError(f"{notebooks}: no numbered notebooks here; run from a clone")
-    common = {"data": data, "root": str(root), "out": str(out), "preset": preset}
     chosen = choose_parameters(paths, common, parameters or {})
     question = {k: v for path in paths for k, v in chosen[path].items() if k != "out"}
-    check_folder(out, question)
+    finished, package = read_record(out, question), _hash_package()
     for number, path in enumerate(paths, start=1):
-        status = StatusLine(f"[{number}/{len(paths)}] {path.stem}")
-        if is_finished(path, chosen[path]):
-            status.show("reused, nothing changed")
+        label = f"[{number}/{len(paths)}] {path.stem}"
+        page, table = out / f"{path.stem}.html", out / f"results/{path.stem}.csv"
+        inputs = partial(fingerprint, path, chosen[path], package)
+        made = page.exists() and table.exists() and (out / path.name).exists()
+        if made and finished.get(path.stem) == inputs():
+            print(f"{label}: reused, nothing changed")
             continue
-        status.write("started")
-        execute(path, chosen[path], status)
-        _write_text(out / "notebooks.json", json.dumps(question, indent=1))
-        status.show("done")
-    return report(out, [path.stem for path in paths])
+        print(label, flush=True)
+        notebook = execute(path, chosen[path], out / path.name)
+        if not table.exists():
+            raise InputError(f"{path.stem}: it wrote no {table}; add that to its last cell")
+        write_page(notebook, page, path.stem)
+        finished[path.stem] = inputs()  # now, for the notebook may have made the dataset
+        _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
+    return summarize_notebooks(out, [path.stem for path in paths], question)
 
 
-def choose_parameters(paths: list[Path], common: dict, extra: dict) -> dict[Path, dict]:
-    """Parameters of each notebook; one that no notebook declares is an InputError."""
-    declared = {path: papermill.inspect_notebook(nbformat.read(path, 4)) for path in paths}
-    for path, known in declared.items():
-        if missing := ", ".join(sorted(set(common) - set(known))):
-            raise InputError(f"{path}: its parameters cell lacks {missing}; add it there")
-    known = set().union(*declared.values())
-    if unknown := ", ".join(sorted(set(extra) - known)):
-        raise InputError(f"unknown parameter {unknown}; there are {', '.join(sorted(known))}")
-    chosen = {path: dict(common) for path in paths}
-    for path, known in declared.items():
-        for name in [name for name in extra if name in known]:
-            chosen[path][name] = read_value(name, extra[name], known[name]["default"])
-    return chosen
+def choose_parameters(
+    paths: list[Path], common: dict[str, object], given: Mapping[str, object]
+) -> dict[Path, dict]:
+    """Parameters of each notebook.
+
+    Names that no notebook declares are settings of `Config`, which all notebooks get.
+
+    Raises:
+        InputError: no notebooks, an unknown name, a value of another kind, or settings that do not
+            fit together.
+    """
+    if not paths:
+        raise InputError("no numbered notebooks; run from a clone of the project")
+    declared = {path: declared_parameters(path) for path in paths}
+    known = {n: default for parameters in declared.values() for n, default in parameters.items()}
+    accepted = [*known, *(Config.names() if "settings" in known else ())]
+    for name in sorted(set(given) - set(accepted)):
+        near = difflib.get_close_matches(name.lower(), accepted, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"notebooks take {', '.join(known)}"
+        raise InputError(f"unknown parameter or setting {name!r}; {hint}")
+    values = common | {n: read_value(n, v, known[n]) for n, v in given.items() if n in known}
+    settings = {n: _locate(v, Path.cwd()) for n, v in given.items() if n not in known}
+    if settings:
+        values["settings"] = values.get("settings", {}) | settings
+    choose_config(values, Path.cwd())  # what no notebook could use is refused before the first one
+    values = json.loads(json.dumps(values))  # papermill passes tuples in dictionaries as text
+    return {path: {n: values[n] for n in values if n in declared[path]} for path in paths}
 
 
-def read_value(name: str, value: object, default: str) -> object:
-    """A parameter's value; text becomes a Python literal unless the declared default is text."""
-    if not isinstance(value, str) or isinstance(ast.literal_eval(default), str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise InputError(f"{name}={value}: give a value like {default}") from None
+def read_record(out: Path, question: dict) -> dict[str, str]:
+    """What a folder holds already: the `fingerprint` of each executed notebook, by its name.
 
-
-def check_folder(out: Path, question: dict) -> None:
-    """Raise InputError if ``out`` cannot be made or holds another question's answer."""
+    Raises:
+        InputError: the folder cannot be made, or holds the results of another question or files
+            of somebody else.
+    """
     try:
         (out / "results").mkdir(parents=True, exist_ok=True)
+        records = [out / name for name in (RECORD, OLD_RECORD) if (out / name).exists()]
+        old = dict(json.loads(records[0].read_text("utf-8"))) if records else {}
+        finished = dict(old.pop("finished", {}))
     except OSError as error:
-        raise InputError(f"{out}: cannot make it ({error.strerror}); choose another") from error
-    record = out / "notebooks.json"
-    old = json.loads(record.read_text("utf-8")) if record.exists() else question
-    for key in old | question:
+        raise InputError(f"{out}: cannot be used ({one_line(error)}); choose another") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{records[0]}: damaged ({one_line(error)}); remove it") from None
+    foreign = [out / name for name in ("results.csv", "index.html") if (out / name).exists()]
+    if foreign and not records:
+        raise InputError(f"{foreign[0]}: made by somebody else; choose another folder")
+    for key in old | question if records else ():
         if json.dumps(old.get(key)) != json.dumps(question.get(key)):
             difference = f"{key}={old.get(key)}, not {question.get(key)}"
             raise InputError(f"{out}: holds results of {difference}; choose another folder")
+    return finished
 
 
-def fingerprint(path: Path, parameters: dict) -> dict[str, str]:
-    """Hashes of what the outputs of a notebook depend on: code (with parameters) and data set."""
-    cells = [(cell.cell_type, cell.source) for cell in nbformat.read(path, 4).cells]
-    code = [file.read_text("utf-8") for file in sorted(PACKAGE.rglob("*.py"))]
+def _hash_package() -> str:
+    """Hash of ramslib's own code and settings."""
+    files = sorted(file for kind in ("py", "toml") for file in PACKAGE.rglob(f"*.{kind}"))
+    return _hash([file.read_text("utf-8") for file in files])
+
+
+def fingerprint(path: Path, parameters: dict, package: str) -> str:
+    """Hash of what the outputs of a notebook depend on: code, parameters and dataset."""
+    cells = [(cell.cell_type, cell.source) for cell in read_notebook(path).cells]
+    own_code = key_values(parameters.get("settings", {}))
     data = sorted((str(f), f.lstat().st_mtime_ns) for f in Path(parameters["root"]).rglob("*"))
-    return {"code": _hash([cells, parameters, code]), "data": _hash(data)}
+    return _hash([package, cells, parameters, own_code, data])
 
 
-def is_finished(path: Path, parameters: dict) -> bool:
-    """Whether the executed copy answers these inputs and what was written with it still exists."""
-    out = Path(parameters["out"])
-    copy, page, table = out / path.name, out / f"{path.stem}.html", out / f"results/{path.stem}.csv"
-    if not (copy.exists() and page.exists() and table.exists()):
-        return False
-    try:
-        metadata = json.loads(copy.read_text("utf-8"))["metadata"]
-    except ValueError:  # killed while papermill wrote it
-        return False
-    return metadata.get("fingerprint") == fingerprint(path, parameters)
+def execute(path: Path, parameters: dict, copy: Path | None = None) -> NotebookNode:
+    """Execute a notebook in its folder and check it.
 
+    Args:
+        path: the notebook.
+        parameters: for its cell of parameters.
+        copy: where papermill writes the executed copy, also of a notebook that fails.
 
-def execute(path: Path, parameters: dict, status: StatusLine) -> None:
-    """Execute one notebook, check it, and write its executed copy and its page."""
-    copy = Path(parameters["out"]) / path.name
-    before = fingerprint(path, parameters)
+    Raises:
+        InputError: a cell failed; the notebook's own InputError, or the error and the copy.
+    """
     try:
         notebook = papermill.execute_notebook(
-            nbformat.read(path, 4),
-            str(copy).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
+            read_notebook(path),
+            copy and str(copy).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
             parameters=parameters,
             kernel_name="python3",
             kernel_manager_class=OwnInterpreter,
             execution_timeout=CELL_TIMEOUT,
-            progress_bar=False,
-            stdout_file=status,
-            stderr_file=status,  # progress probability_bars
+            progress_bar=sys.stderr.isatty(),
             cwd=path.parent,
         )
-        check_executed(notebook, copy.parent / f"results/{path.stem}.csv")
+        check_executed(notebook)
     except Exception as error:
-        status.show("failed")
         if getattr(error, "ename", "") == InputError.__name__:
             raise InputError(error.evalue) from error
         cause = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
         first_line = cause.strip(": \n").partition("\n")[0]
-        raise InputError(f"{path.stem}: {first_line}; see the executed copy {copy}") from error
-    after = fingerprint(path, parameters)  # a notebook may make the data set
-    notebook.metadata["fingerprint"] = before | {"data": after["data"]}
-    exporter = HTMLExporter(raw_template=PAGE, embed_images=True)
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    _write_text(copy.with_suffix(".html"), page)
-    _write_text(copy, nbformat.writes(notebook))
+        see = f"; see the executed copy {copy}" if copy else ""
+        raise InputError(f"{path.stem}: {first_line}{see}") from error
+    return notebook
 
 
-def check_executed(notebook: NotebookNode, table: Path) -> None:
-    """Raise RuntimeError for an unfinished cell, an error that a widget holds, or no table."""
+def check_executed(notebook: NotebookNode) -> None:
+    """Raise RuntimeError for a cell that did not run to its end or an error that a widget holds.
+
+    After a timeout or the death of the kernel papermill calls all cells completed; those that did
+    not run have no number.
+    """
     for number, cell in enumerate(notebook.cells, start=1):
-        if cell.cell_type == "code" and cell.metadata.papermill.status != "completed":
-            raise RuntimeError(f"cell {number} did not complete: {cell.metadata.papermill.status}")
+        if cell.cell_type == "code" and cell.source.strip():
+            failed = [output for output in cell.outputs if output.output_type == "error"]
+            status = cell.metadata.get("papermill", {}).get("status")
+            if status != "completed" or cell.execution_count is None or failed:
+                raise RuntimeError(f"cell {number} did not complete")
     for widgets in notebook.metadata.get("widgets", {}).values():
         for model in widgets["state"].values():
             for output in model["state"].get("outputs", []):
                 if output["output_type"] == "error":
                     raise RuntimeError(f"in a widget, {output['ename']}: {output['evalue']}")
-    if not table.exists():
-        raise RuntimeError(f"it wrote no {table}")
 
 
-def report(out: Path, names: list[str]) -> Path:
-    """Write ``results.csv``, print the tables and where to look."""
+def write_page(notebook: NotebookNode, path: Path, title: str, **options: object) -> None:
+    """Write an executed notebook as a page that needs no network; ``options`` are nbconvert's."""
+    exporter = HTMLExporter(raw_template=_template("page"), embed_images=True, **options)
+    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    _write_text(path, page)
+
+
+def write_report(run: Path | str) -> Path:
+    """Write a finished run as one page, ``report.html`` in its folder.
+
+    Raises:
+        InputError: no run there, one that is not finished, or a damaged file.
+    """
+    run = Path(run)
+    read_results(run)
+    read_predictions(run)
+    notebook = execute(CLONE / "notebooks" / "report.ipynb", {"run": str(run.absolute())})
+    hidden = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
+    write_page(notebook, run / "report.html", run.resolve().name, **hidden)
+    return run / "report.html"
+
+
+def summarize_notebooks(out: Path, names: list[str], question: dict) -> Path:
+    """Write ``results.csv`` and ``index.html``; print what came out and where to read on."""
     tables = {name: pd.read_csv(out / f"results/{name}.csv") for name in names}
-    for name, table in tables.items():
-        print(f"\n{name}\n{table.to_string(index=False, max_rows=30)}")
     merged = pd.concat(tables, names=["notebook"]).reset_index("notebook")
     _write_text(out / "results.csv", merged.to_csv(index=False))
-    print(f"\nresults in one table: {out / 'results.csv'}")
-    print(f"pages with all figures: {out / names[0]}.html and its neighbors")
+    titles = {name: read_notebook(out / f"{name}.ipynb").cells[0].source for name in names}
+    lines, base = headlines(tables.values()), choose_config(question, Path.cwd())
+    runs = sorted(file.parent for file in runs_folder(out).glob("*/results.csv"))
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(_template("index"))
+        .render(
+            question,
+            headlines=lines,
+            titles={name: title.splitlines()[0].strip("# ") for name, title in titles.items()},
+            runs=[(str(run.relative_to(out)), describe(read_run(run)[0], base)) for run in runs],
+            reports=[str(run.relative_to(out)) for run in runs if (run / "report.html").exists()],
+        )
+    )
+    _write_text(out / "index.html", page)
+    print(*lines, f"results: {out / 'results.csv'}", f"pages: {out / 'index.html'}", sep="\n")
     return out / "results.csv"
+
+
+def _template(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.html.j2").read_text("utf-8")
 
 
 def _hash(value: object) -> str:
@@ -251,4 +382,5 @@ def _hash(value: object) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    content = text.encode("utf-8", "replace")
+    write_atomically(path, lambda part: part.write_bytes(content))

@@ -134,16 +134,13 @@ def _check_queue_file(path: Path) -> None:
         return
     try:
         with closing(sqlite3.connect(path)) as connection:
-            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+            names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master")]
+        foreign = f"holds tables of another program, {shorten(names)}" if names else ""
+        reason = "" if "studies" in names else foreign
     except sqlite3.DatabaseError as error:
-        raise InputError(
-            f"{path}: the file of the queue is damaged ({one_line(error)}); remove it and run the "
-            "same command again, finished runs are kept"
-        ) from None
-    if names and "studies" not in names:
-        raise InputError(
-            f"{path}: holds tables of another program ({shorten(sorted(names))}); give another file"
-        )
+        reason = f"damaged, {one_line(error)}"
+    if reason:
+        raise InputError(f"{path}: no queue ({reason}); remove it or give another file")
 
 
 def _lock_the_file(connection: Connection) -> None:
@@ -200,7 +197,7 @@ def run_worker(
             continue
         if left != reported:
             names = shorten([run.name for run in left])
-            log(f"waiting for other workers: {names}; a killed worker is replaced in 2 to 3 min")
+            log(f"waiting for other workers: {names}; killed ones are replaced after 2 to 3 min")
             reported = left
         time.sleep(poll)
 
@@ -221,6 +218,7 @@ def run_trial(
     """
     if (name := trial.user_attrs.get("run")) is None:
         raise optuna.TrialPruned  # another worker was faster: the queue is empty
+    study._storage.record_heartbeat(trial._trial_id)  # a trial without one is never stale
     known = {run.name: (run, config) for run, config in runs.items()}
     elsewhere = next(iter(runs)).with_name(Path(name).name)
     run, config = known.get(name) or (elsewhere, Config().replace(**trial.user_attrs["config"]))
