@@ -1,7 +1,8 @@
-"""Evaluation against scores written out in numpy, and every image exactly once."""
+"""Evaluation and early exit against scores and choices written out in numpy and plain Python."""
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import draw_photos, tiny_config
+from tiny import draw_photos, tiny_model
 
 import ramslib.evaluation
 from ramslib.classifier import RAMSOutput
@@ -19,16 +20,20 @@ from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.evaluation import (
     BOX_COLUMNS,
+    choose_exit_threshold,
     confusion_matrix,
+    early_exit,
+    early_exit_curve,
     expected_calibration_error,
     fuse,
+    iterate_batches,
     most_confused,
     output_names,
     predict,
+    predict_early_exit,
     score,
     score_boxes,
 )
-from ramslib.model import build_model
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +48,12 @@ def table(tmp_path_factory):
     return table[table["split"] == "test"].reset_index(drop=True)
 
 
-def opinionated(root=".", **changes):
-    """A model whose classifier and attention are far from uniform, in evaluation mode."""
-    model, _ = build_model(tiny_config(root, **changes), 5)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-VIEW = ImageTransform(48, 0.875)
+TRANSFORM = ImageTransform(48, 0.875)
 
 
 def test_every_image_is_predicted_once_at_every_scale(table):
-    model = opinionated(scales=3)
-    predictions = predict(model, table, VIEW, batch_size=4)
+    model = tiny_model(scales=3)
+    predictions = predict(model, table, TRANSFORM, batch_size=4)
     assert len(predictions) == 17 * 5
     assert predictions["path"].tolist() == table["path"].repeat(5).tolist()
     assert predictions["label"].tolist() == table["label"].repeat(5).tolist()
@@ -69,12 +64,12 @@ def test_every_image_is_predicted_once_at_every_scale(table):
 
 
 def test_predictions_do_not_depend_on_batches_workers_or_place_in_the_table(table):
-    model = opinionated()
-    expected = predict(model, table, VIEW, batch_size=1)
+    model = tiny_model()
+    expected = predict(model, table, TRANSFORM, batch_size=1)
     for batch_size, workers in ((5, 0), (64, 1)):
-        found = predict(model, table, VIEW, batch_size, workers)
+        found = predict(model, table, TRANSFORM, batch_size, workers)
         pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
-    turned = predict(model, table[::-1].reset_index(drop=True), VIEW, batch_size=4)
+    turned = predict(model, table[::-1].reset_index(drop=True), TRANSFORM, batch_size=4)
     key = ["path", "output"]
     turned, expected = (each.sort_values(key, ignore_index=True) for each in (turned, expected))
     pd.testing.assert_frame_equal(turned, expected, rtol=1e-4)
@@ -84,15 +79,15 @@ def test_predictions_do_not_depend_on_batches_workers_or_place_in_the_table(tabl
 @pytest.mark.parametrize("world", [2, 3, 20])
 def test_processes_share_the_images_without_overlap(table, monkeypatch, world, proposal):
     """Their sum is the table of one: each row is filled by one process and 0 in the others."""
-    model, parts = opinionated(proposal=proposal), []
-    whole = predict(model, table, VIEW, batch_size=4)
+    model, parts = tiny_model(proposal=proposal), []
+    whole = predict(model, table, TRANSFORM, batch_size=4)
     monkeypatch.setattr(
         ramslib.evaluation,
         "sum_over_processes",
         lambda results, _: parts.append(results) or results,
     )
     for rank in range(world):
-        predict(model, table, VIEW, 4, processes=Processes(rank, world))
+        predict(model, table, TRANSFORM, 4, processes=Processes(rank, world))
     filled = torch.stack([part[:, 0, 1] > 0 for part in parts])
     assert filled.sum(dim=0).tolist() == [1] * 17
     columns = ["prediction", "confidence", "true_probability", "rank", *BOX_COLUMNS]
@@ -101,21 +96,21 @@ def test_processes_share_the_images_without_overlap(table, monkeypatch, world, p
 
 
 def test_random_regions_are_random_but_reproducible_and_leave_the_generator_alone(table):
-    model = opinionated(proposal="random")
+    model = tiny_model(proposal="random")
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = predict(model, table, VIEW, 4)
+    first = predict(model, table, TRANSFORM, 4)
     assert torch.rand(3).equal(expected)
-    second = predict(model, table, VIEW, 16)
+    second = predict(model, table, TRANSFORM, 16)
     pd.testing.assert_frame_equal(first, second)
     corners = first.query("output == 'scale 2'")[["top", "left"]].drop_duplicates()
     assert len(corners) > 3
 
 
-def test_regions_are_in_pixels_of_the_photo(table):
-    """The view of scale 1 is the center crop; scale 2 looks at whole patches inside it."""
-    predictions = predict(opinionated(), table, VIEW, 4)
+def test_regions_are_in_pixels_of_the_upright_image(table):
+    """Scale 1 sees the center crop; scale 2 whole patches inside it."""
+    predictions = predict(tiny_model(), table, TRANSFORM, 4)
     sizes = {path: (40, 48) if "bird 0" in path else (60, 68) for path in table["path"]}
     resized, margin = 55, 3  # 48 / 0.875, and (55 - 48) / 2 rounded
     for row in predictions.dropna(subset=BOX_COLUMNS).itertuples():
@@ -129,12 +124,42 @@ def test_regions_are_in_pixels_of_the_photo(table):
     assert predictions.loc[fused, BOX_COLUMNS].isna().all(axis=None)
 
 
-def test_weights_that_give_no_number_are_told_not_counted_as_correct(table):
-    model = opinionated()
+def test_weights_that_give_no_number_are_an_error_and_not_a_correct_answer(table):
+    model = tiny_model()
     with torch.no_grad():
         model.classifier.bias[2] = float("nan")
     with pytest.raises(InputError, match=r"0.png: the model's logits are not finite"):
-        predict(model, table, VIEW, 4)
+        predict(model, table, TRANSFORM, 4)
+
+
+def halves(strength, threshold, recorded):
+    """A proposal of two regions: left and right."""
+    height, width = recorded.grid
+    boxes = torch.tensor([[0, 0, height, width // 2], [0, width // 2, height, width]])
+    return boxes.expand(len(strength), 2, 4)
+
+
+def left(strength, threshold, recorded):
+    return halves(strength, threshold, recorded)[:, 0]
+
+
+def test_of_several_regions_the_first_is_reported_and_all_are_averaged(table):
+    model = tiny_model(scales=3)
+    predictions = []
+    for proposal in (halves, left):
+        model.settings = replace(model.settings, proposal=proposal)
+        predictions.append(predict(model, table, TRANSFORM, 4))
+        (batch,) = iterate_batches(model, table, TRANSFORM, 17)
+        with torch.no_grad():
+            output = model(batch["pixels"])
+        probabilities = torch.stack(fuse(output.logits), dim=1).flatten(0, 1)
+        confidence, prediction = probabilities.max(dim=1)
+        np.testing.assert_allclose(predictions[-1]["confidence"], confidence, rtol=1e-4)
+        assert predictions[-1]["prediction"].tolist() == prediction.tolist()
+    several, first = predictions
+    pd.testing.assert_frame_equal(several[BOX_COLUMNS], first[BOX_COLUMNS])
+    change = (several["confidence"] - first["confidence"]).abs().groupby(several["output"]).max()
+    assert change["scale 1"] == 0 and change.drop("scale 1").min() > 0.01
 
 
 def test_fusions_are_means():
@@ -152,27 +177,28 @@ def test_fusions_are_means():
 class Fixed(torch.nn.Module):
     """Gives each image the logits that are written for it."""
 
-    proposal, num_scales, image_size, mean_std = "whole", 1, (48, 48), ((0, 0, 0), (1, 1, 1))
+    num_scales, image_size = 1, (48, 48)
 
     def __init__(self, logits):
         super().__init__()
         self.logits, self.place = torch.nn.Parameter(logits), 0
 
-    def forward(self, images, source):
-        rows = slice(self.place, self.place + len(images))
-        self.place += len(images)
-        boxes = torch.tensor([0.0, 0, 48, 48]).repeat(len(images), 1)
+    def forward(self, pixels):
+        assert pixels.dtype == torch.uint8
+        rows = slice(self.place, self.place + len(pixels))
+        self.place += len(pixels)
+        boxes = torch.tensor([0.0, 0, 48, 48]).repeat(len(pixels), 1)
         return RAMSOutput((self.logits[rows],), (boxes,), (), ())
 
 
 @given(st.integers(0, 10**6), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_scores_are_those_of_independent_formulas(table, seed, ties):
     draw = np.random.default_rng(seed)
     logits = draw.normal(size=(17, 9)) * 3
     logits = (logits.round() if ties else logits).astype(np.float32)
     labeled = table.assign(label=draw.integers(0, 9, 17))
-    predictions = predict(Fixed(torch.tensor(logits)), labeled, VIEW, 5)
+    predictions = predict(Fixed(torch.tensor(logits)), labeled, TRANSFORM, 5)
     found = score(predictions).iloc[0]
     expected = _reference(logits.astype(float), labeled["label"].tolist())
     for name, value in expected.items():
@@ -222,7 +248,7 @@ def test_calibration_error_of_known_cases():
 
 
 def test_boxes_are_scored_against_annotations_in_the_same_pixels():
-    looked = pd.DataFrame(
+    regions = pd.DataFrame(
         [
             ("a", "scale 1", 0, 0, 10, 10),
             ("a", "scale 2", 0, 0, 5, 10),
@@ -234,12 +260,12 @@ def test_boxes_are_scored_against_annotations_in_the_same_pixels():
     table = pd.DataFrame(
         [("a", 0, 5, 10, 15), ("b", np.nan, np.nan, np.nan, np.nan)], columns=["path", *BOX_COLUMNS]
     )
-    scores = score_boxes(pd.concat([looked, fused]), table)
+    scores = score_boxes(pd.concat([regions, fused]), table)
     assert scores["output"].tolist() == ["scale 1", "scale 2"]
     assert scores["iou"].tolist() == pytest.approx([50 / 150, 25 / 125])
     assert scores["area"].tolist() == pytest.approx([1.0, 0.5])
     with pytest.raises(InputError, match="no.* annotated box"):
-        score_boxes(looked, table[1:])
+        score_boxes(regions, table[1:])
 
 
 def test_most_confused_counts_the_mistakes():
@@ -261,3 +287,124 @@ def test_confusion_matrix_counts_every_image_and_keeps_the_classes_with_most_mis
     assert few.index.tolist() == few.columns.tolist() == [0, 2]
     assert few.equals(whole.loc[[0, 2], [0, 2]])
     assert confusion_matrix(predictions, 4, "scale 2").to_numpy().tolist() == [[0] * 4] * 4
+
+
+# --- early exit ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[(2, "attention"), (3, "attention"), (3, "random")], ids=str)
+def model(request):
+    scales, proposal = request.param
+    return tiny_model(scales=scales, proposal=proposal)
+
+
+def middle(predictions):
+    """A threshold between the confidences of scale 1, with images on both sides."""
+    confidence = np.sort(predictions.query("output == 'scale 1'")["confidence"])
+    return confidence[7:9].mean()
+
+
+@pytest.mark.parametrize("threshold, name", [(0.0, "scale 1"), (1.0, "mean softmax")])
+def test_the_extremes_are_one_scale_and_all(model, table, threshold, name):
+    expected = predict(model, table, TRANSFORM, batch_size=4).query("output == @name")
+    found = predict_early_exit(model, table, TRANSFORM, threshold, batch_size=4)
+    assert found["scales"].eq(1 if threshold == 0 else model.num_scales).all()
+    columns = ["path", "label", "prediction", "confidence", "true_probability", "rank"]
+    pd.testing.assert_frame_equal(
+        found[columns], expected[columns].reset_index(drop=True), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 17])
+def test_each_image_gets_its_own_answer_in_any_batch(model, table, batch_size):
+    full = predict(model, table, TRANSFORM, batch_size=17)
+    first, fused = (
+        full.query("output == @name").reset_index(drop=True) for name in ("scale 1", "mean softmax")
+    )
+    threshold = middle(full)
+    found = predict_early_exit(model, table, TRANSFORM, threshold, batch_size)
+    confident = first["confidence"] > threshold
+    assert 0 < confident.sum() < len(table)
+    assert found["scales"].tolist() == [1 if one else model.num_scales for one in confident]
+    assert found["path"].tolist() == table["path"].tolist()
+    for name in ("prediction", "confidence", "true_probability", "rank"):
+        np.testing.assert_allclose(
+            found[name], first[name].where(confident, fused[name]), rtol=1e-4
+        )
+
+
+def test_only_the_unconfident_are_encoded_again(model, table):
+    encoded = []
+    hook = model.backbone.blocks[0].register_forward_hook(
+        lambda _, given, __: encoded.append(len(given[0]))
+    )
+    pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        confidence = model(pixels).logits[0].softmax(dim=1).amax(dim=1)
+    encoded.clear()
+    _, confident = early_exit(model, pixels, confidence.sort().values[2:4].mean())
+    assert confident.sum() == 3 and encoded == [6, *[3] * (model.num_scales - 1)]
+    encoded.clear()
+    assert early_exit(model, pixels, 0.0)[1].all() and encoded == [6]
+    hook.remove()
+
+
+def test_one_scale_is_always_confident_enough(table):
+    model = tiny_model(scales=1)
+    found = predict_early_exit(model, table, TRANSFORM, 0.9)
+    expected = predict(model, table, TRANSFORM)
+    np.testing.assert_allclose(found["confidence"], expected["confidence"], rtol=1e-5)
+    assert found["scales"].eq(1).all()
+
+
+def test_early_exit_of_a_damaged_model_is_an_error(table):
+    model = tiny_model()
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="logits are not finite"):
+        predict_early_exit(model, table, TRANSFORM, 0.5)
+
+
+def predictions_of(confidence, first, full):
+    """A table of predictions as `predict` gives it, of confidences and ranks."""
+    rows = []
+    for index, values in enumerate(zip(confidence, first, full, strict=True)):
+        for name, rank in zip(("scale 1", "mean softmax"), values[1:], strict=True):
+            rows.append({"path": index, "output": name, "confidence": values[0], "rank": rank})
+    return pd.DataFrame(rows)
+
+
+def test_the_threshold_is_the_lowest_that_keeps_the_accuracy():
+    # scale 2 corrects the images of confidence 0.3 and 0.5 and misclassifies that of 0.7
+    predictions = predictions_of([0.3, 0.5, 0.7, 0.9], [1, 1, 0, 0], [0, 0, 1, 0])
+    curve = early_exit_curve(predictions)
+    assert curve["threshold"].tolist() == [0, 0.3, 0.5, 0.7, 0.9, 1]
+    assert curve["exit_rate"].tolist() == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert curve["top1"].tolist() == [50, 75, 100, 75, 75, 75]
+    assert curve["accuracy_drop"].tolist() == [25, 0, -25, 0, 0, 0]
+    assert choose_exit_threshold(predictions, 0.0) == 0.3
+    assert choose_exit_threshold(predictions, 25.0) == 0.0
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.booleans()), min_size=1, max_size=20))
+def test_a_chosen_threshold_loses_no_more_than_was_allowed(images):
+    confidence, first, full = zip(*images, strict=True)
+    predictions = predictions_of(confidence, map(int, first), map(int, full))
+    curve = early_exit_curve(predictions).set_index("threshold")
+    assert curve["accuracy_drop"].iloc[-1] == 0 and curve["exit_rate"].is_monotonic_decreasing
+    for allowed in (0.0, 10.0, 100.0):
+        chosen = choose_exit_threshold(predictions, allowed)
+        assert (curve.loc[chosen:, "accuracy_drop"] <= allowed).all()
+
+
+def test_scores_read_the_table(model, table):
+    scores = score(predict_early_exit(model, table, TRANSFORM, 0.5))
+    assert scores["output"].tolist() == ["early exit"] and scores["images"].item() == 17
+
+
+def test_a_threshold_needs_two_scales_and_a_drop_of_0_or_more():
+    with pytest.raises(InputError, match="chooses between scales"):
+        choose_exit_threshold(predictions_of([0.5], [0], [0]).query("output == 'scale 1'"))
+    with pytest.raises(InputError, match="accuracy_drop is -1; give 0 or more"):
+        choose_exit_threshold(predictions_of([0.5], [0], [0]), -1)

@@ -7,26 +7,25 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from tiny import draw_photos, tiny_config
+from tiny import draw_photos, tiny_model
 
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
-from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.evaluation import predict
 from ramslib.localization import (
     StrengthMaps,
     accuracy_by_threshold,
     best_median_worst,
+    propose_boxes,
     record_strengths,
-    regions,
     score_regions,
     sweep_thresholds,
 )
-from ramslib.model import build_model
 
 GRID, INPUT = (4, 5), (32, 40)
-VIEW = ImageTransform((64, 80), 0.8)  # resized to 80 x 100, margins 8 and 10
+TRANSFORM = ImageTransform((64, 80), 0.8)  # resized to 80 x 100, margins 8 and 10
 SIZES = [(120, 200), (90, 60), (80, 100), (50, 50), (300, 310)]
 
 
@@ -45,7 +44,7 @@ def strengths():
         name: torch.rand(5, *GRID, generator=torch.Generator().manual_seed(1)) ** 3 for name in "ab"
     }
     maps["b"] = maps["b"].flip(2)
-    return StrengthMaps(maps, table, VIEW, torch.tensor(SIZES), INPUT)
+    return StrengthMaps(maps, table, TRANSFORM, torch.tensor(SIZES), INPUT)
 
 
 @pytest.fixture
@@ -62,9 +61,9 @@ def parts(strengths):
 
 
 def region_by_hand(strength, threshold, size):
-    """Patch box to pixels of the photo: 8 x 8 patches, margins, and the resize of the view."""
+    """Patch box to pixels of the image: margins, and the resize before the crop."""
     top, left, bottom, right = reference.propose(strength.numpy(), threshold)
-    scale = (size[0] / 80, size[1] / 100)  # photo pixels per pixel of the resized image
+    scale = (size[0] / 80, size[1] / 100)  # image pixels per pixel of the resized image
     side = (64 / GRID[0], 80 / GRID[1])
     return (
         (top * side[0] + 8) * scale[0],
@@ -84,7 +83,7 @@ def iou_by_hand(one, other):
 
 @pytest.mark.parametrize("threshold", [0.5, 1.1, 2.5])
 def test_scores_equal_the_loops(strengths, parts, threshold):
-    boxes = regions(strengths, "a", threshold, "attention")
+    boxes = propose_boxes(strengths, "a", threshold, "attention")
     scores = score_regions(boxes, strengths, parts)
     assert scores.columns.tolist() == ["path", "iou", "area", "parts_inside"]
     for number, size in enumerate(SIZES):
@@ -114,14 +113,16 @@ def test_a_sweep_has_the_means_of_every_combination(strengths, parts):
     assert len(swept) == 2 * 3 * 2
     keys = swept[["strength", "proposal", "threshold"]].itertuples(index=False, name=None)
     for key, row in zip(keys, swept.to_dict("records"), strict=True):
-        scores = score_regions(regions(strengths, key[0], key[2], key[1]), strengths, parts)
+        scores = score_regions(propose_boxes(strengths, key[0], key[2], key[1]), strengths, parts)
         iou = [value for value in scores["iou"] if value == value]
         assert row["iou"] == pytest.approx(sum(iou) / 4)
         assert row["iou_above_half"] == sum(value > 0.5 for value in iou) / 4
         assert row["area"] == pytest.approx(scores["area"].mean())
         assert row["parts_inside"] == pytest.approx(scores["parts_inside"].mean())
     whole = swept[swept["proposal"] == "whole"]
-    assert whole["area"].tolist() == pytest.approx([0.64] * 4), "of the photo, not of its view"
+    assert whole["area"].tolist() == pytest.approx([0.64] * 4), (
+        "of the image, not of its center crop"
+    )
     areas = swept.pivot(index=["strength", "threshold"], columns="proposal", values="area")
     assert areas["center"].tolist() == pytest.approx(areas["attention"].tolist())
 
@@ -135,13 +136,13 @@ def test_without_boxes_there_is_no_overlap(strengths):
 
 def test_random_regions_are_those_of_the_image_and_leave_the_generator_alone(strengths):
     state = torch.get_rng_state()
-    first = regions(strengths, "a", 1.2, "random")
-    assert regions(strengths, "a", 1.2, "random").equal(first)
+    first = propose_boxes(strengths, "a", 1.2, "random")
+    assert propose_boxes(strengths, "a", 1.2, "random").equal(first)
     assert torch.get_rng_state().equal(state)
     few = StrengthMaps(
-        {"a": strengths.maps["a"][:2]}, strengths.table[:2], VIEW, strengths.sizes[:2], INPUT
+        {"a": strengths.maps["a"][:2]}, strengths.table[:2], TRANSFORM, strengths.sizes[:2], INPUT
     )
-    assert regions(few, "a", 1.2, "random").equal(first[:2])
+    assert propose_boxes(few, "a", 1.2, "random").equal(first[:2])
 
 
 def test_best_median_and_worst():
@@ -159,25 +160,38 @@ def photos(tmp_path_factory):
     return table[table["split"] == "test"].reset_index(drop=True)
 
 
-def opinionated(**changes):
-    """A model whose attention and classifier are far from uniform."""
-    torch.manual_seed(0)
-    model, _ = build_model(tiny_config(".", **changes), 3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval()
+IDEAS = """
+import ramslib
+import torch
+
+def norms(recorded):
+    return recorded.tokens.norm(dim=-1)
+
+@ramslib.reads(blocks=0)
+def two(strength, threshold, recorded=None):
+    boxes = ramslib.dppm.attention_proposal(strength, threshold).patch_boxes
+    whole = torch.tensor([0, 0, *strength.shape[1:]]).expand_as(boxes)
+    return torch.stack([boxes, whole], dim=1)
+"""
 
 
-@pytest.mark.parametrize("proposal", ["attention", "random"])
-def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(photos, proposal):
-    model, view = opinionated(proposal=proposal, threshold=1.1), ImageTransform(48, 0.875)
-    predictions = predict(model, photos, view, batch_size=4)
-    strengths = record_strengths(model, photos, view, ["last_class"], batch_size=5)
-    looked = predictions.query("output == 'scale 2'")[BOX_COLUMNS].to_numpy()
-    found = regions(strengths, "last_class", 1.1, proposal)
-    np.testing.assert_allclose(found, looked, rtol=1e-4, atol=1e-3)
-    accuracy = accuracy_by_threshold(model, photos, view, [0.5, 1.1], batch_size=7)
+@pytest.mark.parametrize(
+    "strength, proposal",
+    [("last_class", "attention"), ("last_class", "random"), ("ideas.py:norms", "ideas.py:two")],
+)
+def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(
+    photos, strength, proposal, tmp_path, monkeypatch
+):
+    (tmp_path / "ideas.py").write_text(IDEAS)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(3, strength=strength, proposal=proposal, threshold=1.1)
+    transform = ImageTransform(48, 0.875)
+    predictions = predict(model, photos, transform, batch_size=4)
+    strengths = record_strengths(model, photos, transform, [strength], batch_size=5)
+    shown = predictions.query("output == 'scale 2'")[BOX_COLUMNS].to_numpy()
+    found = propose_boxes(strengths, strength, 1.1, proposal)
+    np.testing.assert_allclose(found, shown, rtol=1e-4, atol=1e-3)
+    accuracy = accuracy_by_threshold(model, photos, transform, [0.5, 1.1], batch_size=7)
     for row in accuracy.query("threshold == 1.1").itertuples():
         correct = predictions.loc[predictions["output"] == row.output, "rank"] == 0
         assert row.top1 == pytest.approx(100 * correct.mean())
@@ -185,19 +199,28 @@ def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(photos, 
         assert row.standard_error == pytest.approx(error) and row.images == 15
 
 
-def test_a_region_that_thresholds_share_is_looked_at_once(photos):
-    model, view, seen = opinionated(), ImageTransform(48, 0.875), []
+def test_a_region_that_thresholds_share_is_run_once(photos):
+    model, transform, seen = tiny_model(3), ImageTransform(48, 0.875), []
 
-    def look(images, scale, original=model.look):
-        seen.append((scale, len(images)))
-        return original(images, scale)
+    def run_scale(inputs, scale, *options, original=model.run_scale):
+        seen.append((scale, len(inputs)))
+        return original(inputs, scale, *options)
 
-    model.look = look
-    accuracy = accuracy_by_threshold(model, photos, view, [98.0, 99.0, 99.0], batch_size=15)
+    model.run_scale = run_scale
+    accuracy = accuracy_by_threshold(model, photos, transform, [98.0, 99.0, 99.0], batch_size=15)
     assert seen == [(0, 15), (1, 15)], "no patch is that strong: the whole image, each time"
     assert accuracy.groupby("output")["top1"].nunique().eq(1).all()
 
 
+def test_a_proposal_that_reads_more_than_the_strength_is_not_swept(strengths):
+    with pytest.raises(InputError, match="'mine' may read the recorded scale.*reads"):
+
+        def mine(strength, threshold, recorded):
+            return recorded.tokens
+
+        propose_boxes(strengths, "a", 1.0, mine)
+
+
 def test_accuracies_by_threshold_need_two_scales(photos):
     with pytest.raises(InputError, match="two scales, not 3"):
-        accuracy_by_threshold(opinionated(scales=3), photos, ImageTransform(48), [1.0])
+        accuracy_by_threshold(tiny_model(3, scales=3), photos, ImageTransform(48), [1.0])

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from ramslib.config import Config
+from ramslib.data.transforms import temporary_seed
+from ramslib.model import build_model
 from ramslib.runs.run import lock_run
 from ramslib.training.launch import command, overrides
 
@@ -48,6 +51,15 @@ def tiny_config(root, **changes):
     }
     settings |= {"batch_size": 6, "epochs": 3, "warmup_steps": 2, "learning_rate": 1e-3}
     return Config().replace(**settings | {"workers": 0} | changes)
+
+
+def tiny_model(classes=5, seed=0, **changes):
+    """A model in evaluation mode whose classifier and attention are far from uniform."""
+    with temporary_seed(seed), torch.no_grad():
+        model = build_model(tiny_config(".", **changes), classes)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
 
 
 def start_training(config, run, processes=1):
