@@ -1,4 +1,4 @@
-"""Selective recomputation: the same gradients to the bit, and less is kept."""
+"""Accelerated forms: equal to the plain ones; recomputed gradients bit-identical, and less kept."""
 
 import mmap
 import platform
@@ -12,9 +12,89 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ramslib import acceleration
-from ramslib.acceleration import RecomputeEntry, selective_checkpointing, trim_heap
+from ramslib.acceleration import (
+    RecomputeEntry,
+    is_on,
+    plain_path,
+    selective_checkpointing,
+    trim_heap,
+)
+from ramslib.model import ProposalSettings, RAMSTrans
+from ramslib.transfg import TransFG
 
 FAMILIES = ["vit", "dinov2", "dinov3", "eva", "beit"]
+
+
+# --- the plain path ----------------------------------------------------------------------------
+
+
+def joint_step(model, images):
+    """Outputs of all scales, and the gradients of their cross entropies together."""
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(model.classifier.weight, generator=generator)
+    outputs = list(model.iterate_scales(images))
+    labels = torch.tensor([0, 2, 1])
+    sum(model.loss(output, labels) for output in outputs).backward()
+    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(found, expected):
+    """Equal boxes; strengths, logits and gradients equal to rounding."""
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        torch.testing.assert_close(one.logits, other.logits, atol=1e-4, rtol=1e-4)
+        if one.strength is not None:
+            torch.testing.assert_close(one.strength, other.strength, atol=1e-6, rtol=1e-4)
+    assert found[1].keys() == expected[1].keys() and len(found[1]) > 10
+    largest = max(float(gradient.abs().max()) for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5 * largest, rtol=1e-3)
+
+
+@pytest.mark.parametrize("strength", ["rollout_mean", "rollout_class"])
+def test_the_plain_path_of_rams_trans_gives_the_same(strength, family, backbone_of, images):
+    if strength == "rollout_class" and family in ("siglip", "average", "registers_average"):
+        return
+    settings = ProposalSettings((1.0, 1.1), strength, scales=3)
+
+    def step():
+        model = RAMSTrans(backbone_of(family), 3, settings, per_scale_token=False)
+        return joint_step(model, images(3))
+
+    with plain_path():
+        plain = step()
+    assert_same_step(step(), plain)
+    boxes = torch.cat([output.boxes for output in plain[0]])
+    assert len(boxes.unique(dim=0)) > 1, "not the whole image each time"
+
+
+@pytest.mark.parametrize("family", ["vit", "qk_norm", "clip", "dinov2_registers", "deit3", "eva"])
+def test_the_plain_path_of_transfg_gives_the_same(family, backbone_of, images):
+    with plain_path():
+        plain = joint_step(TransFG(backbone_of(family), 3), images(3))
+    assert_same_step(joint_step(TransFG(backbone_of(family), 3), images(3)), plain)
+
+
+def test_the_plain_path_computes_what_is_in_the_equations(backbone_of, images, monkeypatch):
+    settings, seen = ProposalSettings(strength="rollout_mean"), []
+    model = RAMSTrans(backbone_of("vit"), 3, settings, per_scale_token=False)
+    model.backbone.blocks[-1].mlp.register_forward_hook(
+        lambda _, inputs, output: seen.append(output.shape[1])
+    )
+    model.forward_preprocessed(images())
+    with pytest.raises(KeyError), plain_path():
+        with plain_path():
+            assert not is_on()
+        with monkeypatch.context() as patch:
+            patch.setattr(acceleration, "multiply_rows_in_cache", None)  # must not be called
+            model.forward_preprocessed(images())
+        raise KeyError
+    assert is_on()
+    model.forward_preprocessed(images())
+    assert seen == [1, 1, 13, 13, 1, 1], "class token, or class token and 12 patches"
+
+
+# --- selective checkpointing -------------------------------------------------------------------
 
 
 def gradients(model, images, amp=None):
@@ -29,7 +109,7 @@ def gradients(model, images, amp=None):
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_the_same_to_the_bit(family, amp, backbone_of, images):
+def test_gradients_are_bit_identical(family, amp, backbone_of, images):
     model = backbone_of(family).train()
     expected = gradients(model, images(3), amp)
     with selective_checkpointing():
@@ -60,7 +140,7 @@ def test_dropout_between_the_two_is_respected(inplace, backbone_of, images):
 
 
 @pytest.mark.parametrize("changed", ["input", "kept"])
-def test_a_change_in_place_is_refused_as_ever(changed):
+def test_a_change_in_place_is_refused(changed):
     weight = torch.ones(3, 3, requires_grad=True)
     with selective_checkpointing():
         values = weight * 2
@@ -70,7 +150,7 @@ def test_a_change_in_place_is_refused_as_ever(changed):
         output.sum().backward()
 
 
-def test_another_view_of_an_output_is_no_recipe():
+def test_another_view_of_an_output_is_not_taken_for_it():
     weight = torch.randn(4, 4, requires_grad=True)
     other = torch.randn(4, 4, requires_grad=True)
 
@@ -137,7 +217,7 @@ def test_frozen_blocks_leave_nothing_behind(backbone_of, images):
     assert seen == [0]
 
 
-def test_the_heap_is_trimmed_as_often_as_so_many_bytes_were_kept(backbone_of, images, monkeypatch):
+def test_the_heap_is_trimmed_whenever_that_many_bytes_were_kept(backbone_of, images, monkeypatch):
     model, trims = backbone_of("vit"), []
     monkeypatch.setattr(acceleration, "trim_heap", lambda: trims.append(1))
     with selective_checkpointing() as mode:
@@ -173,7 +253,7 @@ def test_trimming_returns_holes_between_what_is_kept():
     assert all(tensor.eq(1).all() for tensor in kept)
 
 
-def test_trimming_is_left_out_where_there_is_no_such_thing(monkeypatch):
+def test_trimming_is_left_out_on_other_systems(monkeypatch):
     monkeypatch.setattr(acceleration.sys, "platform", "win32")
     monkeypatch.setattr(acceleration.ctypes, "CDLL", None)  # must not be asked
     trim_heap()

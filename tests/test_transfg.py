@@ -1,4 +1,4 @@
-"""TransFG against loops: which patches heads choose, what the last block sees, how it learns."""
+"""TransFG against loops: which patches heads select, what the last block sees, how it learns."""
 
 import copy
 import threading
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import draw_photos, finish_training, read_log, same_run, tiny_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from tiny import draw_photos, finish_training, read_log, same_run, tiny_config, tiny_model
 
 import ramslib.training.trainer
 from ramslib.attention import QueryKey, attention_probabilities, record_attention
@@ -44,7 +45,7 @@ def refused(function, *arguments, **options):
 
 @pytest.fixture
 def model_of(backbone_of):
-    """Function (family, stride, **options) -> model with an opinionated classifier."""
+    """Function (family, stride, **options) -> model with a random classifier."""
 
     def make(family="vit", stride=None, **options):
         backbone = backbone_of(family)
@@ -58,7 +59,7 @@ def model_of(backbone_of):
     return make
 
 
-def slow_look(model, view):
+def slow_parts(model, inputs):
     """Feature and patches of a timm ViT, block by block, with attention that is not fused."""
     backbone, seen = model.backbone, []
     for block in backbone.blocks:
@@ -67,14 +68,14 @@ def slow_look(model, view):
         block.attn.attn_drop.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         for block in backbone.blocks
     ]
-    tokens = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(view)))
+    tokens = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(inputs)))
     for block in backbone.blocks[:-1]:
         tokens = block(tokens)
     maps = [probabilities.detach().numpy() for probabilities in seen]
     height, width = model.grid
     prefix = tokens.shape[1] - height * width
     rows, patches = [], []
-    for image in range(len(view)):
+    for image in range(len(inputs)):
         chosen = reference.chosen_patches([map[image] for map in maps], model.grid)
         rows.append(tokens[image, [*range(prefix), *(prefix + patch for patch in chosen)]])
         patches.append(chosen)
@@ -88,12 +89,12 @@ def slow_look(model, view):
 @pytest.mark.parametrize(
     "family", ["vit", "qk_norm", "clip", "dinov2", "dinov2_registers", "deit3"]
 )
-def test_a_look_is_what_the_loops_give(family, stride, model_of, images):
-    model, view = model_of(family, stride), images(6)
-    parts = model.look(view)
-    feature, patches = slow_look(copy.deepcopy(model), view)
+def test_parts_are_those_of_the_loops(family, stride, model_of, images):
+    model, inputs = model_of(family, stride), images(6)
+    parts = model.run_parts(inputs)
+    feature, patches = slow_parts(copy.deepcopy(model), inputs)
     assert parts.patches.tolist() == patches
-    assert len({tuple(each) for each in patches}) > 1, "images choose differently"
+    assert len({tuple(each) for each in patches}) > 1, "images differ"
     torch.testing.assert_close(parts.feature, feature, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(parts.logits, model.classifier(feature), atol=1e-4, rtol=1e-4)
 
@@ -127,7 +128,7 @@ def test_the_last_block_reads_prefix_and_chosen_tokens_only(family, model_of, im
     hook = model.backbone.blocks[-1].attn.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].shape[1])
     )
-    output = model(images(3))
+    output = model.forward_preprocessed(images(3))
     hook.remove()
     assert seen == [model.backbone.num_prefix_tokens + 2]  # two heads
     assert len(output.logits) == 1 and output.logits[0].shape == (3, CLASSES)
@@ -152,7 +153,7 @@ def test_other_backbones_that_do_not_fit(backbone_of):
 
 
 def test_images_of_another_size_are_refused(model_of, images):
-    assert "resize them" in refused(model_of(), images(1, (32, 24)))
+    assert "resize them" in refused(model_of().forward_preprocessed, images(1, (32, 24)))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.floats(-0.5, 0.9))
@@ -166,20 +167,25 @@ def test_contrastive_loss_is_that_of_the_pairs(seed, count, margin):
 
 def test_five_steps_are_those_of_plain_loops(model_of, images):
     """Losses of SGD steps by the library and by a loop that shares no code with it."""
-    view, labels = images(4), torch.tensor([0, 1, 1, 4])
+    pixels, labels = images(4).sigmoid(), torch.tensor([0, 1, 1, 4])
     model = model_of("vit", 6, contrastive_weight=0.7, contrastive_margin=0.1)
     slow = copy.deepcopy(model)
     optimizer = create_optimizer(
         model, Config.preset("released", model="transfg", learning_rate=0.01)
     )
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    inputs = (pixels - mean) / std
     plain = torch.optim.SGD(slow.parameters(), lr=0.01, momentum=0.9)
     for _ in range(5):
         optimizer.zero_grad()
-        (loss,) = backward_scales(model, view, None, labels, [1.0])
+        (loss,) = backward_scales(model, pixels, labels, [1.0])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         plain.zero_grad()
-        feature, _ = slow_look(slow, view)
+        feature, _ = slow_parts(slow, inputs)
         cosine = F.cosine_similarity(feature[:, None], feature[None], dim=2)
         pairs = [
             1 - cosine[i, j] if labels[i] == labels[j] else F.relu(cosine[i, j] - 0.1)
@@ -197,9 +203,9 @@ def test_five_steps_are_those_of_plain_loops(model_of, images):
 
 
 def test_mixed_precision_follows_the_full_one(model_of, images):
-    view, labels = images(4), torch.tensor([0, 1, 1, 4])
+    pixels, labels = images(4).sigmoid(), torch.tensor([0, 1, 1, 4])
     losses = [
-        backward_scales(model_of(), view, None, labels, [1.0], amp=amp).item()
+        backward_scales(model_of(), pixels, labels, [1.0], amp=amp).item()
         for amp in (None, torch.bfloat16)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
@@ -208,21 +214,21 @@ def test_mixed_precision_follows_the_full_one(model_of, images):
 @pytest.mark.parametrize("family", FITS)
 @pytest.mark.parametrize("stride", [8, 5, 1])
 def test_overlapping_patches_are_windows_of_the_image(family, stride, backbone_of, images):
-    backbone, plain, view = backbone_of(family), backbone_of(family), images(1)
+    backbone, plain, inputs = backbone_of(family), backbone_of(family), images(1)
     overlap_patches(backbone, stride)
     grid = (24 - 8) // stride + 1, (32 - 8) // stride + 1
     assert patch_grid(backbone) == grid
-    tokens = backbone.patch_embed(view)
+    tokens = backbone.patch_embed(inputs)
     assert tokens.shape[1] == grid[0] * grid[1] == backbone.patch_embed.num_patches
     row, column = grid[0] - 1, grid[1] - 2
     top, left = row * stride, column * stride
-    window = torch.zeros_like(view)
-    window[..., :8, :8] = view[..., top : top + 8, left : left + 8]
+    window = torch.zeros_like(inputs)
+    window[..., :8, :8] = inputs[..., top : top + 8, left : left + 8]
     alone = plain.patch_embed(window)[:, 0]
     torch.testing.assert_close(tokens[:, row * grid[1] + column], alone, atol=1e-5, rtol=1e-4)
-    assert backbone.forward_features(view).shape[1] == tokens.shape[1] + plain.num_prefix_tokens
+    assert backbone.forward_features(inputs).shape[1] == tokens.shape[1] + plain.num_prefix_tokens
     if stride == 8:
-        assert torch.equal(backbone(view), plain(view))
+        assert torch.equal(backbone(inputs), plain(inputs))
 
 
 def test_strides_and_families_that_cannot_overlap(backbone_of):
@@ -241,21 +247,20 @@ def tiny(**changes):
 
 def test_a_configuration_reaches_the_model():
     settings = {"patch_stride": 8, "contrastive_weight": 0.5, "contrastive_margin": 0.2}
-    model, origin = build_model(tiny(normalization="imagenet", drop_path=0.2, **settings), 7)
-    assert isinstance(model, TransFG) and "random" in origin and set(MODELS) == {"rams", "transfg"}
+    model = build_model(tiny(normalization="imagenet", drop_path=0.2, **settings), 7)
+    assert isinstance(model, TransFG) and "random" in model.origin
+    assert set(MODELS) == {"rams", "transfg"}
     assert (model.grid, model.num_scales, model.contrastive_weight) == ((3, 3), 1, 0.5)
-    assert model.contrastive_margin == 0.2 and model.mean_std[0] == (0.485, 0.456, 0.406)
+    assert model.contrastive_margin == 0.2
+    assert model.mean.flatten().tolist() == pytest.approx(IMAGENET_DEFAULT_MEAN)
     assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    vit, _ = build_model(tiny_config("", model="vit", patch_stride=8), 7)
+    vit = build_model(tiny_config("", model="vit", patch_stride=8), 7)
     assert (vit.grid, vit.num_scales) == ((3, 3), 1)
 
 
+@pytest.mark.slow
 def test_the_exported_program_takes_any_batch():
-    torch.manual_seed(0)
-    model = build_model(tiny(), CLASSES)[0].eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model = tiny_model(CLASSES, model="transfg")
     program = export_model(model, (48, 48)).module()
     for batch in (1, 5):
         pixels = torch.randint(0, 256, (batch, 3, 48, 48), dtype=torch.uint8)
@@ -279,6 +284,7 @@ def asked_to_stop():
     yield stop
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
     config = tiny_config(photos, model="transfg", patch_stride=8, epochs=2, ema_decay=0.9)
     run = train(config, tmp_path / "run")
@@ -297,6 +303,7 @@ def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
     assert "TransFG on folder" in (run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_with_micro_batches_and_mixed_precision(photos, tmp_path):
     options = {"epochs": 1, "batch_size": 8, "grad_accum_steps": 2, "amp": "bf16"}
     config = tiny_config(photos, model="transfg", **options)
