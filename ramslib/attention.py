@@ -25,7 +25,6 @@ from ramslib import acceleration
 from ramslib.errors import InputError
 from ramslib.extensions import reads, resolve
 
-
 LAST_BLOCKS = 3  # how many blocks the strengths of "last blocks" read
 
 
@@ -249,6 +248,7 @@ STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
     "last_blocks_mean": last_blocks_mean,
     "token_contrast": token_contrast,
 }
+CLASS_STRENGTHS = [function for function in STRENGTHS.values() if function is not rollout_mean]
 
 
 @lru_cache

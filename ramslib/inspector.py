@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ramslib.attention import (
+    CLASS_STRENGTHS,
     STRENGTHS,
     RecordedScale,
     attention_strength,
@@ -218,7 +219,7 @@ class Inspector:
             that it was proposed in, ``patches`` above the threshold, their number of
             ``components``, and ``kept``.
         """
-        boxes, mask = self.image_boxes(region.boxes[:1]), region.proposal.mask
+        boxes, mask = self.image_boxes(region.boxes[:1]), region.proposal.mask[:1]
         iou = float(box_iou(boxes, self.box)[0])
         return {
             **dict(zip(BOX_COLUMNS, boxes[0].tolist(), strict=True)),
@@ -226,7 +227,7 @@ class Inspector:
             "iou": torch.nan if self.box.isnan().any() else iou,
             "patches": int(mask.sum()),
             "components": int(label_components(mask).max()),
-            "kept": int(region.proposal.component.sum()),
+            "kept": int(region.proposal.component[:1].sum()),
         }
 
     def threshold_curve(
@@ -288,7 +289,8 @@ class Inspector:
 
     def strengths(self) -> list[str]:
         """The built-in strengths that this backbone has: those of a class token need one."""
-        return [name for name in STRENGTHS if self.has_class_token or not name.endswith("_class")]
+        hidden = () if self.has_class_token else CLASS_STRENGTHS
+        return [name for name, function in STRENGTHS.items() if function not in hidden]
 
 
 def _steady(proposal: Callable) -> Callable:

@@ -21,7 +21,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ramslib.acceleration import last_block_for_one_token
-from ramslib.attention import STRENGTHS, RecordedScale, attention_strength, record_attention
+from ramslib.attention import (
+    CLASS_STRENGTHS,
+    STRENGTHS,
+    RecordedScale,
+    attention_strength,
+    record_attention,
+)
 from ramslib.backbone import count_class_tokens, create_backbone
 from ramslib.boxes import crop_and_resize, full_image_boxes, rescale_boxes
 from ramslib.classifier import ImageClassifier, ScaleOutput, Scales
@@ -218,8 +224,7 @@ def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: 
         raise InputError(f"a model needs at least one scale, not {scales}")
     if len(thresholds) < scales - 1 or any(eta != eta for eta in thresholds):
         raise InputError(f"{scales} scales need {scales - 1} thresholds, not {tuple(thresholds)}")
-    class_strengths = STRENGTHS["rollout_class"], STRENGTHS["last_class"]
-    reads_class = settings.functions[0] in class_strengths  # raises on unknown names
+    reads_class = settings.functions[0] in CLASS_STRENGTHS  # raises on unknown names
     if scales > 1 and reads_class and not count_class_tokens(backbone):
         raise InputError(
             f"{type(backbone).__name__} has no class token for strength {settings.strength!r}; "

@@ -46,7 +46,24 @@ def strength(blocks, name, grid, class_index=0):
         tokens = rollout(blocks)[class_index]
     elif name == "last_class":
         tokens = blocks[-1].mean(axis=0)[class_index]
+    elif name == "last_blocks_mean":  # not of the paper
+        rows = [block.mean(axis=0)[class_index] for block in blocks[-3:]]
+        tokens = sum(rows) / len(rows)
     return tokens[len(tokens) - grid[0] * grid[1] :].reshape(grid)
+
+
+def token_contrast(tokens, weights):
+    """Cosine to the weighted mean of unit tokens minus that to the border's: (h, w, D), (h, w)."""
+    height, width, size = tokens.shape
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    attended, border = np.zeros(size), np.zeros(size)
+    for row in range(height):
+        for column in range(width):
+            attended += weights[row, column] * unit[row, column]
+            if row in (0, height - 1) or column in (0, width - 1):
+                border += unit[row, column]
+    values = unit @ attended / np.linalg.norm(attended) - unit @ border / np.linalg.norm(border)
+    return values - values.min()
 
 
 def patch_mask(values, threshold):

@@ -15,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from ramslib import acceleration
 from ramslib.acceleration import plain_path
 from ramslib.attention import (
+    CLASS_STRENGTHS,
     STRENGTHS,
     QueryKey,
     RecordedScale,
@@ -278,6 +279,7 @@ def test_inference_mode(backbone_of, images):
 # --- strengths ---------------------------------------------------------------------------------
 
 
+ATTENTION = [name for name, strength in STRENGTHS.items() if not strength.reads_tokens]
 BIASES = [None, (1, 3, 9, 9), (2, 3, 9, 9), (9, 9), (2, 1, 1, 9)]
 
 
@@ -310,7 +312,7 @@ def probabilities(blocks):
 
 @pytest.mark.parametrize("bias_shape", BIASES)
 @pytest.mark.parametrize("class_index", [0, 2])
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_strength_equals_the_full_matrices(name, class_index, bias_shape):
     bias = None if bias_shape is None else torch.randn(bias_shape)
     blocks = random_blocks(0, bias=bias)
@@ -323,7 +325,7 @@ def test_strength_equals_the_full_matrices(name, class_index, bias_shape):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 12])
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_any_depth(name, depth):
     blocks = random_blocks(1, depth=depth)
     expected = [reference.strength(image, name, (2, 4)) for image in probabilities(blocks)]
@@ -332,7 +334,7 @@ def test_any_depth(name, depth):
 
 def test_strengths_differ_from_one_another():
     blocks = random_blocks(2)
-    maps = [strength_of(blocks, name) for name in STRENGTHS]
+    maps = [strength_of(blocks, name) for name in ATTENTION]
     maps.append(strength_of(blocks, "rollout_class", (2, 4), 1))
     maps.append(strength_of(blocks, "last_class", (2, 4), 1))
     for i, one in enumerate(maps):
@@ -365,13 +367,13 @@ def test_identity_attention_has_an_identity_rollout():
 def test_uniform_attention_gives_uniform_strength():
     zeros = torch.zeros(2, 3, 7, 4)
     blocks = [QueryKey(zeros, zeros, None, 0.5)] * 3
-    for name in STRENGTHS:
+    for name in ATTENTION:
         strength = strength_of(blocks, name, (2, 3))
         torch.testing.assert_close(strength, strength[:1, :1, :1].expand(2, 2, 3))
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10**6), st.permutations(range(6)), st.sampled_from(sorted(STRENGTHS)))
+@given(st.integers(0, 10**6), st.permutations(range(6)), st.sampled_from(ATTENTION))
 def test_permuting_patches_permutes_strength(seed, order, name):
     blocks = random_blocks(seed, tokens=8)  # two prefix tokens
     order = torch.tensor([0, 1, *(patch + 2 for patch in order)])
@@ -388,7 +390,7 @@ def test_permuting_patches_permutes_strength(seed, order, name):
     )
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_each_image_is_on_its_own(name):
     blocks = random_blocks(3, batch=4)
     alone = [block._replace(query=block.query[2:3], key=block.key[2:3]) for block in blocks]
@@ -396,7 +398,7 @@ def test_each_image_is_on_its_own(name):
     torch.testing.assert_close(strength_of(alone, name), together[2:3])
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_prefix_tokens_are_dropped_and_rows_come_first(name):
     blocks = random_blocks(4, tokens=14)
     wide = strength_of(blocks, name, (1, 12))
@@ -405,7 +407,7 @@ def test_prefix_tokens_are_dropped_and_rows_come_first(name):
     assert torch.equal(strength_of(blocks, name, (1, 9)), wide[:, :, 3:])
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_half_precision_records_give_float32_strength(name):
     blocks = random_blocks(5, size=1.0)
     half = [
@@ -418,10 +420,10 @@ def test_half_precision_records_give_float32_strength(name):
     assert torch.equal(strength, strength_of(exact, name))
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_a_real_backbone(name, family, backbone_of, images):
     backbone = backbone_of(family)
-    if name.endswith("_class") and getattr(backbone, "cls_token", None) is None:
+    if STRENGTHS[name] in CLASS_STRENGTHS and getattr(backbone, "cls_token", None) is None:
         return
     with record_attention(backbone) as blocks:
         backbone.forward_features(images())
@@ -446,7 +448,7 @@ def test_any_number_of_rows_at_a_time(cached, bias_shape, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_a_strength_reads_no_more_blocks_than_it_says(name):
     blocks = random_blocks(9, depth=5)
     count = STRENGTHS[name].reads_blocks
@@ -459,7 +461,7 @@ def test_a_strength_reads_no_more_blocks_than_it_says(name):
 def test_records_are_left_alone():
     blocks = random_blocks(6)
     before = [block.query.clone() for block in blocks]
-    for name in STRENGTHS:
+    for name in ATTENTION:
         strength_of(blocks, name)
     assert all(torch.equal(b.query, old) for b, old in zip(blocks, before, strict=True))
 
@@ -467,6 +469,19 @@ def test_records_are_left_alone():
 def test_unknown_name():
     with pytest.raises(InputError, match="unknown strength 'rolout'; choose one of rollout_mean"):
         strength_of(random_blocks(7), "rolout")
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (2, 2), (1, 5), (6, 3)])
+def test_token_contrast_equals_the_loops(grid):
+    count = grid[0] * grid[1]
+    blocks = random_blocks(14, tokens=count + 1)
+    tokens = torch.randn(2, *grid, 8, generator=torch.Generator().manual_seed(0))
+    recorded = RecordedScale(blocks, grid, tokens=tokens)
+    found = attention_strength(recorded, "token_contrast")
+    for image, maps in enumerate(probabilities(blocks)):
+        weights = reference.strength(maps, "last_blocks_mean", grid)
+        expected = reference.token_contrast(tokens[image].double().numpy(), weights)
+        np.testing.assert_allclose(found[image], expected, atol=1e-5)
 
 
 # --- the plain path, single blocks, and strengths of one's own ---------------------------------
@@ -489,7 +504,7 @@ def test_rows_times_a_block_are_a_matrix_product(bias_shape, heads, rows):
 
 def test_the_plain_path_gives_the_same_strength(family, backbone_of, images):
     blocks, _ = record(backbone_of(family), images())
-    for name in STRENGTHS:
+    for name in ATTENTION:
         with plain_path():
             plain = strength_of(blocks, name, (3, 4))
         torch.testing.assert_close(strength_of(blocks, name, (3, 4)), plain, atol=1e-6, rtol=1e-4)

@@ -434,6 +434,19 @@ def test_a_strong_patch_wins_over_many_weak_ones_and_an_empty_mask_stays_empty()
     assert not largest_component(torch.zeros(1, 4, 6, dtype=torch.bool), strength).any()
 
 
+def test_upsampled_boxes_end_between_patches():
+    strength = torch.zeros(1, 6, 6)
+    strength[0, 2:4, 1:3] = 1.0
+    assert propose(strength, 1.0).patch_boxes.tolist() == [[2, 1, 4, 3]]
+    fine = propose(strength, 3.0, upsampling=4)
+    values = reference.resize(strength.double().numpy(), (24, 24))[0]
+    mask = reference.patch_mask(values, 3.0)
+    np.testing.assert_array_equal(fine.mask[0], mask)
+    box = reference.bounding_box(mask)
+    assert fine.patch_boxes[0].tolist() == [side / 4 for side in box]
+    assert any(side % 4 for side in box)
+
+
 # --- proposals of one's own --------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """RAMSTrans against a plain ViT and against the whole recursion, image by image, from the loops."""
 
 import copy
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -81,11 +82,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("scales", [1, 2, 3, 4])
+@pytest.mark.parametrize("scales", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("family, strength, per_scale", CASES)
 def test_recursion_equals_the_loops(family, strength, per_scale, scales, model_of, images):
     model = model_of(family, scales, strength=strength, per_scale_token=per_scale)
-    batch = images(3)
+    batch = images(2)
     output = model.forward_preprocessed(batch)
     run = reference_run(model, strength, per_scale)
     for index, image in enumerate(batch.numpy().astype(np.float64)):
@@ -259,6 +260,16 @@ def test_constant_images_are_looked_at(model_of):
     assert all(logits.isfinite().all() for logits in output.logits)
 
 
+@pytest.mark.parametrize("upsampling", [1, 4])
+def test_upsampled_strength_gives_finer_boxes(upsampling, model_of, images):
+    model = model_of(strength="token_contrast", upsampling=upsampling)
+    output = model.forward_preprocessed(images(8))
+    in_patches = output.boxes[1] / 8
+    torch.testing.assert_close(in_patches, output.proposals[0].patch_boxes.float())
+    assert torch.equal(upsampling * in_patches, (upsampling * in_patches).round())
+    assert (in_patches % 1 != 0).any() == (upsampling > 1)
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_every_proposal_runs(proposal, model_of, images):
     output = model_of(scales=3, proposal=proposal)(images())
@@ -377,10 +388,7 @@ def test_inference_mode(model_of, images):
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
 
 
-@pytest.mark.parametrize(
-    "strength, proposal",
-    [*((name, "attention") for name in STRENGTHS), *(("last_class", name) for name in PROPOSALS)],
-)
+@pytest.mark.parametrize("strength, proposal", zip(cycle(STRENGTHS), PROPOSALS, strict=False))
 def test_everything_but_boxes_and_masks_is_on_the_models_device(
     strength, proposal, model_of, images, monkeypatch
 ):
@@ -391,13 +399,8 @@ def test_everything_but_boxes_and_masks_is_on_the_models_device(
     with FakeTensorMode(allow_non_fake_inputs=True):  # needs no such device, checks each operation
         model.to_empty(device="cuda")
         batch = torch.empty(2, 3, 24, 32, device="cuda")
-        high_res = torch.empty(2, 3, 72, 96, device="cuda")
         pixels = torch.empty(2, 3, 72, 96, device="cuda", dtype=torch.uint8)
-        for output in (
-            model(pixels),
-            model.forward_preprocessed(batch),
-            model.forward_preprocessed(batch, high_res),
-        ):
+        for output in (model(pixels), model.forward_preprocessed(batch)):
             tensors = [*output.logits, *output.strengths]
             assert {tensor.device.type for tensor in tensors} == {"cuda"}
             places = [*output.boxes, *output.proposals[0], *output.proposals[1]]
@@ -502,7 +505,9 @@ def test_settings_that_make_no_model(options, words, backbone_of):
 
 def test_backbones_without_class_token_are_refused_where_one_is_read(backbone_of):
     given = backbone_of("registers_average"), CLASSES
-    message = refused(RAMSTrans, *given, ProposalSettings(), per_scale_token=False)
-    assert "no class token" in message and "'last_class'" in message and "rollout_mean" in message
+    for name in set(STRENGTHS) - {"rollout_mean"}:
+        settings = ProposalSettings(strength=name)
+        message = refused(RAMSTrans, *given, settings, per_scale_token=False)
+        assert "no class token" in message and f"{name!r}; use 'rollout_mean'" in message
     message = refused(RAMSTrans, *given, ProposalSettings(strength="rollout_mean"))
     assert "2 scales need as many class tokens, VisionTransformer has 0" in message
