@@ -1,5 +1,6 @@
-## make run      prepare data, execute the notebooks, print the table (the first time: install)
-## make test     style, notebook hygiene, all tests
+## make run      prepare data, execute the notebooks, list what came out (the first time: install)
+## make check    style, notebooks without outputs, unit tests: under a minute
+## make test     everything: also trainings, two processes, notebooks, a browser
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
 ## make bench    what two scales cost on this machine, measured side by side: up to an hour
@@ -7,11 +8,12 @@
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
 ##
-## DATA=cub ROOT=folder   another data set; OUT=folder: another place for what is made
+## DATA=cub ROOT=folder   another dataset; OUT=folder: another place for what is made
 ## PRESET=paper           other settings: small (the default), paper or tiny
 ## STORY=folder            the trained run that docs/story.png shows
 ## PYTHON=python3.12      another interpreter for the virtual environment; VENV=folder: another one
-## ARGS='...'             further arguments: of the road (run), pytest (test), JupyterLab (lab)
+## ARGS='...'             further arguments; run: ARGS='epochs=5 seeds=[0,1]', any setting or notebook
+##                        parameter; test: pytest's; lab: JupyterLab's
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +24,7 @@ PRESET ?= small
 ARGS ?=
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help run test lab app bench format clean
+.PHONY: help run style check test lab app bench format clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -30,10 +32,15 @@ help:
 run: $(VENV)/.installed
 	$(RUN) ramslib notebooks --data "$(DATA)" --root "$(ROOT)" --out "$(OUT)" --preset "$(PRESET)" $(ARGS)
 
-test: $(VENV)/.installed-test
+style: $(VENV)/.installed-test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) nbstripout --verify notebooks/*.ipynb
+
+check: style
+	$(RUN) pytest -m "not slow" $(ARGS)
+
+test: style
 	$(RUN) pytest $(ARGS)
 
 lab: $(VENV)/.installed

@@ -22,6 +22,7 @@ from ramslib.experiments.comparison import (
     describe,
     differences,
     grid,
+    headlines,
     match_training_time,
     one_at_a_time,
     paired_differences,
@@ -299,3 +300,31 @@ def test_pairs_need_one_baseline_and_shared_seeds():
         paired_differences(results, ["condition"], {"condition": "beta"})
     with pytest.raises(InputError, match="^several rows"):
         paired_differences(pd.concat([results] * 2), ["condition"], {"condition": "base"})
+
+
+def test_headlines_are_the_last_output_with_its_uncertainty():
+    columns = ["condition", "seed", "checkpoint", "output", "top1", "standard_error"]
+    rows = [
+        ("2 scales", 0, "best", "scale 1", 90.0, 1.0),
+        ("2 scales", 0, "best", "mean logits", 82.5, 3.0),
+        ("2 scales", 0, "last", "mean logits", 11.0, 3.0),
+        ("1 scale", 0, "best", "scale 1", 45.0, 3.9),
+    ]
+    ablation = pd.DataFrame(rows, columns=columns)
+    rows = [
+        ("best", "equal time", "plain ViT", 0, "scale 1", 45.0, None, None, None),
+        ("best", "equal time", "RAMS-Trans", 0, "mean logits", 82.5, 37.5, 28.0, 48.0),
+    ]
+    columns = ["checkpoint", "budget", "method", "seed", "output", "top1"]
+    compared = pd.DataFrame(rows, columns=[*columns, "difference", "low", "high"])
+    tables = [pd.DataFrame({"images": [3]}), ablation, compared.assign(standard_error=3.0)]
+    first, second, third = headlines(tables)
+    assert "2 scales" in first and "mean logits" in first and "82.5 ± 3.0 %" in first
+    assert "best checkpoint" in first and "1 scale" in second and "45.0 ± 3.9 %" in second
+    assert "RAMS-Trans" in third and "equal time" in third and "plain ViT" in third
+    assert "+37.5 points [28.0, 48.0]" in third
+    assert headlines(tables, count=2) == [first, "and 2 more conditions"]
+
+    seeds = pd.concat([ablation, ablation.assign(seed=1, top1=ablation["top1"] + 2)])
+    half = 12.7062 * math.sqrt(2) / math.sqrt(2)
+    assert f"83.5 ± {half:.1f} % (95 % over 2 seeds)" in headlines([seeds])[0]

@@ -252,7 +252,7 @@ def test_no_package_host_and_no_path_of_one_machine():
 
 def test_make_lists_its_targets_and_never_deletes_results():
     make = (ROOT / "Makefile").read_text()
-    for target in ("run", "test", "lab", "bench", "format", "clean"):
+    for target in ("run", "check", "test", "lab", "bench", "format", "clean"):
         assert re.search(rf"^## make {target}\b", make, re.M) and re.search(
             rf"^{target}:", make, re.M
         )
