@@ -38,9 +38,10 @@ from ramslib.runs.run import read_run
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent
+NOTEBOOKS = CLONE / "notebooks"
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days
 RECORD, OLD_RECORD = "notebooks.json", "road.json"  # the question that a folder answers
-KINDS = (bool, int, (int, float), str, (list, tuple, dict))  # a parameter keeps its default's
+KINDS = (bool, int, (int, float), str, (list, tuple, dict), object)  # a value keeps its default's
 
 
 class OwnInterpreter(AsyncKernelManager):
@@ -62,7 +63,7 @@ class OwnInterpreter(AsyncKernelManager):
 
 
 def read_parameters(
-    notebook: str, given: Mapping[str, object], folder: Path = CLONE / "notebooks"
+    notebook: str, given: Mapping[str, object], folder: Path = NOTEBOOKS
 ) -> SimpleNamespace:
     """A notebook's parameters, whether a person, papermill or ``ramslib notebooks`` set them.
 
@@ -88,7 +89,7 @@ def read_parameters(
         InputError: a value of another type, an unknown preset or setting, or an empty path.
     """
     declared = declared_parameters(folder / f"{notebook}.ipynb")
-    values = {name: read_value(name, given[name], default) for name, default in declared.items()}
+    values = {name: read_value(name, given.get(name, d), d) for name, d in declared.items()}
     for name in {"root", "out", "run"} & set(values):
         values[name] = CLONE / Path(values[name]).expanduser()
     if "preset" in values:
@@ -160,7 +161,7 @@ def run_notebooks(
     out: str | Path,
     preset: str = "small",
     parameters: Mapping[str, object] | None = None,
-    notebooks: Path = CLONE / "notebooks",
+    notebooks: Path = NOTEBOOKS,
 ) -> Path:
     """Execute all numbered notebooks, collect their tables, print what came out and where it is.
 
@@ -242,18 +243,18 @@ def read_record(out: Path, question: dict) -> dict[str, str]:
         InputError: the folder cannot be made, or holds the results of another question or files
             of somebody else.
     """
+    records = [out / name for name in (RECORD, OLD_RECORD) if (out / name).exists()]
+    foreign = [out / name for name in ("results.csv", "index.html") if (out / name).exists()]
+    if foreign and not records:
+        raise InputError(f"{foreign[0]}: made by somebody else; choose another folder")
     try:
         (out / "results").mkdir(parents=True, exist_ok=True)
-        records = [out / name for name in (RECORD, OLD_RECORD) if (out / name).exists()]
         old = dict(json.loads(records[0].read_text("utf-8"))) if records else {}
         finished = dict(old.pop("finished", {}))
     except OSError as error:
         raise InputError(f"{out}: cannot be used ({one_line(error)}); choose another") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{records[0]}: damaged ({one_line(error)}); remove it") from None
-    foreign = [out / name for name in ("results.csv", "index.html") if (out / name).exists()]
-    if foreign and not records:
-        raise InputError(f"{foreign[0]}: made by somebody else; choose another folder")
     for key in old | question if records else ():
         if json.dumps(old.get(key)) != json.dumps(question.get(key)):
             difference = f"{key}={old.get(key)}, not {question.get(key)}"
@@ -270,7 +271,7 @@ def _hash_package() -> str:
 def fingerprint(path: Path, parameters: dict, package: str) -> str:
     """Hash of what the outputs of a notebook depend on: code, parameters and dataset."""
     cells = [(cell.cell_type, cell.source) for cell in read_notebook(path).cells]
-    own_code = key_values(parameters.get("settings", {}))
+    own_code = key_values(parameters | parameters.get("settings", {}))
     data = sorted((str(f), f.lstat().st_mtime_ns) for f in Path(parameters["root"]).rglob("*"))
     return _hash([package, cells, parameters, own_code, data])
 
@@ -343,7 +344,7 @@ def write_report(run: Path | str) -> Path:
     run = Path(run)
     read_results(run)
     read_predictions(run)
-    notebook = execute(CLONE / "notebooks" / "report.ipynb", {"run": str(run.absolute())})
+    notebook = execute(NOTEBOOKS / "report.ipynb", {"run": str(run.absolute())})
     hidden = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
     write_page(notebook, run / "report.html", run.resolve().name, **hidden)
     return run / "report.html"
