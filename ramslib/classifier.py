@@ -132,13 +132,14 @@ class ImageClassifier(nn.Module, ABC):
 
         Returns:
             The input (B, 3, H, W), and the high-resolution pixels (B, 3, Hs, Ws) to crop from, or
-            None where the sizes are equal; float32, normalized.
+            None where the sizes are equal; normalized, of the model's type.
         """
-        values = pixels.clone() if pixels.is_floating_point() else pixels.float().div_(255)
-        values = values.sub_(self.mean).div_(self.std)
+        values = pixels / (1 if pixels.is_floating_point() else 255)
+        values, dtype = values.float().sub_(self.mean).div_(self.std), self.mean.dtype
         if values.shape[-2:] == self.image_size:
-            return values, None
-        return F.interpolate(values, self.image_size, mode="bilinear", antialias=True), values
+            return values.to(dtype), None
+        images = F.interpolate(values, self.image_size, mode="bilinear", antialias=True)
+        return images.to(dtype), values.to(dtype)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Normalized images (..., 3, H, W) as uint8 pixels."""

@@ -1,7 +1,8 @@
 """RAMSTrans against a plain ViT and against the whole recursion, image by image, from the loops."""
 
 import copy
-from itertools import cycle
+from functools import partial
+from itertools import cycle, product
 
 import numpy as np
 import pytest
@@ -14,11 +15,27 @@ from ramslib.attention import STRENGTHS
 from ramslib.backbone import extend_class_tokens
 from ramslib.classifier import RAMSOutput
 from ramslib.config import Config
-from ramslib.dppm import PROPOSALS
+from ramslib.dppm import PROPOSALS, attention_proposal, seed_random_proposals
 from ramslib.errors import InputError
+from ramslib.extensions import reads
 from ramslib.model import ProposalSettings, RAMSTrans, build_model
 
 CLASSES = 5
+NORMALIZATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the tiny backbones
+
+
+def refused(call, *args, **kwargs):
+    """The message of the InputError that a call raises; always one line."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def tiny(**changes):
+    """A configuration that builds in milliseconds."""
+    start = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "highres_size": None}
+    return Config().replace(**start | changes)
 
 
 @pytest.fixture
@@ -356,6 +373,283 @@ def test_looking_for_regions_changes_no_gradient_of_scale_one(model_of, images):
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+MASKS = [torch.tensor(mask) for mask in product([False, True], repeat=3)]
+
+
+@pytest.mark.parametrize("first", MASKS, ids=lambda mask: str(mask.int().tolist()))
+@pytest.mark.parametrize("proposal", ["random", "attention", "two"])
+def test_any_mask_at_any_scale_gives_the_same_as_all_images(proposal, first, model_of, images):
+    model = model_of(scales=3, proposal=two_regions if proposal == "two" else proposal)
+    with seed_random_proposals([5, 3, 8]):
+        expected = list(model.iterate_scales(images(3)))
+    for second in MASKS if proposal == "random" else MASKS[::3]:
+        with seed_random_proposals([5, 3, 8]):
+            outputs = model.iterate_scales(images(3))
+            next(outputs)
+            check_rows(outputs.send(first), expected[1], first)
+            check_rows(outputs.send(second[first]), expected[2], first & second)
+            assert next(outputs, None) is None
+
+
+def check_rows(found, whole, kept):
+    """An output holds those images of another that a mask keeps."""
+    rows = kept.repeat_interleave(len(whole.input) // len(kept))
+    assert torch.equal(found.boxes, whole.boxes[rows])
+    torch.testing.assert_close(found.input, whole.input[rows])
+    torch.testing.assert_close(found.logits, whole.logits[kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.feature, whole.feature[kept], atol=1e-4, rtol=1e-4)
+
+
+# --- several regions ---------------------------------------------------------------------------
+
+
+def two_regions(strength, threshold, recorded):
+    """A proposal of two regions: the DPPM's, and one at a place that depends on the image."""
+    first = attention_proposal(strength, threshold).patch_boxes
+    top = (recorded.image.mean(dim=(1, 2, 3)) > 0).long()
+    return torch.stack([first, torch.stack([top, top, top + 2, top + 3], dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("from_high_res", [False, True])
+def test_of_several_regions_each_is_run_and_logits_are_means(from_high_res, model_of, images):
+    model = model_of("dinov2_registers", 3, proposal=two_regions)
+    high_res = images(4, (72, 96), seed=2) if from_high_res else None
+    outputs = list(model.iterate_scales(images(4), high_res))
+    assert [len(output.input) for output in outputs] == [4, 8, 16]
+    assert [len(output.boxes) for output in outputs] == [4, 8, 16]
+    assert [output.logits.shape for output in outputs] == [(4, CLASSES)] * 3
+    assert outputs[1].strength.shape == (8, 3, 4) and outputs[1].proposal.patch_boxes.shape[1] == 2
+    for image in range(4):
+        own = None if high_res is None else high_res[image, None]
+        boxes, inputs = outputs[0].boxes[image, None], images(4)[image, None]
+        places, crops = [boxes], [inputs]
+        for scale in (1, 2):  # each region of each region, one at a time
+            found = []
+            for box, crop in zip(places, crops, strict=True):
+                recorded = model.run_scale(crop, scale - 1, None, True)[2]
+                regions = model.propose(recorded, model.settings, scale - 1)[1].patch_boxes
+                found += [model.crop_region(crop, own, box, region[None]) for region in regions[0]]
+            crops, places = zip(*found, strict=True)
+            rows = slice(image * len(crops), (image + 1) * len(crops))
+            torch.testing.assert_close(outputs[scale].boxes[rows], torch.cat(places))
+            torch.testing.assert_close(outputs[scale].input[rows], torch.cat(crops))
+            logits, features, _ = zip(
+                *(model.run_scale(crop, scale) for crop in crops), strict=True
+            )
+            for one, each in ((outputs[scale].logits, logits), (outputs[scale].feature, features)):
+                mean = torch.cat(each).mean(dim=0)
+                torch.testing.assert_close(one[image], mean, atol=1e-4, rtol=1e-4)
+    assert len(outputs[1].boxes.unique(dim=0)) > 4
+
+
+def test_gradients_of_several_regions_are_those_of_their_mean(model_of, images):
+    labels, gradients = torch.tensor([1, 4, 0]), []
+    for together in (True, False):
+        model = model_of(scales=3, proposal=two_regions).train()
+        for scale, output in enumerate(model.iterate_scales(images(3))):
+            logits = output.logits
+            if not together:
+                each = [model.run_scale(crop[None], scale)[0] for crop in output.input]
+                logits = torch.cat(each).unflatten(0, (3, -1)).mean(dim=1)
+            F.cross_entropy(logits, labels).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
+def test_one_region_in_a_list_is_one_region(model_of, images):
+    plain = model_of(scales=3)
+    in_a_list = reads(blocks=0)(lambda *given: attention_proposal(*given).patch_boxes[:, None])
+    listed = model_of(scales=3, proposal=in_a_list)
+    outputs = (model.forward_preprocessed(images(3)) for model in (plain, listed))
+    for one, other in zip(*(output.logits + output.boxes for output in outputs), strict=True):
+        assert torch.equal(one, other)
+
+
+# --- pre-processing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 32), (48, 64), (72, 40), (17, 29)])
+def test_pixels_are_normalized_and_shrunk(size, model_of):
+    model = model_of()
+    pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    before = pixels.clone()
+    inputs, high_res = model.preprocess(pixels)
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALIZATION)
+    normalized = (pixels / 255 - mean) / std
+    expected = F.interpolate(normalized, (24, 32), mode="bilinear", antialias=True)
+    assert torch.equal(inputs, normalized if size == (24, 32) else expected)
+    assert high_res is None if size == (24, 32) else torch.equal(high_res, normalized)
+    for one, other in zip(model.preprocess(pixels / 255), (inputs, high_res), strict=True):
+        assert one is other is None or torch.equal(one, other), "float in [0, 1] is the same"
+    assert torch.equal(pixels, before)
+    floats = pixels / 255
+    model.preprocess(floats)
+    assert torch.equal(floats, pixels / 255), "a caller's tensor is left alone"
+    assert torch.equal(model.denormalize(normalized), pixels)
+
+
+def test_forward_takes_pixels(model_of):
+    model, pixels = model_of(scales=3), torch.rand(2, 3, 72, 96)
+    expected = model.forward_preprocessed(*model.preprocess(pixels))
+    output, outputs = model(pixels), list(model.forward_scales(pixels))
+    for scale in range(3):
+        assert torch.equal(output.logits[scale], expected.logits[scale])
+        assert torch.equal(outputs[scale].logits, expected.logits[scale])
+        assert torch.equal(outputs[scale].boxes, expected.boxes[scale])
+
+
+# --- what a scale leaves to functions of one's own ---------------------------------------------
+
+
+def test_recorded_tokens_are_timms_patch_tokens(family, backbone_of, images):
+    backbone = backbone_of(family)
+    model = RAMSTrans(backbone, CLASSES, ProposalSettings(scales=1)).eval()
+    logits, feature, recorded = model.run_scale(images(), 0, blocks=None, tokens=True)
+    expected = backbone.forward_features(images())[:, -12:].reshape(2, 3, 4, 32)
+    assert torch.equal(recorded.tokens, expected) and not recorded.tokens.requires_grad
+    assert torch.equal(recorded.image, images()) and recorded.grid == (3, 4)
+    assert len(recorded.blocks) == 3
+    plain = model.run_scale(images(), 0)
+    assert plain[2].tokens is None and not plain[2].blocks
+    torch.testing.assert_close((logits, feature), plain[:2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strength_reads, proposal_reads, blocks, tokens",
+    [
+        ({"blocks": 2}, {"blocks": 0}, 2, False),
+        ({"blocks": 1}, {"blocks": 2}, 2, False),
+        ({"blocks": 0, "tokens": True}, {"blocks": 0}, 0, True),
+        ({"blocks": 1}, {"blocks": 0, "tokens": True}, 1, True),
+        ({"blocks": None}, {"blocks": 0}, 3, False),
+        (None, {"blocks": 0}, 3, True),
+        ({"blocks": 1}, None, 3, True),
+    ],
+)
+def test_reads_limits_what_is_recorded(
+    strength_reads, proposal_reads, blocks, tokens, model_of, images
+):
+    seen = []
+
+    def strength(recorded):
+        seen.append(recorded)
+        return recorded.image.mean(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).mean(dim=(-1, -2))
+
+    def proposal(strength, threshold, recorded):
+        seen.append(recorded)
+        return attention_proposal(strength, threshold)
+
+    strength = reads(**strength_reads)(strength) if strength_reads else strength
+    proposal = reads(**proposal_reads)(proposal) if proposal_reads else proposal
+    model = model_of(strength=strength, proposal=proposal)
+    output = model.forward_preprocessed(images())
+    assert len(seen) == 2 and seen[0] is seen[1]
+    assert len(seen[0].blocks) == blocks and (seen[0].tokens is not None) == tokens
+    expected = F.avg_pool2d(images().mean(dim=1), 8)
+    torch.testing.assert_close(output.strengths[0], expected)
+
+
+def test_callables_without_a_name_can_be_strengths_and_proposals(model_of, images):
+    class Strength:
+        def __call__(self, recorded):
+            return recorded.tokens.norm(dim=-1)
+
+    def shrunk(by, strength, threshold, recorded):
+        return attention_proposal(strength, threshold * by)
+
+    model = model_of(strength=Strength(), proposal=partial(shrunk, 0.9))
+    output = model.forward_preprocessed(images())
+    expected = attention_proposal(output.strengths[0], 0.9 * model.settings.threshold(0))
+    assert torch.equal(output.proposals[0].patch_boxes, expected.patch_boxes)
+    message = refused(model_of(strength=partial(lambda recorded: 1)).forward_preprocessed, images())
+    assert "gives int" in message
+
+
+IDEAS = """
+import torch
+
+def norms(recorded):
+    return recorded.tokens.norm(dim=-1)
+
+def corner(strength, threshold, recorded):
+    return torch.tensor([[0, 0, 1, 2]]).expand(len(strength), 4)
+
+def flat(recorded):
+    return recorded.tokens
+
+def outside(strength, threshold, recorded):
+    return torch.tensor([[0, 0, 3, 9]]).expand(len(strength), 4)
+
+def empty(strength, threshold, recorded):
+    return torch.tensor([[1, 1, 1, 2]]).expand(len(strength), 4)
+
+def nothing(strength, threshold, recorded):
+    return None
+
+def model(config, num_classes):
+    return torch.nn.Linear(3, num_classes)
+"""
+
+
+@pytest.fixture
+def ideas(tmp_path, monkeypatch):
+    """The current folder holds a file of one's own."""
+    (tmp_path / "ideas.py").write_text(IDEAS)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_ideas_in_a_file_reach_the_model_by_its_configuration(ideas):
+    config = tiny(strength="ideas.py:norms", proposal="ideas.py:corner", image_size=64)
+    model = build_model(config, 3)
+    output = model(torch.rand(2, 3, 64, 64))
+    torch.testing.assert_close(output.boxes[1], torch.tensor([[0.0, 0, 16, 32]] * 2))
+    recorded = model.run_scale(model.preprocess(torch.rand(2, 3, 64, 64))[0], 0, tokens=True)[2]
+    assert model.propose(recorded, model.settings, 0)[0].equal(recorded.tokens.norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    "setting, name, words",
+    [
+        ("strength", "flat", ["(2, 4, 4, 64)", "(B, h, w) = (2, 4, 4)"]),
+        ("proposal", "outside", ["leaves the grid of 4 x 4"]),
+        ("proposal", "empty", ["empty"]),
+        ("proposal", "nothing", ["NoneType", "(B, 4) or (B, R, 4)"]),
+    ],
+)
+def test_an_idea_that_gives_something_else_is_refused_by_name(setting, name, words, ideas):
+    model = build_model(tiny(image_size=64, **{setting: f"ideas.py:{name}"}), 3)
+    message = refused(model, torch.rand(2, 3, 64, 64))
+    assert all(word in message for word in [f"{setting} {name!r}", *words])
+
+
+def test_a_model_of_ones_own_must_be_one(ideas):
+    message = refused(build_model, tiny(model="ideas.py:model"), 3)
+    assert "'ideas.py:model' gives a Linear" in message and "ImageClassifier" in message
+
+
+@pytest.mark.slow
+def test_a_model_with_ideas_of_ones_own_can_be_exported(model_of):
+    def norms(recorded):
+        return recorded.tokens.norm(dim=-1)
+
+    def halves(strength, threshold, recorded):
+        halves = torch.tensor([[0, 0, 3, 2], [0, 2, 3, 4]])
+        return halves.expand(strength.shape[0], 2, 4)
+
+    model = model_of(scales=3, strength=norms, proposal=halves)
+    shapes = {"pixels": {0: torch.export.Dim("batch", min=1, max=64)}}
+    pixels = torch.randint(0, 256, (5, 3, 48, 64), dtype=torch.uint8)
+    program = torch.export.export(model, (pixels[:2],), dynamic_shapes=shapes).module()
+    for batch in (1, 5):
+        with torch.no_grad():
+            found, expected = program(pixels[:batch]), model(pixels[:batch])
+        assert [len(boxes) for boxes in found.boxes] == [batch, 2 * batch, 4 * batch]
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.boxes, expected.boxes)
+
+
 # --- precision and devices ---------------------------------------------------------------------
 
 
@@ -375,9 +669,13 @@ def test_autocast_gives_half_logits_and_float32_geometry(model_of, images):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_another_precision(dtype, model_of, images):
     model = model_of(scales=3).to(dtype)
-    output = model.forward_preprocessed(images().to(dtype), images(2, (72, 96)).to(dtype))
-    assert all(logits.dtype == dtype and logits.isfinite().all() for logits in output.logits)
-    assert all(boxes.dtype == torch.float32 for boxes in output.boxes)
+    for output in (
+        model.forward_preprocessed(images().to(dtype), images(2, (72, 96)).to(dtype)),
+        model(torch.randint(0, 256, (2, 3, 72, 96), dtype=torch.uint8)),
+        model(torch.rand(2, 3, 72, 96)),
+    ):
+        assert all(logits.dtype == dtype and logits.isfinite().all() for logits in output.logits)
+        assert all(boxes.dtype == torch.float32 for boxes in output.boxes)
 
 
 def test_inference_mode(model_of, images):
@@ -388,7 +686,7 @@ def test_inference_mode(model_of, images):
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
 
 
-@pytest.mark.parametrize("strength, proposal", zip(cycle(STRENGTHS), PROPOSALS, strict=False))
+@pytest.mark.parametrize("strength, proposal", list(zip(cycle(STRENGTHS), PROPOSALS, strict=False)))
 def test_everything_but_boxes_and_masks_is_on_the_models_device(
     strength, proposal, model_of, images, monkeypatch
 ):
@@ -408,20 +706,6 @@ def test_everything_but_boxes_and_masks_is_on_the_models_device(
 
 
 # --- building and refusing ---------------------------------------------------------------------
-
-
-def refused(call, *args, **kwargs):
-    """The message of the InputError that a call raises; always one line."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def tiny(**changes):
-    """A configuration that builds in milliseconds."""
-    start = {"backbone": "test_vit", "pretrained": "none", "image_size": 32, "highres_size": None}
-    return Config().replace(**start | changes)
 
 
 def test_a_configuration_reaches_the_model():
@@ -464,9 +748,7 @@ def test_normalization_follows_the_configuration():
     backbone = build_model(tiny(normalization="backbone"), 3)
     assert mean_std(backbone) == ((0.5,) * 3, (0.5,) * 3)
     imagenet = build_model(tiny(normalization="imagenet"), 3)
-    for found, expected in zip(
-        mean_std(imagenet), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), strict=True
-    ):
+    for found, expected in zip(mean_std(imagenet), NORMALIZATION, strict=True):
         assert found == pytest.approx(expected)
     assert not {"mean", "std"} & set(imagenet.state_dict()), "a checkpoint holds weights alone"
 
