@@ -3,7 +3,7 @@
 Moves the threshold of scale 1 as a hand does and prints, per input size, the time that the kernel
 takes per event (``Explorer.seconds``: redraw and encode all panels, without the browser) and the
 resident memory after so many moves. Every 50 moves the slider rests until scale 2 and the curves
-have followed. Needs the pre-trained weights (see ``ramslib.weights.sources``) or a network.
+have followed. Needs the pre-trained weights (see ``ramslib.weights``) or a network.
 """
 
 import argparse

@@ -12,8 +12,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from ramslib.errors import InputError
-from ramslib.weights.sources import load_pretrained
+from ramslib.attention import record_attention
+from ramslib.errors import InputError, one_line
+from ramslib.weights import load_pretrained
 
 
 def create_backbone(
@@ -34,7 +35,7 @@ def create_backbone(
         class_tokens: class tokens in the sequence, each starting from the pretrained one and its
             position. 1 leaves the model as timm builds it.
         patch_stride: pixels from one patch to the next, see `overlap_patches`; None: they tile.
-        pretrained: where weights come from, see `ramslib.weights.sources`.
+        pretrained: where weights come from, see `ramslib.weights`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
         dropout: see `set_dropout`.
         **weight_options: passed to `load_pretrained` (``pos_embed_resize``, ``final_norm``).
@@ -43,8 +44,9 @@ def create_backbone(
         The model; its ``origin`` is one sentence about the weights in it.
 
     Raises:
-        InputError: unknown name, no Vision Transformer of equal blocks, an image size that the
-            patches do not tile, a stride that does not fit, or weights that cannot be had.
+        InputError: unknown name, no Vision Transformer whose attention can be recorded, an image
+            size that the patches do not tile, a stride that does not fit, or weights that cannot be
+            had.
     """
     backbone = _build(name, _pair(image_size), drop_path)
     set_dropout(backbone, dropout)
@@ -68,11 +70,13 @@ def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Modul
         raise InputError(
             f"{name} is not a Vision Transformer with one grid of patches; choose another"
         )
-    _check_size(name, image_size, embed.patch_size)
-    _check_token_position(sketch)
+    _check_size(name, image_size, embed.feat_ratio(as_scalar=False))
+    options["img_size"] = image_size
     if count_class_tokens(sketch):
         options["global_pool"] = "token"
-    return _create(name, options | {"img_size": image_size})
+    with torch.device("meta"):
+        _check_attention(name, _create(name, options).eval())
+    return _create(name, options)
 
 
 def _check_size(name: str, image_size: tuple[int, int], patch: tuple[int, int]) -> None:
@@ -83,6 +87,28 @@ def _check_size(name: str, image_size: tuple[int, int], patch: tuple[int, int]) 
             f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size "
             f"{patch[0]} x {patch[1]} of {name}; use {nearest}"
         )
+
+
+def _check_attention(name: str, sketch: nn.Module) -> None:
+    """Encode an image on the meta device, which costs no arithmetic, and refuse what is unusual.
+
+    Raises:
+        InputError: windowed attention, two attentions per block, attention that is not torch's,
+            tokens that are no sequence, or a model without `forward_head`.
+    """
+    count = getattr(sketch, "num_prefix_tokens", 0) + sketch.patch_embed.num_patches
+    image = torch.zeros(1, 3, *image_size(sketch), device="meta")
+    try:
+        with torch.no_grad(), record_attention(sketch) as blocks:
+            tokens = sketch.forward_features(image)
+            feature = sketch.forward_head(tokens, pre_logits=True)
+    except Exception as error:  # foreign models raise many kinds
+        reason = f"{name} does not work here: {one_line(error)}"
+        raise InputError(f"choose another backbone, {reason}") from None
+    shapes = {tuple(tokens.shape[:2]), *(block.query.mT.shape[::3] for block in blocks)}
+    if shapes != {(1, count)} or feature.shape != (1, sketch.num_features):
+        reason = f"not every block of {name} attends to all {count} tokens"
+        raise InputError(f"choose another backbone, {reason}")
 
 
 def _create(name: str, options: dict) -> nn.Module:
@@ -137,7 +163,6 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
         raise InputError(
             f"{name} ties positions to exactly one class token; use class_token='shared'"
         )
-    _check_token_position(backbone)
     added, position = count - 1, getattr(backbone, "pos_embed", None)
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
@@ -186,7 +211,7 @@ def overlap_patches(backbone: nn.Module, stride: int) -> None:
     positions, projection = getattr(backbone, "pos_embed", None), getattr(embed, "proj", None)
     rotary = getattr(backbone, "rope", None) is not None
     tied = positions is None or rotary or has_relative_positions(backbone)
-    if tied or not isinstance(projection, nn.Conv2d):
+    if tied or hasattr(embed, "backbone") or not isinstance(projection, nn.Conv2d):
         raise InputError(f"{name} ties positions to patches that tile; leave patch_stride at none")
     if not 1 <= stride <= min(embed.patch_size):
         sizes = " x ".join(map(str, embed.patch_size))
@@ -207,12 +232,3 @@ def _only_patches_have_positions(backbone: nn.Module) -> bool:
     return (
         getattr(backbone, "no_embed_class", False) or getattr(backbone, "pos_embed", None) is None
     )
-
-
-def _check_token_position(backbone: nn.Module) -> None:
-    """Refuse a class token that joins the patches after their blocks, such as CaiT's."""
-    if not count_class_tokens(backbone) or _only_patches_have_positions(backbone):
-        return
-    if backbone.pos_embed.shape[1] == backbone.patch_embed.num_patches:
-        name = type(backbone).__name__
-        raise InputError(f"{name} adds its class token after the positions; choose another")

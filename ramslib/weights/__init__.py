@@ -1,1 +1,0 @@
-"""Pre-trained weights: where they come from, and how they are read."""
