@@ -116,8 +116,8 @@ class Inspector:
             opened, size = image, image.size[::-1]
         else:
             opened, size = open_image(image, 2 * max(self.transform.resized)), image_size(image)
+        self._check_size(image, size)
         self.size = torch.tensor([size])
-        self._check_size(image)
         self.path, self.label, self.pixels = str(image), label, self.transform(opened)
         self.picture = opened.copy()
         self.picture.thumbnail((DISPLAY, DISPLAY))
@@ -130,9 +130,9 @@ class Inspector:
         self._scales[0].boxes = full_image_boxes(self._images[0])
         return self
 
-    def _check_size(self, image: object) -> None:
+    def _check_size(self, image: object, size: tuple[int, int]) -> None:
         sides = zip(self.model.image_size, self.model.grid, strict=True)
-        patch, (height, width) = [side // count for side, count in sides], self.size[0].tolist()
+        patch, (height, width) = [side // count for side, count in sides], size
         if height < patch[0] or width < patch[1]:
             raise InputError(
                 f"{image}: {height} x {width} pixels are less than one patch ({patch[0]} x "
@@ -242,8 +242,10 @@ class Inspector:
         settings = self.changed(settings, **changes)
         regions = [self.region(0, settings, threshold=eta) for eta in thresholds]
         boxes = self.image_boxes(torch.cat([region.boxes[:1] for region in regions]))
-        curve = pd.DataFrame({"threshold": thresholds, "area": box_area(boxes) / self.size.prod()})
-        return curve if self.box.isnan().any() else curve.assign(iou=box_iou(boxes, self.box))
+        area = (box_area(boxes) / self.size.prod()).numpy()
+        curve = pd.DataFrame({"threshold": thresholds, "area": area})
+        known = not self.box.isnan().any()
+        return curve.assign(iou=box_iou(boxes, self.box).numpy()) if known else curve
 
     def probability_curve(
         self, thresholds: Sequence[float], settings: ProposalSettings | None = None, **changes
