@@ -34,7 +34,8 @@ from ramslib.evaluation import (
     score,
 )
 from ramslib.model import RAMSTrans
-from ramslib.runs.run import load, read_run
+from ramslib.runs.folder import read_run
+from ramslib.runs.inference import load
 
 
 def inference(options: SimpleNamespace) -> Iterator[dict]:

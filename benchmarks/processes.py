@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ramslib.config import Config
 from ramslib.data.datasets import preparation
-from ramslib.runs.run import read_metrics
+from ramslib.runs.folder import read_metrics
 from ramslib.training.launch import command, overrides
 
 WAYS = {"1 process": 1, "2 processes": 2}

@@ -20,7 +20,7 @@ PRESET_HELP = f"settings to start from: {', '.join(PRESETS)}; small by default"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # before the slow imports, for it may be killed in them
+    if "RANK" in os.environ:  # before the slow imports, for it may be killed in them
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     options = _parse(arguments)
     try:
@@ -31,13 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"error: {_with_place(error)}", file=sys.stderr)
+        if type(error).__name__ != "OtherProcessFailed":  # which reports its error itself
+            print(f"error: {_with_place(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _end_with_parent(parent: int, every: float = 0.5) -> None:
-    """End a process of torch.distributed.run with its engine: it has a session of its own."""
+    """End one of several training processes with the process that started them."""
     while os.getppid() == parent:
         time.sleep(every)
     os._exit(1)
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--save-every", type=float, default=300.0, metavar="SECONDS", help="between checkpoints"
     )
+    train.add_argument("--processes", type=int, default=1, help="training processes")
     _add_settings(train)
     data = add("data", _data, "read a data set and say what was found")
     data.add_argument("--download", action="store_true", help="fetch its official files first")
@@ -160,7 +162,18 @@ def _train(options: argparse.Namespace) -> None:
     config = _config(options)  # before the slow import: typos are answered at once
     from ramslib.training.trainer import train
 
-    train(config, options.run, options.save_every)
+    if options.processes == 1:
+        train(config, options.run, options.save_every)
+        return
+    from ramslib.distributed import Processes
+    from ramslib.training.launch import overrides, run_in_processes
+    from ramslib.training.optimization import check_shares
+
+    check_shares(config, Processes(world=options.processes))
+    save_every = ["--save-every", options.save_every]
+    arguments = ["train", "--run", options.run, *save_every, *overrides(config)]
+    if code := run_in_processes(arguments, options.processes):
+        sys.exit(code)
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -175,23 +188,25 @@ def _data(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from ramslib.errors import write_table
-    from ramslib.runs.prediction import find_images, picture_paths, predict_paths, save_pictures
+    from ramslib.runs.inference import find_images, picture_paths, predict, save_pictures
 
     if options.out and (options.out.exists() or not options.out.parent.is_dir()):
         raise InputError(f"{options.out} exists, or its folder does not; give another file")
     if options.pictures:
         picture_paths(list(map(str, find_images(options.paths))), options.pictures)
-    predictions = predict_paths(options.run, options.paths)
+    predictions = predict(options.run, options.paths)
     if options.out:
         write_table(predictions, options.out)
     else:
         print(predictions.to_string(index=False))
     if options.pictures:
         save_pictures(predictions, options.pictures)
+    if failed := (predictions["error"] != "").sum():
+        raise InputError(f"files that cannot be read: {failed}, see the column 'error'")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ramslib.runs.export import export_run
+    from ramslib.runs.inference import export_run
 
     print(export_run(options.run, options.out))
 

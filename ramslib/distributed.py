@@ -1,9 +1,10 @@
-"""What one of several training processes needs: its place, its device, sums over all of them.
+"""What one of several training processes needs: its rank, its device, sums over all of them.
 
-Processes are started by ``torch.distributed.run`` (see `ramslib.training.launch`), which sets the
-environment that `process_group` reads; without it there is one process. Gradients are averaged once
-per step rather than by wrapping the model: each scale back-propagates on its own, the model stays
-the plain module that checkpoints and notebooks know, and there is exactly one synchronization.
+Processes are started by `ramslib.training.launch`, or by ``torch.distributed.run`` on several
+machines; the environment that they set is read by `process_group`, and without it there is one
+process. Gradients are averaged once per step rather than by wrapping the model: each scale
+back-propagates on its own, the model stays the plain module that checkpoints and notebooks know,
+and there is exactly one synchronization.
 """
 
 import gc
@@ -20,7 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ramslib.errors import InputError
+from ramslib.errors import InputError, one_line
+
+
+class OtherProcessFailed(InputError):
+    """Another training process failed and reports why; this one has nothing to add."""
 
 
 class Processes(NamedTuple):
@@ -28,7 +33,7 @@ class Processes(NamedTuple):
 
     Attributes:
         rank: 0 to world - 1; rank 0 writes files.
-        world: how many processes train together.
+        world: number of processes that train together.
         device: where this one computes.
     """
 
@@ -57,7 +62,11 @@ def process_group() -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = os.environ.get("RAMSLIB_STORE")  # a file: needs no port
+    dist.init_process_group(
+        backend, init_method=f"file://{store}" if store else "env://", world_size=world, rank=rank
+    )
     yield Processes(rank, world, device)
     gc.collect()
     dist.barrier()
@@ -66,7 +75,7 @@ def process_group() -> Iterator[Processes]:
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets, so that work ends where it can be taken up again."""
+    """An event that SIGTERM or Ctrl-C sets, so that work stops where it can be resumed."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -89,24 +98,42 @@ def first_process_first(processes: Processes) -> Iterator[None]:
     """
     failure = None
     if not processes.is_first:
-        dist.barrier()
+        _check_all(True, processes)
     try:
         yield
     except InputError as error:
         failure = error
-    if processes.world > 1 and processes.is_first:
-        dist.barrier()
-    failed = sum_over_processes(
-        torch.tensor([float(failure is not None)], device=processes.device), processes
-    )
-    if failure or failed:
-        raise failure or InputError("another training process could not start; see its message")
+    try:
+        if processes.is_first:
+            _check_all(failure is None, processes)
+        _check_all(failure is None, processes)
+    except OtherProcessFailed as error:
+        raise failure or error from None
+
+
+def _check_all(well: bool, processes: Processes) -> None:
+    """Wait for all processes.
+
+    Raises:
+        OtherProcessFailed: one of them, or this one, is not well.
+    """
+    failed = torch.tensor([float(not well)], device=processes.device)
+    if sum_over_processes(failed, processes):
+        raise OtherProcessFailed("another training process could not start; see its message")
 
 
 def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
-    """Sum a tensor over all processes, in place; every process gets the sum."""
+    """Sum a tensor over all processes, in place; every process gets the sum.
+
+    Raises:
+        OtherProcessFailed: another process is gone.
+    """
     if processes.world > 1:
-        dist.all_reduce(values)
+        try:
+            dist.all_reduce(values)
+        except RuntimeError as error:
+            reason = f"another training process is gone ({one_line(error)})"
+            raise OtherProcessFailed(reason) from None
     return values
 
 
@@ -116,15 +143,14 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= processes.world
+    flat = sum_over_processes(flat, processes) / processes.world
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
 def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
-    """Batches of a data set, in order.
+    """Batches of a dataset, in order.
 
     Args:
         dataset: of dictionaries.
@@ -132,7 +158,7 @@ def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
         **options: of torch's DataLoader.
 
     Raises:
-        InputError: as the data set told it, from a loader process too.
+        InputError: as the dataset raised it, from a loader process too.
     """
     options |= {"num_workers": workers, "worker_init_fn": _leave_signals}
     options |= {"pin_memory": torch.cuda.is_available()}
@@ -140,9 +166,9 @@ def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
     try:
         yield from DataLoader(dataset, **options)
     except InputError as error:  # torch wraps that of a worker into its traceback
-        told = str(error).strip().split(f"{InputError.__name__}: ")[-1]
-        traceback.clear_frames(error.__traceback__)  # lets go of the loader, which ends its workers
-        raise InputError(told) from None
+        message = str(error).strip().split(f"{InputError.__name__}: ")[-1]
+        traceback.clear_frames(error.__traceback__)  # releases the loader, which ends its workers
+        raise InputError(message) from None
 
 
 def _leave_signals(worker: int) -> None:

@@ -47,8 +47,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     enter the folder may read the file.
 
     Raises:
-        InputError: the folder cannot be written or the disk is full; a file at ``path`` is intact.
+        InputError: ``path`` is a symbolic link, the folder cannot be written or the disk is full; a
+            file at ``path`` is intact.
     """
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link, which would be replaced; remove it first")
     temporary = temporary_path(path)
     try:
         write(temporary)

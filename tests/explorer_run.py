@@ -8,7 +8,7 @@ from ramslib.data.transforms import ImageTransform, temporary_seed
 from ramslib.evaluation import predict, score
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import TrainState, save_checkpoint
-from ramslib.runs.run import open_run
+from ramslib.runs.folder import init_run
 
 
 def shake(model, seed=0):
@@ -29,7 +29,7 @@ def make_run(root, run, **changes):
     config = tiny_config(root if root.exists() else draw_photos(root, size=90), **changes)
     table = read_table(config.data, config.root, config.validation_fraction)
     run.mkdir(parents=True)
-    open_run(run, config, table, "random weights")
+    init_run(run, config, table, "random weights")
     with temporary_seed(0):  # the same weights whatever ran before
         model = shake(build_model(config, 3)[0])
     for which in ("best", "last"):

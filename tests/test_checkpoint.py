@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, exact, and nothing in them is executed."""
 
+import json
+import math
 import os
 import pickle
 import resource
@@ -58,9 +60,27 @@ def test_a_restored_training_goes_on_to_the_bit(name, tmp_path):
 
 
 def test_progress_comes_back(tmp_path):
-    progress = TrainState(7, 12.5, 81.25, 3, {"scale": 65536.0, "growth_interval": 2000})
-    save_checkpoint(tmp_path / "a.safetensors", progress, tiny_model())
-    assert read_checkpoint(tmp_path / "a.safetensors").progress == progress
+    scaler = {"scale": 65536.0, "growth_interval": 2000}
+    for best in (0.25, math.inf):
+        progress = TrainState(7, 12.5, best, 3, scaler, "0123456789")
+        save_checkpoint(tmp_path / "a.safetensors", progress, tiny_model())
+        assert read_checkpoint(tmp_path / "a.safetensors").progress == progress
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, TrainState(key="0123456789"), tiny_model())
+    for key in ("", "0123456789"):
+        read_checkpoint(path, key)
+    with pytest.raises(InputError, match="a.safetensors: a checkpoint of other settings or data"):
+        read_checkpoint(path, "9876543210")
+
+
+def test_progress_of_version_0_1_is_read(tmp_path):
+    old = {"step": 7, "seconds": 12.5, "best_top1": 81.25, "best_epoch": 3, "scaler": {}}
+    save_file({"model.a": torch.zeros(1)}, tmp_path / "a", {"progress": json.dumps(old)})
+    found = read_checkpoint(tmp_path / "a", "0123456789").progress
+    assert found == TrainState(7, 12.5, math.inf, 3)
 
 
 def test_an_optimizer_that_no_checkpoint_can_hold_is_refused(tmp_path):
@@ -78,13 +98,13 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
     train_some(model, optimizer, range(1))
     save_checkpoint(tmp_path / "a.safetensors", TrainState(), model, optimizer)
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="does not fit the configured model: .*size mismatch"):
+    with pytest.raises(InputError, match="a.safetensors: does not fit .* model .*size mismatch"):
         load_module(nn.Sequential(nn.Linear(5, 8)), checkpoint, "model")
-    with pytest.raises(InputError, match="does not fit the configured model: .*Missing key"):
+    with pytest.raises(InputError, match="a.safetensors: does not fit .* model .*Missing key"):
         load_module(tiny_model(), checkpoint, "ema")
     head = create_optimizer_v2(model[2], "lamb")
     assert len(head.param_groups) == 1 < len(optimizer.param_groups)
-    with pytest.raises(InputError, match="does not fit the optimizer"):
+    with pytest.raises(InputError, match="a.safetensors: does not fit the optimizer"):
         restore(checkpoint, tiny_model(), head)
 
 

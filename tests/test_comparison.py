@@ -145,7 +145,7 @@ def test_methods_are_trained_and_compared(tmp_path, monkeypatch):
     def train_here(config, run, processes, show):
         return train(config, run)
 
-    monkeypatch.setattr(sweep, "train_in_processes", train_here)
+    monkeypatch.setattr(sweep.launch, "train", train_here)
     base = tiny_config(draw_photos(tmp_path / "photos"), epochs=1)
     plan = plan_methods(base, ["TransFG", "RAMS-Trans"], [0])
     results = compare(plan, tmp_path / "runs")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ import ramslib.training.launch
 from ramslib.__main__ import _config, _parse
 from ramslib.config import Config
 from ramslib.errors import InputError
-from ramslib.runs.run import is_finished, read_metrics
+from ramslib.runs.folder import is_finished, lock_run, read_metrics
 from ramslib.training.launch import (
     Job,
     available_processes,
@@ -28,7 +29,7 @@ from ramslib.training.launch import (
     find_job,
     overrides,
     start,
-    train_in_processes,
+    train,
 )
 
 
@@ -75,9 +76,7 @@ def test_commands_can_be_pasted():
         "a b",
     ]
     several = command(["train", "--run", "x"], 2)
-    assert several[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert "--standalone" in several and "--nproc-per-node=2" in several
-    assert several[-4:] == ["ramslib", "train", "--run", "x"] and several[-6:-4] == ["-m", "--"]
+    assert several[1:] == ["-m", "ramslib", "train", "--run", "x", "--processes", "2"]
 
 
 def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
@@ -95,13 +94,12 @@ def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
 def _in_session(session):
     """Processes of a session that are no zombies, and zombies among our children."""
     alive, zombies = [], []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = ramslib.training.launch._stat(int(entry.name))
-            if fields and fields[0] == "Z" and int(fields[1]) == os.getpid():
-                zombies.append(entry.name)
-            elif fields and int(fields[3]) == session:
-                alive.append(entry.name)
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                zombies += [process.pid] if process.ppid() == os.getpid() else []
+            elif os.getsid(process.pid) == session:
+                alive.append(process.pid)
     return alive, zombies
 
 
@@ -144,11 +142,11 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
             assert answer.get(timeout=20) == pids[0], "found from another process"
             other.join()
             with pytest.raises(InputError, match="holds another run"):
-                train_in_processes(config.replace(seed=1), run)
+                train(config.replace(seed=1), run)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_in_processes(config, run, show=interrupt)
+        train(config, run, show=interrupt)
     log = (run / "output.log").read_text()
     assert "stopped as asked, at step" in log and "Traceback" not in log
     assert find_job(run) is None and not (run / "job.json").exists()
@@ -156,10 +154,10 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
     assert 0 < stopped and (run / "last.safetensors").exists() and not is_finished(run)
     assert _in_session(pids[0]) == ([], []) and _working_on(run) == []
 
-    train_in_processes(config.replace(workers=0), run, show=lambda metrics: None)
+    train(config.replace(workers=0), run, show=lambda metrics: None)
     assert is_finished(run) and len(read_metrics(run)) > stopped
     assert read_metrics(run).query("split == 'train'")["step"].tolist() == list(range(1, 181))
-    train_in_processes(config, run, show=lambda metrics: pytest.fail("it is finished"))
+    train(config, run, show=lambda metrics: pytest.fail("it is finished"))
 
 
 def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
@@ -172,6 +170,7 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
         time.sleep(0.1)
     found = Job(run, job.pid)
     assert _listening(_working_on(run)), "two processes meet at a port"
+    assert len(_working_on(run)) >= 3
     found.stop()
     assert not found.is_running() and find_job(run) is None
     assert "stopped as asked, at step" in job.output(200)
@@ -189,17 +188,45 @@ def test_a_slow_picture_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
         shown.append(now[0])
         clock["sleep"](3.0)
 
-    Job(tmp_path, -1).follow(show, every=4.0)
+    Job(tmp_path, -1).watch(show, every=4.0)
     assert len(shown) == 11, "at 0, 63, 126 .. 567 seconds and at the end"
     assert min(b - a for a, b in zip(shown, shown[1:-1], strict=False)) >= 63
 
 
-def test_a_failure_is_told_as_the_command_told_it(tmp_path):
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_a_process_that_is_killed_ends_the_others(tmp_path, victim):
+    config = tiny_config(draw_photos(tmp_path / "photos"), epochs=500, workers=1)
+    run = tmp_path / "run"
+    job = start(run, ["train", "--run", run, *overrides(config)], 2)
+    deadline = time.monotonic() + 120
+    while read_metrics(run).empty and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = psutil.Process(job.pid).children()
+    assert len(ranks) == 2
+    (ranks[1] if victim == "rank" else psutil.Process(job.pid)).kill()
+    if victim == "rank":
+        with pytest.raises(InputError, match="killed by signal 9 .* the same command resumes"):
+            job.watch()
+        assert job.output().count("error: ") == 1
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
+    job.stop()
+    with lock_run(run, patience=0):
+        pass
+
+
+def test_a_folder_of_a_person_is_not_written_to(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="holds files .README.md."):
+        train(Config(), tmp_path)
+    assert os.listdir(tmp_path) == ["README.md"]
+
+
+def test_a_failure_is_reported_as_the_command_reported_it(tmp_path):
     with open(tmp_path / "output.log", "w") as log:
         log.write("$ an earlier command\nerror: of another time\n")
     job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"])
     with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
-        job.follow(every=0.1)
+        job.watch(every=0.1)
     assert ramslib.training.launch._CHILDREN == {} and find_job(tmp_path) is None
 
 
@@ -208,7 +235,7 @@ def test_a_job_file_of_the_past_is_no_job(tmp_path):
         (tmp_path / "job.json").write_text(text)
         assert find_job(tmp_path) is None
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    text = json.dumps({"pid": dead.pid, "started": ramslib.training.launch._start_time(dead.pid)})
+    text = json.dumps({"pid": dead.pid, "started": time.time()})
     dead.wait()
     (tmp_path / "job.json").write_text(text)
     assert find_job(tmp_path) is None

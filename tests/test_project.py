@@ -31,7 +31,7 @@ METHOD = "attention boxes dppm backbone classifier model".split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
 IMPORT_NAMES = {"PIL": "pillow", "IPython": "ipython"}
-USED_AS_COMMANDS = {"ipython", "jupyterlab", "ipykernel", "nbval", "voila", "tensorboard"}
+USED_AS_COMMANDS = {"ipython", "jupyterlab", "ipykernel", "nbval", "voila"}
 
 
 def read_requirements(texts):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ramslib.config import Config
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
-from ramslib.training.sampling import (
+from ramslib.training.optimization import (
     batch_keys,
     check_shares,
     epoch_order,

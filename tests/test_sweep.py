@@ -252,7 +252,7 @@ def in_this_process(monkeypatch):
             trained.append(config.scales)
             train(config, run)
 
-    monkeypatch.setattr(sweep, "train_in_processes", train_here)
+    monkeypatch.setattr(sweep.launch, "train", train_here)
     return trained
 
 

@@ -1,4 +1,4 @@
-"""Training: it learns, it survives kills to the bit, and processes do not change what it does."""
+"""Training: it learns, resumes bit-identical after kills, and processes do not change it."""
 
 import json
 import math
@@ -27,10 +27,9 @@ from tiny import (
     tiny_config,
 )
 
-import ramslib.training.learner
 import ramslib.training.trainer
 from ramslib.errors import InputError
-from ramslib.runs.run import load
+from ramslib.runs.inference import load
 from ramslib.training.launch import command, overrides, progress_line
 from ramslib.training.trainer import train
 
@@ -108,9 +107,9 @@ def test_the_bar_shows_images_per_second_and_time_left_on_a_terminal(photos, tmp
 def test_early_stopping_keeps_the_best(photos, tmp_path):
     run = train(tiny_config(photos, epochs=40, patience=2), tmp_path / "run")
     rows = [row for row in read_log(run) if row.get("output") == "mean logits"]
-    top1 = [row["top1"] for row in rows]
-    best = top1.index(max(top1)) + 1
-    assert len(top1) == best + 2 < 40
+    nll = [row["nll"] for row in rows]
+    best = len(nll) - nll[::-1].index(min(nll))
+    assert len(nll) == best + 2 < 40
     results = pd.read_csv(run / "results.csv")
     assert set(results["epochs"]) == {best + 2} and set(results["best_epoch"]) == {best}
     last, first = (pd.read_csv(run / f"predictions_{name}.csv") for name in ("last", "best"))
@@ -137,15 +136,14 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
-    prepare = ramslib.training.learner.prepare
-    seen = []
+    backward, seen = ramslib.training.trainer.backward_scales, []
 
-    def plant(pixels, *options):
-        images, source = prepare(pixels, *options)
+    def plant(model, pixels, *options, **named):
         seen.append(len(pixels))
-        return images * (float("nan") if len(seen) == 6 else 1), source
+        damaged = pixels / (0.0 if len(seen) == 6 else 255.0)
+        return backward(model, damaged, *options, **named)
 
-    monkeypatch.setattr(ramslib.training.learner, "prepare", plant)
+    monkeypatch.setattr(ramslib.training.trainer, "backward_scales", plant)
     with pytest.raises(InputError) as error:
         train(tiny_config(photos), tmp_path / "run")
     message = str(error.value)
@@ -186,7 +184,7 @@ def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ramslib.training.trainer, "lock_run", lambda run: lock_run(run, patience=0.3)
     )
-    with held_elsewhere(run), pytest.raises(InputError, match="another training works there"):
+    with held_elsewhere(run), pytest.raises(InputError, match="another process works there"):
         train(tiny_config(photos), run)
 
 
@@ -269,7 +267,16 @@ def test_two_processes_predict_every_image_once_and_as_one_does(two_runs):
     pd.testing.assert_frame_equal(one, two, rtol=1e-3)
 
 
-def test_a_batch_that_two_processes_cannot_share_ends_both_with_the_reason(photos, tmp_path):
-    code, output = finish_training(tiny_config(photos, batch_size=5), tmp_path / "run", 2)
-    assert code != 0
-    assert output.count("error: batch_size 5 does not divide among 2 processes") == 2
+BAD = {
+    "a batch that two processes cannot share": {"batch_size": 5},
+    "a setting that only the model can check": {"frozen_blocks": 99},
+    "a dataset that is not there": {"root": "missing"},
+    "a proposal that does not import": {"proposal": "missing.py:mine"},
+}
+
+
+@pytest.mark.parametrize("changes", BAD.values(), ids=BAD.keys())
+def test_what_two_processes_refuse_is_one_line_and_exit_code_2(photos, tmp_path, changes):
+    code, output = finish_training(tiny_config(photos, **changes), tmp_path / "run", 2)
+    assert code == 2
+    assert output.count("\n") == output.count("error: ") == 1, output

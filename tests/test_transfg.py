@@ -23,8 +23,7 @@ from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
 from ramslib.model import MODELS, build_model
-from ramslib.runs.export import Pixels, export_model
-from ramslib.runs.run import load
+from ramslib.runs.inference import NamedOutputs, export_model, load
 from ramslib.training.optimization import backward_scales, create_optimizer
 from ramslib.training.trainer import train
 from ramslib.transfg import TransFG, contrastive_loss, gather_tokens, select_parts
@@ -265,7 +264,7 @@ def test_the_exported_program_takes_any_batch():
     for batch in (1, 5):
         pixels = torch.randint(0, 256, (batch, 3, 48, 48), dtype=torch.uint8)
         with torch.no_grad():
-            expected, found = Pixels(model)(pixels), program(pixels)
+            expected, found = NamedOutputs(model)(pixels), program(pixels)
         assert found.keys() == expected.keys() == {"logits_1", "boxes_1"}
         torch.testing.assert_close(found["logits_1"], expected["logits_1"], atol=1e-5, rtol=0)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ramslib.config import Config
 from ramslib.data.transforms import temporary_seed
 from ramslib.model import build_model
-from ramslib.runs.run import lock_run
+from ramslib.runs.folder import lock_run
 from ramslib.training.launch import command, overrides
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,8 @@ from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
 from ramslib.experiments.sweep import run_folder, train_all
+from ramslib.runs.folder import NON_RESULT_SETTINGS, read_run
 from ramslib.runs.results import read_predictions, read_results
-from ramslib.runs.run import NON_RESULT_SETTINGS, read_run
 
 AXES: dict[str, Sequence] = {  # settings that an ablation varies by name
     "scales": (1, 2, 3, 4),

@@ -27,9 +27,9 @@ from sqlalchemy.exc import NoSuchModuleError
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint, load_table
 from ramslib.errors import InputError, one_line, shorten
+from ramslib.runs.folder import is_finished, lock_folder, run_key
 from ramslib.runs.results import read_results
-from ramslib.runs.run import is_finished, lock_run, run_key
-from ramslib.training.launch import train_in_processes
+from ramslib.training import launch
 
 Train = Callable[[Config, Path], object]
 Log = Callable[[str], object]
@@ -75,7 +75,7 @@ def train_all(
     finished = sum(map(is_finished, runs))
     log(f"{finished} of {len(runs)} runs in {folder} are finished")
     if finished < len(runs):
-        train = partial(train_in_processes, processes=processes, show=lambda metrics: None)
+        train = partial(launch.train, processes=processes, show=lambda metrics: None)
         failed = run_worker(open_study(Path(folder), storage), runs, train, log=log)
         if failed:
             run, reason = next(iter(failed.items()))
@@ -100,7 +100,7 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
             cannot be written.
     """
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # `run_worker` reports failures
-    with lock_run(folder, patience=300), _quiet():  # one by one, when workers start together
+    with lock_folder(folder, patience=300), _quiet():  # one by one, when workers start together
         folder = folder.resolve()
         url = storage or f"sqlite:///{folder / 'sweep.db'}"
         options = {"heartbeat_interval": heartbeat, "grace_period": 3 * heartbeat}

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
-from ramslib.runs.run import read_run
+from ramslib.runs.folder import read_run
 
 
 def write_page(

@@ -10,7 +10,7 @@ import pandas as pd
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.explorer.components import set_options, small
 from ramslib.plots.drawing import clean_class_name
-from ramslib.runs.prediction import find_images
+from ramslib.runs.inference import find_images
 
 ALL = "all"
 SHOWN = 300  # names in the list; more are found by filter and search

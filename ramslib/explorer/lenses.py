@@ -15,7 +15,8 @@ from ramslib.data.annotations import image_size
 from ramslib.data.transforms import ImageTransform, open_image, prepare
 from ramslib.errors import InputError
 from ramslib.model import RAMSTrans, build_model
-from ramslib.runs.run import is_finished, load, read_run, run_key
+from ramslib.runs.folder import is_finished, read_run, run_key
+from ramslib.runs.inference import load
 from ramslib.weights import cache_folder
 
 DISPLAY = 900  # pixels; the longer side of the copy of a photo that is kept to show

@@ -6,6 +6,7 @@ step, so a reader finds the old one or the new one, never half of one. Nothing i
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,17 +21,20 @@ from torch.optim import Optimizer
 from ramslib.errors import InputError, one_line, write_atomically
 
 NUMBER = "=number"  # ends the name of a tensor that stands for a plain number
+UNREADABLE = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError)
+UNREADABLE += (RecursionError,)  # what reading a file of any content may raise
 
 
 @dataclass
 class TrainState:
-    """Where a run stands: the scalars of its checkpoints."""
+    """How far a run is: the scalars of its checkpoints."""
 
     step: int = 0
     seconds: float = 0.0  # of training steps, without evaluation
-    best_top1: float = -1.0
+    best_nll: float = math.inf  # of the last output on the validation split
     best_epoch: int = 0
     scaler: dict = field(default_factory=dict)  # of float16 loss scaling
+    key: str = ""  # of settings and data; version 0.1 wrote none
 
 
 class Checkpoint(NamedTuple):
@@ -38,6 +42,7 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]
     progress: TrainState
+    path: Path
 
 
 def save_checkpoint(
@@ -47,7 +52,7 @@ def save_checkpoint(
     optimizer: Optimizer | None = None,
     ema: nn.Module | None = None,
 ) -> None:
-    """Write model, and what training needs to go on, atomically to one file."""
+    """Write model, and what training needs to resume, atomically to one file."""
     tensors = _named("model", model.state_dict())
     if ema is not None:
         tensors |= _named("ema", ema.state_dict())
@@ -82,26 +87,46 @@ def _named(prefix: str, values: dict) -> dict[str, Tensor]:
     return named
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def check_exists(*paths: Path) -> None:
+    """Raise InputError for a checkpoint that is missing."""
+    for path in paths:
+        if not path.is_file():
+            finished = (path.parent / "results.csv").exists()
+            lost = "this run is finished: restore the file, or train in another folder"
+            raise InputError(f"{path}: no such checkpoint; {lost if finished else 'train the run'}")
+
+
+def read_checkpoint(path: Path, key: str = "") -> Checkpoint:
     """Read a checkpoint written by `save_checkpoint`.
 
+    Args:
+        path: the file.
+        key: of the run that it should belong to, see `folder.run_key`.
+
     Raises:
-        InputError: the file is missing, damaged, or not a checkpoint of this library.
+        InputError: the file is missing, damaged, not a checkpoint of this library, or of a run with
+            other settings or data.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; train the run first")
+    check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            progress = TrainState(**json.loads((file.metadata() or {})["progress"]))
+            values = json.loads((file.metadata() or {})["progress"])
+        values.pop("best_top1", None)  # what version 0.1 chose by
+        progress = TrainState(**values)
         if min(progress.step, progress.best_epoch, progress.seconds) < 0:
-            raise ValueError("its progress makes no sense")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError("its progress is negative")
+    except UNREADABLE as error:
         raise InputError(
-            f"{path}: not a checkpoint of this library, or damaged ({error}); "
+            f"{path}: not a checkpoint of this library, or damaged ({one_line(error)}); "
             "remove it to start again, or give another run"
         ) from None
-    return Checkpoint(tensors, progress)
+    if key and progress.key not in ("", key):
+        raise InputError(
+            f"{path}: a checkpoint of other settings or data than config.json beside it; restore "
+            "the files of one run, or choose another folder"
+        )
+    return Checkpoint(tensors, progress, path)
 
 
 def restore(
@@ -122,7 +147,10 @@ def restore(
         try:
             optimizer.load_state_dict(_optimizer_state(optimizer, checkpoint))
         except (KeyError, IndexError, ValueError, RuntimeError) as error:
-            raise InputError(f"the checkpoint does not fit the optimizer: {error}") from None
+            raise InputError(
+                f"{checkpoint.path}: does not fit the optimizer ({one_line(error)}); choose "
+                "another folder"
+            ) from None
 
 
 def _optimizer_state(optimizer: Optimizer, checkpoint: Checkpoint) -> dict:
@@ -152,5 +180,6 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, part: str) -> None:
         module.load_state_dict(_under(part, checkpoint.tensors))
     except RuntimeError as error:
         raise InputError(
-            f"the checkpoint does not fit the configured model: {one_line(error)}"
+            f"{checkpoint.path}: does not fit the configured model ({one_line(error)}); restore "
+            "the files of one run, or choose another folder"
         ) from None

@@ -1,4 +1,4 @@
-"""Training in processes of their own: started, followed, stopped and found again from a notebook.
+"""Training in processes of its own: started, watched, stopped and found again from a notebook.
 
 A notebook kernel must not fork after it has used torch, and a training must survive the kernel. So
 training runs in a process group of its own, by the command that `command` gives and that a shell
@@ -11,18 +11,23 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 
 from ramslib.config import Config
-from ramslib.errors import InputError, write_atomically
-from ramslib.runs.run import check_run, is_finished, read_metrics, read_run
-from ramslib.training.sampling import total_steps
+from ramslib.distributed import stop_request
+from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
+from ramslib.training.optimization import total_steps
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # where processes of one machine meet
 
 
 def available_processes(wanted: int) -> tuple[int, str]:
@@ -55,17 +60,64 @@ def overrides(config: Config) -> list[str]:
 
 def _as_text(value) -> str:
     if isinstance(value, tuple):
-        return json.dumps(value)  # brackets tell a list of one number from a number
+        return json.dumps(value)  # brackets distinguish a list of one number from a number
     return "none" if value is None else str(value)
 
 
 def command(arguments: Sequence[str], processes: int = 1) -> list[str]:
     """The command that runs ``python -m ramslib ARGUMENTS`` in one or several processes."""
-    module = ["ramslib", *map(str, arguments)]
-    if processes == 1:
-        return [sys.executable, "-m", *module]
-    engine = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *engine, "-m", "--", *module]  # -- keeps our --run from the engine
+    several = ["--processes", str(processes)] if processes > 1 else []
+    return [sys.executable, "-m", "ramslib", *map(str, arguments), *several]
+
+
+def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30.0) -> int:
+    """Run ``python -m ramslib ARGUMENTS`` in processes that train together on this machine.
+
+    SIGTERM and Ctrl-C stop all of them at a checkpoint. When one of them fails, the others end.
+
+    Args:
+        arguments: command and options of the command line.
+        processes: their number.
+        grace: seconds for the others to end after a failure.
+
+    Returns:
+        The exit code of the first process that failed, or 0.
+
+    Raises:
+        InputError: the system killed one of them.
+    """
+    if processes < 1:
+        raise InputError(f"processes is {processes}; give 1 or more")
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))} | os.environ
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    with tempfile.TemporaryDirectory(prefix="ramslib-") as folder, stop_request() as stop:
+        environment["RAMSLIB_STORE"] = f"{folder}/store"
+        ranks = []
+        for rank in map(str, range(processes)):
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command(arguments), env=environment | place))
+        code, deadline = 0, None
+        while None in (codes := [rank.poll() for rank in ranks]):
+            code = code or next(filter(None, codes), 0)
+            if deadline is None and (code or stop.is_set()):
+                deadline = time.monotonic() + (grace if code else float("inf"))
+                _signal(ranks, signal.SIGTERM)
+            elif deadline is not None and time.monotonic() > deadline:
+                _signal(ranks, signal.SIGKILL)
+            time.sleep(0.05)
+        code = code or next(filter(None, codes), 0)
+    if code < 0:
+        raise InputError(
+            f"a training process was killed by signal {-code} (memory may have run out); the same "
+            "command resumes from the last checkpoint"
+        )
+    return code
+
+
+def _signal(ranks: Sequence[subprocess.Popen], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)  # does nothing where it has ended
 
 
 _CHILDREN: dict[int, subprocess.Popen] = {}  # started by this process, which must reap them
@@ -85,7 +137,7 @@ class Job:
     def is_running(self) -> bool:
         """Whether the leader of the group is alive."""
         child = _CHILDREN.get(self.pid)
-        return child.poll() is None if child else _is_alive(self.pid)
+        return child.poll() is None if child else _start_time(self.pid) is not None
 
     def output(self, lines: int = 20) -> str:
         """The last lines that the job printed."""
@@ -93,7 +145,7 @@ class Job:
         text = log.read_text(errors="replace") if log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
-    def follow(self, show: Callable[[], None] = lambda: None, every: float = 4.0) -> None:
+    def watch(self, show: Callable[[], None] = lambda: None, every: float = 4.0) -> None:
         """Call ``show`` until the job ends; an interrupt or error here stops it at a checkpoint.
 
         Args:
@@ -117,21 +169,21 @@ class Job:
             raise
         show()
         (self.folder / "job.json").unlink(missing_ok=True)
-        child, told = _CHILDREN.pop(self.pid, None), self._error()
-        if told or (child and child.returncode):
-            told = told or f"it ended with exit code {child.returncode}"
-            raise InputError(f"{told}; see {self.folder}/output.log")
+        child, message = _CHILDREN.pop(self.pid, None), self._error()
+        if message or (child and child.returncode):
+            message = message or f"the training ended with exit code {child.returncode}"
+            raise InputError(f"{message}; see {self.folder}/output.log")
 
     def _error(self) -> str:
-        """What the command last started here complained about; empty when it did not."""
+        """The error that the command last started here printed; empty when there is none."""
         lines = self.output(200).splitlines()
         starts = [number for number, line in enumerate(lines) if line.startswith("$ ")]
         lines = lines[starts[-1] :] if starts else lines
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return told[0] if told else ""
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[0] if errors else ""
 
     def stop(self, patience: float = 60.0) -> None:
-        """Ask the job to save and end; end it the hard way when it does not within the patience."""
+        """Ask the job to save and end; kill it when it does not within the patience."""
         for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
             with suppress(ProcessLookupError):
                 if self.is_running():
@@ -144,7 +196,7 @@ class Job:
 
 
 def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> Job:
-    """Start ``python -m ramslib ARGUMENTS`` on a folder, or find the one that runs there already.
+    """Start ``python -m ramslib ARGUMENTS`` on a run's folder, or find what runs there already.
 
     Args:
         folder: where the job works.
@@ -152,21 +204,20 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
         processes: how many train together.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder holds other files, or cannot be written.
     """
     folder = Path(folder)
     running = find_job(folder)
     if running is not None:
         return running
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "output.log", "a")  # noqa: SIM115
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error}); choose another folder") from None
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))} | os.environ
-    environment["PYTHONUNBUFFERED"] = "1"
-    if processes > 1 and not torch.cuda.device_count():
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        raise InputError(
+            f"{folder}: cannot be written ({one_line(error)}); choose another folder"
+        ) from None
     parts = command(arguments, processes)
     with log:
         log.write(f"$ {shlex.join(parts)}\n")
@@ -176,7 +227,7 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
     text = json.dumps({"pid": child.pid, "started": _start_time(child.pid)})
@@ -189,31 +240,23 @@ def find_job(folder: Path | str) -> Job | None:
     """The job that runs on a folder, whoever started it; None when there is none."""
     try:
         found = json.loads((Path(folder) / "job.json").read_text())
-        pid, started = int(found["pid"]), found["started"]
+        pid, started = int(found["pid"]), float(found["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not _is_alive(pid) or _start_time(pid) != started:
-        return None
-    return Job(Path(folder), pid)
+    now = _start_time(pid)
+    return Job(Path(folder), pid) if now is not None and abs(now - started) < 1 else None
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    return _stat(pid)[:1] not in ([], ["Z"])
+def _start_time(pid: int) -> float | None:
+    """When a process started, which distinguishes it from a later one of the same number.
 
-
-def _start_time(pid: int) -> str:
-    """When a process started, in system ticks: tells it from a later one of the same number."""
-    fields = _stat(pid)
-    return fields[19] if fields else ""
-
-
-def _stat(pid: int) -> list[str]:
-    """State and what follows it, from /proc; empty when there is no such process."""
+    Seconds since 1970; None for a process that has ended, also where nobody reaped it.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, ValueError):
+        return None
 
 
 def progress_line(run: Path | str) -> str:
@@ -230,19 +273,20 @@ def progress_line(run: Path | str) -> str:
     return f"step {step} of {total}, {speed:.3g} images/s, {time_left}"
 
 
-def train_in_processes(
+def train(
     config: Config,
     run: Path | str,
     processes: int = 1,
-    show: Callable[[pd.DataFrame], None] = print,
+    show: Callable[[pd.DataFrame], object] | None = None,
 ) -> Path:
-    """Train a run in processes of its own and follow it; a finished run is left as it is.
+    """Train a run in processes of its own and watch it; a finished run is left as it is.
 
     Args:
         config: what to train.
-        run: the run's folder; a run that was stopped or killed goes on.
+        run: the run's folder; a run that was stopped or killed resumes.
         processes: how many.
-        show: called with the run's metrics every few seconds, for a twentieth of the time at most.
+        show: called with the run's metrics every few seconds, for a twentieth of the time at most;
+            by default the progress is printed.
 
     Returns:
         The folder.
@@ -255,5 +299,5 @@ def train_in_processes(
         check_run(run, config)
     if not is_finished(run):
         job = start(run, ["train", "--run", str(run), *overrides(config)], processes)
-        job.follow(lambda: show(read_metrics(run)))
+        job.watch(lambda: show(read_metrics(run)) if show else print(progress_line(run)))
     return run

@@ -1,23 +1,119 @@
-"""The optimization step: losses of all scales, their gradients, and who applies them.
+"""The optimization step: which images it sees, the losses and their gradients, who applies them.
 
-Optimizers, weight-decay rules and layer-wise decay are timm's. What is ours is `backward_scales`:
-each scale is back-propagated before the next one runs, which gives the gradients of the joint loss
-at the memory of one scale, because no gradient flows through a crop.
+Which images a step sees is a function of seed and step, never of the number of processes, so a run
+resumes in the middle of an epoch without any saved generator, and two processes see the same
+batches as one. Optimizers, weight-decay rules and layer-wise decay are timm's.
+
+`backward_scales` back-propagates each scale before the next one runs, which gives the gradients of
+the joint loss at the memory of one scale, because no gradient flows through a crop.
+`backward_joint` keeps the graphs of all scales for a loss that couples them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from ramslib.acceleration import selective_checkpointing
-from ramslib.classifier import ImageClassifier
+from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.config import Config
-from ramslib.errors import InputError
+from ramslib.distributed import Processes
+from ramslib.errors import InputError, one_line
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Full batches in one epoch; the images left over wait for another epoch.
+
+    Raises:
+        InputError: fewer images than one batch holds.
+    """
+    if images < config.batch_size:
+        raise InputError(
+            f"batch_size {config.batch_size} exceeds the {images} training images; "
+            f"use batch_size={max(1, images // 2)} or less"
+        )
+    return images // config.batch_size
+
+
+def total_steps(config: Config, images: int) -> int:
+    """Steps of the whole training: ``steps`` where given, else those of all epochs."""
+    return config.steps or config.epochs * steps_per_epoch(config, images)
+
+
+@lru_cache(maxsize=1)  # the steps of an epoch share it
+def epoch_order(config: Config, labels: Tensor, epoch: int) -> Tensor:
+    """The order of an epoch's images, drawn from (seed, epoch).
+
+    ``stratified`` places each class's images at equal distances, from a random start, so that a
+    batch has about its share of every class (exactly, where classes are equal and divide it). At
+    random, the counts of 8 classes in 16 images vary by two thirds of their mean, and a classifier
+    that starts at zero follows these counts: noise for the encoder (docs/results.md).
+
+    Args:
+        config: its ``sampling`` is ``stratified`` or ``random``.
+        labels: (N,) classes of the images; never changed in place.
+        epoch: from 0.
+
+    Returns:
+        (N,) a permutation.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(labels), generator=generator)
+    if config.sampling == "random":
+        return order
+    shuffled = labels[order]
+    counts = shuffled.bincount()
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)  # of an image among those of its class
+    rank[shuffled.argsort(stable=True)] = torch.arange(len(order)) - first.repeat_interleave(counts)
+    start = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    return order[((rank + start[shuffled]) / counts[shuffled]).argsort(stable=True)]
+
+
+def batch_keys(config: Config, labels: Tensor, step: int) -> list[tuple[int, int]]:
+    """The (epoch, index) keys of one step's images over all processes."""
+    epoch, number = divmod(step, steps_per_epoch(config, len(labels)))
+    batch = slice(number * config.batch_size, (number + 1) * config.batch_size)
+    return [(epoch, index) for index in epoch_order(config, labels, epoch)[batch].tolist()]
+
+
+def micro_batches(
+    config: Config, labels: Tensor, steps: range, processes: Processes
+) -> Iterator[list[tuple[int, int]]]:
+    """The keys of every micro-batch of this process, in order."""
+    share = config.batch_size // config.grad_accum_steps
+    for step in steps:
+        keys = batch_keys(config, labels, step)
+        for start in range(0, config.batch_size, share):
+            yield keys[start : start + share][processes.rank :: processes.world]
+
+
+def check_shares(config: Config, processes: Processes) -> None:
+    """Check that a batch divides among processes and micro-batches.
+
+    Raises:
+        InputError: it does not.
+    """
+    shares = processes.world * config.grad_accum_steps
+    if config.batch_size % shares:
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide among {processes.world} processes "
+            f"with {config.grad_accum_steps} micro-batches each; use a multiple of {shares}"
+        )
+
+
+def step_seed(config: Config, step: int, processes: Processes) -> int:
+    """Seed of one step's dropout in this process."""
+    return config.seed * 1_000_003 + step * processes.world + processes.rank
+
+
+Loss = Callable[[list[ScaleOutput], Tensor], Tensor]  # outputs of scales, labels (B,) -> scalar
 
 
 def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
@@ -25,8 +121,8 @@ def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
 
     Args:
         loss: ``sum`` (paper), ``first`` (release), ``last``, or the weights, coarse to fine; those
-            beyond the last scale are left unread.
-        scales: how many.
+            beyond the last scale are not read.
+        scales: their number.
     """
     if not isinstance(loss, str):
         return list(loss[:scales])
@@ -38,53 +134,116 @@ def backward_scales(
     model: ImageClassifier,
     pixels: Tensor,
     labels: Tensor,
-    weights: list[float],
+    loss: Sequence[float] | Loss,
     label_smoothing: float = 0.0,
     amp: torch.dtype | None = None,
     factor: float | Tensor = 1.0,
 ) -> Tensor:
-    """Look at each scale and back-propagate its loss before the next one runs.
+    """Back-propagate the loss of each scale before the next one runs.
 
-    Crops carry no gradient, so the accumulated gradients are those of the weighted sum of losses.
+    Crops carry no gradient, so the accumulated gradients are those of the sum over scales.
 
     Args:
         model: in training mode.
         pixels: (B, 3, Hs, Ws), see `ImageClassifier.forward`.
         labels: (B,).
-        weights: of each scale's loss; a scale of weight 0 is looked at without gradient.
+        loss: weight of each scale's own loss, where a scale of weight 0 runs without gradient; or a
+            function, called after each scale with the outputs so far, the earlier ones detached.
         label_smoothing: of the cross entropy.
         amp: autocast type, None for float32.
-        factor: multiplies the losses before the backward pass (micro-batch share, loss scale).
+        factor: multiplies the loss before the backward pass (micro-batch share, loss scale).
 
     Returns:
-        (S,) the scales' losses, detached.
+        (1 + S,) the loss; and each scale's own, with a function its cross entropy. Detached.
     """
-    outputs = model.forward_scales(pixels)
-    losses = []
-    for weight in weights:
+    outputs, earlier, rows = _run_scales(model, pixels, amp), [], []
+    for weight in [1.0] * model.num_scales if callable(loss) else loss:
         with torch.set_grad_enabled(weight > 0):
-            autocast = torch.autocast(pixels.device.type, amp, enabled=amp is not None)
-            with autocast, selective_checkpointing():
-                output = next(outputs)
-            loss = model.loss(output, labels, label_smoothing)
+            output = next(outputs)
+            if callable(loss):
+                own = _cross_entropy(output, labels, label_smoothing)
+                total = _call_loss(loss, [*earlier, output], labels)
+                earlier.append(_detach(output))
+            else:
+                own = model.loss(output, labels, label_smoothing)
+                total = own * weight
             if weight > 0:
-                (loss * weight * factor).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+                (total * factor).backward()
+        rows.append(torch.stack([total.detach(), own.detach()]))
+    totals, each = torch.stack(rows).unbind(dim=1)
+    return torch.cat([totals.sum()[None], each])
+
+
+def backward_joint(
+    model: ImageClassifier,
+    pixels: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    label_smoothing: float = 0.0,
+    amp: torch.dtype | None = None,
+    factor: float | Tensor = 1.0,
+) -> Tensor:
+    """Run all scales and back-propagate a function of all their outputs once.
+
+    Takes the memory of all scales together. Arguments and result are those of `backward_scales`.
+    """
+    outputs = list(_run_scales(model, pixels, amp))
+    total = _call_loss(loss, outputs, labels)
+    (total * factor).backward()
+    each = [_cross_entropy(output, labels, label_smoothing) for output in outputs]
+    return torch.stack([total.detach(), *each])
+
+
+def _run_scales(
+    model: ImageClassifier, pixels: Tensor, amp: torch.dtype | None
+) -> Iterator[ScaleOutput]:
+    """The outputs of a model's scales, logits in float32; only its forward pass is autocast."""
+    scales = model.forward_scales(pixels)
+    for _ in range(model.num_scales):
+        autocast = torch.autocast(pixels.device.type, amp, enabled=amp is not None)
+        with autocast, selective_checkpointing():
+            output = next(scales)
+        yield output._replace(logits=output.logits.float())
+
+
+def _cross_entropy(output: ScaleOutput, labels: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(output.logits.detach(), labels, label_smoothing=label_smoothing)
+
+
+def _detach(output: ScaleOutput) -> ScaleOutput:
+    return ScaleOutput(*(v.detach() if isinstance(v, Tensor) else v for v in output))
+
+
+def _call_loss(loss: Loss, outputs: list[ScaleOutput], labels: Tensor) -> Tensor:
+    """The value of a loss of one's own.
+
+    Raises:
+        InputError: it is no scalar, or nothing can be learned from it.
+    """
+    value = loss(outputs, labels)
+    if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"loss {getattr(loss, '__name__', loss)!r} returns {found}; it must return a scalar "
+            "tensor that has a gradient, as functions of the logits and features have"
+        )
+    return value
 
 
 def freeze(model: ImageClassifier, blocks: int) -> None:
     """Stop training the first blocks, and all that comes before but one class token per scale.
 
-    Those start as copies of one token and, in a sequence, stay copies until a gradient tells them
-    apart: it runs back through the frozen blocks. A shared token is frozen, and it ends there.
+    Those start as copies of one token and, in a sequence, stay equal until a gradient, which runs
+    back through the frozen blocks, separates them. A shared token is frozen.
 
     Raises:
         InputError: more blocks than the backbone has.
     """
     depth = len(model.backbone.blocks)
     if not 0 <= blocks <= depth:
-        raise InputError(f"frozen_blocks is {blocks}, but the backbone has {depth} blocks")
+        raise InputError(
+            f"frozen_blocks is {blocks}, but the backbone has {depth} blocks; use {depth} or less"
+        )
     if blocks == 0:
         return
     model.requires_grad_(False)
@@ -101,7 +260,8 @@ def freeze(model: ImageClassifier, blocks: int) -> None:
 def create_optimizer(model: ImageClassifier, config: Config) -> torch.optim.Optimizer:
     """timm's optimizer of that name, with its rules for weight decay and layer-wise decay.
 
-    The classifier starts from nothing, so it learns ``head_lr_scale`` times faster.
+    The classifier starts at zero, so it learns ``head_lr_scale`` times faster. Optimizers for
+    matrices (muon) leave it, tokens, norms and biases to AdamW.
 
     Raises:
         InputError: a name that timm does not know.
@@ -114,7 +274,10 @@ def create_optimizer(model: ImageClassifier, config: Config) -> torch.optim.Opti
             momentum=config.momentum,
         )
     except (AssertionError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"optimizer {config.optimizer!r} cannot be made: {error}") from None
+        raise InputError(
+            f"optimizer {config.optimizer!r} cannot be made ({one_line(error)}); choose one of "
+            "timm.optim.list_optimizers(), such as adamw or sgd"
+        ) from None
 
 
 def parameter_groups(model: ImageClassifier, config: Config) -> list[dict]:
@@ -126,8 +289,8 @@ def parameter_groups(model: ImageClassifier, config: Config) -> list[dict]:
     for group in groups:
         parameters = group["params"]
         group["params"] = [p for p in parameters if id(p) not in head]
-        new = [p for p in parameters if id(p) in head]
-        apart.append(group | {"params": new, "lr_scale": group["lr_scale"] * config.head_lr_scale})
+        own = {"params": [p for p in parameters if id(p) in head], "use_fallback": True}
+        apart.append(group | own | {"lr_scale": group["lr_scale"] * config.head_lr_scale})
     return [group for group in groups + apart if group["params"]]
 
 
@@ -141,7 +304,7 @@ def create_schedule(
     warmup = min(warmup_steps, total_steps // 2)
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps - warmup,
+        t_initial=max(2, total_steps - warmup),  # timm warns of a cosine of one step
         warmup_t=warmup,
         warmup_prefix=True,
         t_in_epochs=False,

@@ -1,11 +1,11 @@
-"""The training loop: it reads aloud, and a killed run goes on where it was.
+"""The training loop; a killed run resumes where it was.
 
 Everything random is a function of (seed, step) or (seed, epoch, image), never of a process, a
 worker or the past, and the schedule is a function of the step. So a checkpoint needs no generator
-state, a resumed run gives the same weights to the bit, and any number of processes sees the same
-pictures.
+state, a resumed run gives bit-identical weights, and any number of processes sees the same images.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,87 +24,142 @@ from ramslib.config import Config
 from ramslib.data.datasets import load_table
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import (
+    OtherProcessFailed,
     Processes,
+    average_gradients,
     first_process_first,
     load_batches,
     process_group,
     stop_request,
+    sum_over_processes,
 )
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
+from ramslib.extensions import is_reference, resolve
 from ramslib.model import build_model
-from ramslib.runs.checkpoint import TrainState
+from ramslib.runs.checkpoint import (
+    TrainState,
+    check_exists,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from ramslib.runs.folder import (
+    MetricsLogger,
+    check_folder,
+    check_run,
+    init_run,
+    is_finished,
+    keep_sources,
+    lock_run,
+    read_metadata,
+    validation_nll,
+)
 from ramslib.runs.results import write_results
-from ramslib.runs.run import MetricsLogger, check_run, is_finished, lock_run, open_run
-from ramslib.training.learner import Learner
-from ramslib.training.sampling import (
+from ramslib.training.optimization import (
+    AMP_TYPES,
+    backward_joint,
+    backward_scales,
     batch_keys,
     check_shares,
+    create_optimizer,
+    create_schedule,
+    freeze,
+    loss_weights,
     micro_batches,
+    step_seed,
     steps_per_epoch,
     total_steps,
 )
 
 
 class Trainer:
-    """A run in progress: its data, its learner and its log, from the checkpoint to the results.
+    """A run in progress: data, model, optimizer and log, from the checkpoint to the results.
 
     Every process makes one and calls `fit`; the first one writes the files.
+
+    Args:
+        config: what to train.
+        run: a folder that this training holds, see `folder.lock_run`.
+        processes: those that train together.
     """
 
     def __init__(self, config: Config, run: Path, processes: Processes):
-        self.config, self.run, self.processes = config, run, processes
-        self.last, self.best = run / "last.safetensors", run / "best.safetensors"
-        resuming = self.last.exists()
         check_shares(config, processes)
+        self.run, self.processes = run, processes
+        self.last, self.best = run / "last.safetensors", run / "best.safetensors"
+        self.config = keep_sources(config, run)
         self._read_data()
-        self.learner = Learner(self._build_model(resuming), config, self.total_steps, processes)
-        self.progress = self.learner.resume(self.last) if resuming else TrainState()
-        self.journal = MetricsLogger(run, self.progress.step) if processes.is_first else None
+        self._build()
+        self.logger = MetricsLogger(run, self.state.step) if processes.is_first else None
 
     def _read_data(self) -> None:
-        config = self.config
-        table = load_table(config)
+        config, table = self.config, load_table(self.config)
         parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
         if missing := {"train", "test"} - set(parts):
-            what = " or ".join(sorted(missing))
-            raise InputError(f"{config.root}: no image to {what} on; add some")
+            raise InputError(f"{config.root}: no {' or '.join(sorted(missing))} images; add some")
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.labels = torch.tensor(self.train["label"].to_numpy())
         self.validation = parts.get("validation", table[:0])
         self.epoch_steps = steps_per_epoch(config, len(self.train))
         self.total_steps = total_steps(config, len(self.train))
+        self.epochs = ceil(self.total_steps / self.epoch_steps)
         size = config.highres_size or config.image_size
-        self.test_view = ImageTransform(size, config.crop_fraction)
-        self.train_view = ImageTransform(
+        self.transform = ImageTransform(size, config.crop_fraction)
+        self.train_transform = ImageTransform(
             size, config.crop_fraction, train=True, augment=config.augment
         )
 
-    def _build_model(self, resuming: bool) -> ImageClassifier:
-        """The model before its first step; a new run is described in its folder."""
-        config = self.config.replace(pretrained="none") if resuming else self.config
+    def _build(self) -> None:
+        """Model, optimizer, schedule and their state; a new run is described in its folder."""
+        config, resuming = self.config, self.last.exists()
         torch.manual_seed(config.seed)
-        model = build_model(config, int(self.table["label"].max()) + 1)
+        initial = config.replace(pretrained="none") if resuming else config
+        self.model = build_model(initial, int(self.table["label"].max()) + 1)
         if self.processes.is_first:
-            open_run(self.run, self.config, self.table, model.origin)
-        else:  # on another machine, too, it must be there by now
-            check_run(self.run, self.config)
-        self._say(f"going on with {self.run}" if resuming else model.origin)
-        return model
+            init_run(self.run, config, self.table, self.model.origin)
+        freeze(self.model, config.frozen_blocks)
+        self.model.to(self.processes.device)
+        self.optimizer = create_optimizer(self.model, config)
+        self.schedule = create_schedule(self.optimizer, config.warmup_steps, self.total_steps)
+        own = is_reference(config.loss)
+        scales = self.model.num_scales
+        self.loss = resolve(config.loss, {}, "loss") if own else loss_weights(config.loss, scales)
+        joint = own and not getattr(self.loss, "per_scale", False)
+        self.backward = backward_joint if joint else backward_scales
+        device = self.processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.amp == "fp16")
+        self.ema = ModelEmaV3(self.model, config.ema_decay) if config.ema_decay else None
+        self.averaged = self.ema.module if self.ema else None
+        self.state = TrainState(key=read_metadata(self.run)[1].get("key", ""))
+        if resuming:
+            self._resume()
+        step = f"{self.run}: resumes after step {self.state.step} of {self.total_steps}"
+        self._say(step if resuming else self.model.origin)
+        if torch.cuda.is_available() and device == "cpu":
+            self._say(f"more processes than GPUs ({torch.cuda.device_count()}): training on CPUs")
+
+    def _resume(self) -> None:
+        checkpoint = read_checkpoint(self.last, self.state.key)
+        restore(checkpoint, self.model, self.optimizer, self.averaged)
+        self.state = checkpoint.progress
+        self.scaler.load_state_dict(self.state.scaler)
+        if self.state.best_epoch and math.isinf(self.state.best_nll):  # of version 0.1
+            self.state.best_nll = validation_nll(self.run, self.state.best_epoch)
 
     def fit(self, stop: threading.Event, save_every: float) -> bool:
         """Train, evaluate and save each epoch, write the results; False if the event stopped it."""
-        steps, stopping = range(self.progress.step, self.total_steps), False
+        steps, stopping = range(self.state.step, self.total_steps), False
         self.saved = time.monotonic()
         batches = self._batches(steps)
         with self._bar(steps) as bar:
             for step in steps:
                 if stopping or self._out_of_patience():
                     break
-                loss, stopping = self._step(step, batches, stop.is_set())
+                loss, stopping = self.train_step(step, batches, stop.is_set())
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update(self.config.batch_size)
-                done = self.progress.step
+                done = step + 1
                 if done % self.epoch_steps == 0 or done == self.total_steps:
                     self._end_epoch(ceil(done / self.epoch_steps))
                 elif stopping or time.monotonic() - self.saved >= save_every:
@@ -115,8 +171,8 @@ class Trainer:
     def _batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
         keys = micro_batches(self.config, self.labels, steps, self.processes)
-        photos = ImageDataset(self.train, self.train_view, self.config.seed)
-        return load_batches(photos, self.config.workers, batch_sampler=keys)
+        images = ImageDataset(self.train, self.train_transform, self.config.seed)
+        return load_batches(images, self.config.workers, batch_sampler=keys)
 
     def _bar(self, steps: range) -> tqdm:
         """Images per second and time left, on a terminal; nothing in files."""
@@ -125,26 +181,72 @@ class Trainer:
         disable = None if self.processes.is_first else True  # None: where there is no terminal
         return tqdm(**place, unit=" images", disable=disable)
 
-    def _step(self, step: int, batches: Iterator[dict], stop: bool) -> tuple[float, bool]:
-        """One step and its row of the log; returns the loss, and whether to stop."""
+    def train_step(
+        self, step: int, batches: Iterator[dict], stop: bool = False
+    ) -> tuple[float, bool]:
+        """One optimizer step and its row of the log; returns the loss, and whether to stop."""
         started = time.perf_counter()
-        losses, norm, stopping = self.learner.gradients(step, batches, stop)
+        losses, norm, stopping = self.gradients(step, batches, stop)
         self._check_finite(losses, norm, step)
-        self.learner.update()
-        loss = sum(x * weight for x, weight in zip(losses, self.learner.weights, strict=True))
+        self.update()
         row = {"step": step + 1, "epoch": step // self.epoch_steps + 1, "split": "train"}
-        row |= {"loss": float(loss), "grad_norm": float(norm)}
-        row |= {f"loss_{scale}": float(each) for scale, each in enumerate(losses, start=1)}
-        row["learning_rate"] = self.learner.learning_rate()
+        row |= {"loss": float(losses[0]), "grad_norm": float(norm)}
+        row |= {f"loss_{scale}": float(each) for scale, each in enumerate(losses[1:], start=1)}
+        group = self.optimizer.param_groups[0]
+        row["learning_rate"] = group["lr"] / group["lr_scale"]
         seconds = time.perf_counter() - started
         row["images_per_second"] = round(self.config.batch_size / seconds, 2)
-        self.progress.step = step + 1
-        self.progress.seconds += seconds
+        self.state.step = step + 1
+        self.state.seconds += seconds
         self._log([row])
         return row["loss"], stopping
 
+    def gradients(
+        self, step: int, batches: Iterator[dict], stop: bool = False
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Back-propagate a step's micro-batches: gradients are averaged, unscaled and clipped.
+
+        Args:
+            step: its number, from 0; decides the learning rate and what is random.
+            batches: of this process, ``grad_accum_steps`` of them are taken.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            (1 + S,) the loss and that of each scale, the gradient's norm before clipping, and
+            whether any process was asked to stop.
+        """
+        config, processes = self.config, self.processes
+        torch.manual_seed(step_seed(config, step, processes))
+        self.model.train()
+        self.schedule.step_update(step)
+        losses = sum(self._micro_batch(next(batches)) for _ in range(config.grad_accum_steps))
+        asked = torch.tensor([float(stop)], device=losses.device)
+        shared = sum_over_processes(torch.cat([losses, asked]), processes)
+        average_gradients(self.model.parameters(), processes)
+        self.scaler.unscale_(self.optimizer)
+        limit = config.clip_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return shared[:-1] / processes.world, norm, bool(shared[-1])
+
+    def _micro_batch(self, batch: dict) -> Tensor:
+        """Back-propagate one micro-batch; returns its share of the step's losses."""
+        config, device = self.config, self.processes.device
+        pixels = batch["pixels"].to(device, non_blocking=True)
+        labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]
+        share = torch.tensor(1 / config.grad_accum_steps, device=device)
+        given = self.model, pixels, labels, self.loss, config.label_smoothing, amp
+        return self.backward(*given, factor=self.scaler.scale(share)) * share
+
+    def update(self) -> None:
+        """Apply the gradients and clear them."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
     def _check_finite(self, losses: Tensor, norm: Tensor, step: int) -> None:
-        """Stop before the weights are corrupted; infinite gradients are usual to float16's scaler."""
+        """Stop before weights are corrupted; float16's scaler expects infinite gradients."""
         if losses.isfinite().all() and (norm.isfinite() or self.config.amp == "fp16"):
             return
         keys = batch_keys(self.config, self.labels, step)
@@ -156,54 +258,63 @@ class Trainer:
         )
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate on the validation split; save the last and, when it is better, the best."""
-        scores = self._validate(epoch)
-        top1 = float(scores["top1"].iloc[-1]) if len(scores) else 0.0
-        if top1 > self.progress.best_top1 or not len(scores):
-            self.progress.best_top1, self.progress.best_epoch = top1, epoch
+        """Evaluate on the validation split; save the last and, when it is no worse, the best."""
+        nll = self._validate(epoch)
+        if nll <= self.state.best_nll:  # infinite without a validation split
+            self.state.best_nll, self.state.best_epoch = nll, epoch
             self._save(self.best)
         self._save(self.last)
 
-    def _validate(self, epoch: int) -> pd.DataFrame:
+    def _validate(self, epoch: int) -> float:
+        """Log the scores of the validation split; returns the nll of the last output."""
         if self.validation.empty:
-            return self.validation
-        scores = score(self._predict(self.validation))
-        seconds = round(self.progress.seconds, 2)
-        place = {"step": self.progress.step, "epoch": epoch, "split": "validation"}
+            return math.inf
+        scores, seconds = score(self._predict(self.validation)), round(self.state.seconds, 2)
+        place = {"step": self.state.step, "epoch": epoch, "split": "validation"}
         self._log([place | row | {"seconds": seconds} for row in scores.to_dict("records")])
-        told = ", ".join(f"{row.output} {row.top1:.1f} %" for row in scores.itertuples())
-        epochs = ceil(self.total_steps / self.epoch_steps)
-        self._say(f"epoch {epoch} of {epochs}: validation {told}; {seconds:.0f} s")
-        return scores
+        nll = float(scores["nll"].iloc[-1])
+        top1 = ", ".join(f"{row.output} {row.top1:.1f} %" for row in scores.itertuples())
+        when = f"epoch {epoch} of {self.epochs}"
+        self._say(f"{when}: validation {top1}; nll {nll:.3f}, {seconds:.0f} s")
+        return nll
+
+    def eval_model(self) -> ImageClassifier:
+        """The model that predicts: the moving average where there is one; in evaluation mode."""
+        return (self.averaged or self.model).eval()
+
+    def load_weights(self, path: Path) -> None:
+        """Take the weights of a checkpoint, to predict with them."""
+        restore(read_checkpoint(path, self.state.key), self.model, ema=self.averaged)
 
     def _predict(self, table: pd.DataFrame) -> pd.DataFrame:
         options = self.config.batch_size, self.config.workers, self.processes
-        return predict(self.learner.predictor(), table, self.test_view, *options)
+        return predict(self.eval_model(), table, self.transform, *options)
 
     def _out_of_patience(self) -> bool:
-        epoch = self.progress.step // self.epoch_steps
-        return 0 < self.config.patience <= epoch - self.progress.best_epoch
+        epoch = self.state.step // self.epoch_steps
+        return 0 < self.config.patience <= epoch - self.state.best_epoch
 
     def _finish(self) -> None:
-        """Predict the test split with the last and the best weights, and write the results."""
-        epochs, best_epoch = ceil(self.progress.step / self.epoch_steps), self.progress.best_epoch
-        predictions = {"last": self._predict(self.test)}
+        """Predict the test split with the best and the last checkpoint, and write the results."""
+        epochs, best_epoch = ceil(self.state.step / self.epoch_steps), self.state.best_epoch
+        last = best = self._predict(self.test)
         if best_epoch != epochs:
-            self.learner.load_weights(self.best)
-        best = self._predict(self.test) if best_epoch != epochs else predictions["last"]
-        facts = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
-        facts["train_seconds"] = round(self.progress.seconds, 1)
+            self.load_weights(self.best)
+            best = self._predict(self.test)
+        columns = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
+        columns["train_seconds"] = round(self.state.seconds, 1)
         if self.processes.is_first:
-            write_results(self.run, predictions | {"best": best}, facts)
+            write_results(self.run, {"best": best, "last": last}, columns)
 
     def _save(self, path: Path) -> None:
         if self.processes.is_first:
-            self.learner.save(path, self.progress)
+            self.state.scaler = self.scaler.state_dict()
+            save_checkpoint(path, self.state, self.model, self.optimizer, self.averaged)
             self.saved = time.monotonic()
 
     def _log(self, rows: list[dict]) -> None:
-        if self.journal:
-            self.journal.write(rows)
+        if self.logger:
+            self.logger.write(rows)
 
     def _say(self, text: str) -> None:
         if self.processes.is_first:
@@ -211,35 +322,41 @@ class Trainer:
 
 
 def train(config: Config, run: Path | str, save_every: float = 300.0) -> Path:
-    """Train a configuration into a run's folder; a killed run goes on, a finished one stays.
+    """Train a configuration into a run's folder; a killed run resumes, a finished one is kept.
 
-    Call it in one process, or in each of several started by ``torch.distributed.run``. SIGTERM and
-    Ctrl-C stop it after the current step with a checkpoint.
+    Call it in one process, or in each of several, see `launch.run_in_processes`. SIGTERM and Ctrl-C
+    stop it after the current step with a checkpoint.
 
     Args:
         config: what to train.
         run: the folder, made when missing.
-        save_every: seconds between checkpoints within an epoch: what a kill costs at most.
+        save_every: seconds between checkpoints within an epoch: the most that a kill costs.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: bad input, a folder that holds another run, or a loss that is not finite.
+        InputError: bad input, a folder that holds another run or other files, or a loss that is
+            not finite.
     """
     run = Path(run)
-    if is_finished(run):
-        check_run(run, config)
-        return run
     with process_group() as processes, stop_request() as stop, ExitStack() as held:
         with first_process_first(processes):
+            if not 0 <= save_every < math.inf:
+                raise InputError(f"save_every is {save_every}; give seconds, 0 or more")
+            check_folder(run)
+            if is_finished(run):
+                check_run(run, config)
+                check_exists(run / "best.safetensors", run / "last.safetensors")
+                return run
             if processes.is_first:
                 held.enter_context(lock_run(run))
             trainer = Trainer(config, run, processes)
-        if trainer.journal:
-            held.callback(trainer.journal.close)
+        if trainer.logger:
+            held.callback(trainer.logger.close)
         finished = trainer.fit(stop, save_every)
     if not finished:
-        step = f"step {trainer.progress.step} of {trainer.total_steps}"
-        raise InputError(f"{run}: stopped as asked, at {step}; the same command goes on from there")
+        kind = InputError if processes.is_first else OtherProcessFailed
+        step = f"step {trainer.state.step} of {trainer.total_steps}"
+        raise kind(f"{run}: stopped as asked, at {step}; the same command resumes there")
     return run
