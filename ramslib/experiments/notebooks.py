@@ -33,8 +33,8 @@ from ramslib.config import Config
 from ramslib.errors import InputError, one_line, write_atomically
 from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
-from ramslib.runs.results import read_predictions, read_results
 from ramslib.runs.folder import read_run
+from ramslib.runs.results import read_predictions, read_results
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent
