@@ -4,6 +4,9 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import draw_photos, tiny_config
+from tiny import ROOT, draw_photos, tiny_config
 
 from ramslib.__main__ import main
 from ramslib.config import Config
@@ -75,6 +78,9 @@ WRONG = {
     "augment": ["", "Flip", "rand-x", "autoaugmented"],
     "normalization": ["imagenet21k", ""],
     "validation_fraction": ["-0.1", "0.6", "nan", "all"],
+    "test_fraction": ["0", "0.95", "nan", "all"],
+    "allow_missing": ["maybe", "2"],
+    "upsampling": ["0", "-1", "x"],
     "workers": ["-1", "1.5", "many", "100000"],
     "backbone": [
         "",
@@ -138,8 +144,10 @@ def test_a_typo_is_answered_with_the_nearest_name(world, refused):
     for name in Config.names():
         typo = name[:-1] + "xe"
         line = refused("train", "--run", world / "new", f"{typo}=1")
-        assert f"unknown setting {typo!r}; did you mean " in line
+        assert f"unknown setting {typo!r}; " in line
+        assert "did you mean " in line or len(name) < 5
     assert "did you mean 'epochs'" in refused("data", "epoks=1")
+    assert "did you mean 'epochs'" in refused("describe-data", "EPOCHS=1")
 
 
 COMMANDS = [
@@ -158,8 +166,10 @@ COMMANDS = [
     "train --run x --config .",
     "train --run x --save-every soon",
     "train epochs=3",
-    "data epochs",
+    "describe-data epochs",
     "data --run x",
+    "train --run x --preset tiny --config c",
+    "train --run x --processes two",
     "predict",
     "predict a.png",
     "predict --run missing a.png",
@@ -182,8 +192,10 @@ COMMANDS = [
     "report missing",
     "report .",
     "report --run x",
-    "road --bogus",
+    "notebooks --bogus",
     "road preset",
+    "trust",
+    "trust missing",
     "--bogus",
     "-x train",
 ]
@@ -283,7 +295,7 @@ def test_folders_that_hold_something_else(world, refused):
     for run in ("run", "cut"):
         line = refused("train", "--run", world / run, *base, "seed=3")
         assert "seed 0 there, 3 here" in line
-    assert "cannot be written" in refused("train", "--run", world / "run" / "config.json", *base)
+    assert "choose another" in refused("train", "--run", world / "run" / "config.json", *base)
     other = world / "other photos"
     draw_photos(other, test=6)
     assert "data differ" in refused("train", "--run", world / "cut", *base, f"root={other}")
@@ -297,7 +309,7 @@ DAMAGED = {
 }
 DAMAGED_RESULTS = {
     "results.csv": ["", "scale\n", "scale,weights\n1,2\n", '"'],
-    "predictions_last.csv": ["", "path\n", "path,scale,rank\na,b,c\n", '"', "\0"],
+    "predictions_best.csv": ["", "path\n", "path,scale,rank\na,b,c\n", '"', "\0"],
 }
 
 
@@ -306,9 +318,9 @@ def test_runs_with_damaged_files(world, refused, tmp_path):
         for number, text in enumerate(texts):
             run = shutil.copytree(world / "run", tmp_path / f"{name} {number}")
             (run / name).write_text(text)
-            assert f"{name} {number}: " in refused("report", run)
+            assert f"{name} {number}" in refused("report", run)
             if name in DAMAGED:
-                assert f"{name} {number}: " in refused("predict", "--run", run, world / "photos")
+                assert f"{name} {number}" in refused("predict", "--run", run, world / "photos")
             assert not (run / "report.html").exists()
 
 
@@ -327,8 +339,86 @@ def test_predictions_replace_nothing(world, refused, tmp_path, capsys):
     assert "bird" in capsys.readouterr().out
 
 
+EMPTY = [
+    ["train", "--run", "", "epochs=1"],
+    ["train", "--run", "x", "--config", ""],
+    ["train", "--run", "x", "root="],
+    ["predict", "--run", "", "a.png"],
+    ["predict", "--run", "x", ""],
+    ["predict", "--run", "x", "--out", "", "a.png"],
+    ["sweep", "--out", ""],
+    ["report", ""],
+    ["notebooks", "--root", ""],
+    ["app", "--out", ""],
+]
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_path_is_refused(words, refused, tmp_path, monkeypatch):
+    """An unset variable of the shell would name the current folder."""
+    monkeypatch.chdir(tmp_path)
+    line = refused(*words)
+    assert "empty" in line or "root=" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_is_given(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (
+        ["report", "~/missing"],
+        ["predict", "--run", "~/missing", "a.png"],
+        ["train", "--run", "x", "--config", "~/missing"],
+        ["describe-data", "data=folder", "root=~/missing"],
+        ["export", "--run", "~/missing", "--out", "~/x.pt2"],
+    ):
+        assert str(tmp_path / "missing") in refused(*words)
+
+
+def test_one_bad_image_among_many_is_reported_and_the_others_are_classified(
+    world, tmp_path, capsys
+):
+    shutil.copytree(world / "photos" / "test", tmp_path / "photos")
+    bad = tmp_path / "photos" / "bird 0" / "0.png"
+    bad.write_text("no image")
+    words = ["predict", "--run", world / "run", tmp_path / "photos", "--out", tmp_path / "out.csv"]
+    assert main([str(word) for word in words]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and "1 image" in line and "'error'" in line
+    table = pd.read_csv(tmp_path / "out.csv")
+    failed = table[table["error"].notna()]
+    assert failed["path"].tolist() == [str(bad)] and str(bad) in failed["error"].iloc[0]
+    assert table["path"].nunique() == 15 and len(table) == 14 * 4 + 1
+
+
+def test_the_program_and_the_module_behave_alike():
+    """Both end quickly, write warnings as one line, and need no torch to complain."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["ramslib"].partition(":")
+    script = f"import sys; from {module} import {function}; {function}()"
+    for start in (["-c", script], ["-m", "ramslib"]):
+        command = [sys.executable, *start, "describe-data", "EPOCHS=1"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and "did you mean 'epochs'" in done.stderr
+
+
+def test_help_is_fast():
+    code = """
+import sys
+from ramslib.__main__ import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print({"torch", "pandas", "numpy", "matplotlib"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n") and done.stderr == ""
+    assert "describe-data" in done.stdout and "road" not in done.stdout
+
+
 def test_debug_shows_the_traceback_wherever_it_stands(world):
-    for words in (["--debug", "data", "epoks=1"], ["data", "epoks=1", "--debug"]):
+    for words in (["--debug", "describe-data", "epoks=1"], ["data", "epoks=1", "--debug"]):
         with pytest.raises(ValueError, match="did you mean 'epochs'"):
             main(words)
 

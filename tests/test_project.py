@@ -220,7 +220,7 @@ def test_notebook_parameters_are_one_cell_of_literals(code_cells, request):
         assert isinstance(node, ast.Assign) and node.lineno == node.end_lineno, "papermill's limit"
         values[node.targets[0].id] = ast.literal_eval(node.value)
     if request.node.callspec.params["notebook"].stem == "report":
-        assert set(values) == {"run"}
+        assert set(values) == {"run", "root"}
     else:
         assert {"data", "root", "out", "preset"} <= set(values)
         assert values["preset"] == "small"

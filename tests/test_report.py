@@ -48,8 +48,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run):
-    """Its page, written by the command."""
-    assert main(["report", str(run)]) == 0
+    """Its page, written by the command after the images were moved."""
+    moved = (run.parent / "photos").rename(run.parent / "moved")
+    assert main(["report", str(run), "--root", str(moved)]) == 0
     return Page((run / "report.html").read_text())
 
 

@@ -34,7 +34,7 @@ from ramslib.errors import InputError, one_line, write_atomically
 from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
 from ramslib.runs.folder import read_run
-from ramslib.runs.results import read_predictions, read_results
+from ramslib.runs.results import method_name, read_predictions, read_results
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent
@@ -90,7 +90,7 @@ def read_parameters(
     """
     declared = declared_parameters(folder / f"{notebook}.ipynb")
     values = {name: read_value(name, given.get(name, d), d) for name, d in declared.items()}
-    for name in {"root", "out", "run"} & set(values):
+    for name in {"root", "out", "run"} & {name for name, value in values.items() if value}:
         values[name] = CLONE / Path(values[name]).expanduser()
     if "preset" in values:
         values["config"] = choose_config(values, CLONE)
@@ -335,18 +335,24 @@ def write_page(notebook: NotebookNode, path: Path, title: str, **options: object
     _write_text(path, page)
 
 
-def write_report(run: Path | str) -> Path:
+def write_report(run: Path | str, root: Path | str | None = None) -> Path:
     """Write a finished run as one page, ``report.html`` in its folder.
+
+    Args:
+        run: its folder.
+        root: where its images are now, if they moved.
 
     Raises:
         InputError: no run there, one that is not finished, or a damaged file.
     """
-    run = Path(run)
+    run, root = Path(run), root and str(Path(root).absolute())
+    config, _, _ = read_run(run, root)
     read_results(run)
     read_predictions(run)
-    notebook = execute(NOTEBOOKS / "report.ipynb", {"run": str(run.absolute())})
+    notebook = execute(NOTEBOOKS / "report.ipynb", {"run": str(run.absolute()), "root": root})
     hidden = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
-    write_page(notebook, run / "report.html", run.resolve().name, **hidden)
+    title = f"{run.resolve().name}: {method_name(config)} on {config.data}"
+    write_page(notebook, run / "report.html", title, **hidden)
     return run / "report.html"
 
 
