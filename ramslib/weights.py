@@ -261,7 +261,7 @@ def _select_backbone(state: State, backbone: nn.Module) -> tuple[State, list[str
     notes, start = [], min((m[1] for m in map(PREFIX.match, state) if m), default="")
     if start:  # "ema." before "model.": a run predicts with the moving average
         state = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        notes.append(f"those of {start}")
+        notes.append(f"those of {start!r}")
     count = state["cls_token"].shape[1] if "cls_token" in state else 1
     if count > 1:
         state["cls_token"] = state["cls_token"][:, :1]
