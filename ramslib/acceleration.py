@@ -238,7 +238,7 @@ def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def largest_component_tensor(mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def largest_component_tensor(mask: Tensor) -> Tensor:
     """`dppm.largest_component` as tensor operations.
 
     Every foreground patch looks up the smallest label among its neighbors, passes it on to the
@@ -262,9 +262,8 @@ def largest_component_tensor(mask: Tensor, weights: Tensor | None = None) -> Ten
 
     _, labels = torch.while_loop(differ, merge, (torch.full_like(labels, -1), labels))
     labels = labels.flatten(1)
-    weights = mask.long() if weights is None else weights.where(mask, 0)
-    sums = weights.new_zeros(count, size + 1).scatter_add_(1, labels, weights.flatten(1))
-    largest = sums.argmax(dim=1, keepdim=True)  # the first: a label is its first patch's place
+    areas = labels.new_zeros(count, size + 1).scatter_add_(1, labels, mask.flatten(1).long())
+    largest = areas.argmax(dim=1, keepdim=True)  # the first: a label is its first patch's place
     return (labels == largest).reshape(mask.shape) & mask
 
 

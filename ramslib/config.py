@@ -152,52 +152,37 @@ class Config:
         return given[:count]
 
 
+def _read_toml(name: str) -> dict:
+    return tomllib.loads(Path(__file__).with_name(name).read_text())
+
+
 def _load_presets() -> dict[str, dict]:
     """The tables of presets.toml, each with those it is based on merged in."""
     presets: dict[str, dict] = {}
-    for name, own in tomllib.loads(Path(__file__).with_name("presets.toml").read_text()).items():
+    for name, own in _read_toml("presets.toml").items():
         presets[name] = presets.get(own.pop("base", ""), {}) | own
     return presets
 
 
 PRESETS = _load_presets()
+RENAMED = _read_toml("renamed.toml")
 SINGLE_PASS = {"transfg": "transfg", "vit": "rams"}  # name of a model: the name it is stored by
 MODELS = ("rams", "transfg", "vit")
 LOSSES = ("sum", "first", "last")
 
-# Names of version 0.1, whose runs and tables are still read.
-RENAMED_SETTINGS = {
-    "source_size": "highres_size",
-    "normalise": "normalization",
-    "position_resize": "pos_embed_resize",
-    "released_boxes": "legacy_boxes",
-    "checkpointing": "grad_checkpointing",
-    "accumulate": "grad_accum_steps",
-    "head_factor": "head_lr_scale",
-    "clip_norm": "clip_grad_norm",
-}
-RENAMED_VALUES = {("proposal", "centre"): "center"}
-RENAMED_COLUMNS = {
-    "scale": "output",
-    "weights": "checkpoint",
-    "mean_class": "mean_per_class_accuracy",
-    "calibration_error": "ece",
-    "log_loss": "nll",
-}
-
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their names and values of today, whatever version wrote them."""
-    named = {RENAMED_SETTINGS.get(name, name): value for name, value in values.items()}
-    return {
-        name: RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
-        for name, value in named.items()
-    }
+    named = {RENAMED["settings"].get(name, name): value for name, value in values.items()}
+    for name, renamed in RENAMED["values"].items():
+        if isinstance(named.get(name), str):
+            named[name] = renamed.get(named[name], named[name])
+    return named
 
 
 def current_columns(table: "pd.DataFrame") -> "pd.DataFrame":
     """A table of results, predictions or metrics with its columns' names of today."""
-    old = {name: new for name, new in RENAMED_COLUMNS.items() if new not in table}
+    old = {name: new for name, new in RENAMED["columns"].items() if new not in table}
     return table.rename(columns=old)
 
 

@@ -75,23 +75,20 @@ def label_components(mask: Tensor) -> np.ndarray:
     return labels
 
 
-def largest_component(mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def largest_component(mask: Tensor) -> Tensor:
     """The largest 8-connected component of each mask; the first in reading order on a tie.
 
     Args:
         mask: (B, h, w) bool.
-        weights: (B, h, w), of which the largest component has the greatest sum; None: it has the
-            most patches.
 
     Returns:
         (B, h, w) bool, on the CPU; an empty mask stays empty.
     """
     if torch.compiler.is_exporting():
-        return acceleration.largest_component_tensor(mask, weights)
+        return acceleration.largest_component_tensor(mask)
     labels = label_components(mask)
-    weights = None if weights is None else weights.cpu().double().numpy().ravel()
-    sizes = np.bincount(labels.ravel(), weights, minlength=1).astype(float)
-    sizes[0] = -np.inf
+    sizes = np.bincount(labels.ravel(), minlength=1)
+    sizes[0] = 0
     largest = [image.flat[sizes[image].argmax()] for image in labels]  # the first of that size
     return torch.from_numpy((labels == np.reshape(largest, (-1, 1, 1))) & (labels > 0))
 
@@ -130,14 +127,6 @@ def attention_proposal(
     """
     mask = patch_mask(strength, threshold).cpu()
     component = largest_component(mask)
-    return Proposal(mask, component, bounding_boxes(component))
-
-
-@reads(blocks=0)
-def strongest_proposal(strength, threshold, recorded=None) -> Proposal:
-    """The box around the component of the greatest total strength, instead of the most patches."""
-    mask = patch_mask(strength, threshold).cpu()
-    component = largest_component(mask, strength)
     return Proposal(mask, component, bounding_boxes(component))
 
 
@@ -225,7 +214,6 @@ def inside_boxes(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 
 PROPOSALS: dict[str, Callable[..., Proposal]] = {
     "attention": attention_proposal,
-    "strongest": strongest_proposal,
     "all_patches": all_patches_proposal,
     "random": random_proposal,
     "center": center_proposal,

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from ramslib.acceleration import largest_component_tensor
 from ramslib.attention import RecordedScale
 from ramslib.boxes import box_area
 from ramslib.dppm import (
@@ -396,42 +395,6 @@ def test_no_proposal_but_random_draws_numbers():
         state = torch.get_rng_state()
         propose(random_strength(), 1.1, name)
         assert torch.equal(torch.get_rng_state(), state)
-
-
-def strongest(values, mask):
-    """The component of the greatest total strength, from the loops."""
-    result = np.zeros(mask.shape, dtype=bool)
-    found = reference.components(mask)
-    for patch in max(found, key=lambda patches: sum(float(values[patch]) for patch in patches)):
-        result[patch] = True
-    return result
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_strongest_component_equals_the_loops(seed):
-    strength = torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(seed)) ** 3
-    proposal = propose(strength, 1.2, "strongest")
-    for values, mask, component in zip(strength, proposal.mask, proposal.component, strict=True):
-        np.testing.assert_array_equal(component, strongest(values, mask.numpy()))
-
-
-@pytest.mark.slow
-def test_the_strongest_component_of_an_exported_program_equals_the_loops():
-    strength = torch.rand(60, 9, 7, generator=torch.Generator().manual_seed(0)) ** 3
-    mask = patch_mask(strength, 1.2)
-    for values, one, component in zip(
-        strength, mask, largest_component_tensor(mask, strength), strict=True
-    ):
-        np.testing.assert_array_equal(component, strongest(values, one.numpy()))
-
-
-def test_a_strong_patch_wins_over_many_weak_ones_and_an_empty_mask_stays_empty():
-    strength = torch.ones(1, 4, 6)
-    strength[0, 0, :3], strength[0, 3, 5], strength[0, 2] = 3.0, 50.0, 0.1
-    mask = strength > 2
-    assert largest_component(mask).sum() == 3
-    assert largest_component(mask, strength).nonzero().tolist() == [[0, 3, 5]]
-    assert not largest_component(torch.zeros(1, 4, 6, dtype=torch.bool), strength).any()
 
 
 def test_upsampled_boxes_end_between_patches():

@@ -32,7 +32,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ramslib import __version__
-from ramslib.config import RENAMED_COLUMNS, Config, current_names
+from ramslib.config import RENAMED, Config, current_names
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table
@@ -361,7 +361,7 @@ def _read_rows(path: Path) -> list[dict]:
             raise InputError(
                 f"{path}:{number}: not a row of a run's log; remove this line"
             ) from None
-        rows.append(known | {RENAMED_COLUMNS.get(name, name): row[name] for name in row})
+        rows.append(known | {RENAMED["columns"].get(name, name): row[name] for name in row})
     return rows
 
 
