@@ -228,7 +228,7 @@ def test_five_steps_of_training(loss, key, name, golden):
     for _ in expected[f"{key}_grad_norm"]:
         optimizer.zero_grad()
         weights = loss_weights(config.loss, config.scales)
-        losses.append(backward_scales(model, pixels, labels, weights).tolist())
+        losses.append(backward_scales(model, pixels, labels, weights)[1:].tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         norms.append(norm.item())
         optimizer.step()
