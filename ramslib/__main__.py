@@ -199,13 +199,14 @@ def _predict(options: argparse.Namespace) -> int:
     if options.pictures:
         picture_paths(list(map(str, find_images(options.paths))), options.pictures)
     predictions = predict(options.run, options.paths)
+    failed = int((predictions["error"] != "").sum())
     if options.out:
         write_table(predictions, options.out)
     else:
-        print(predictions.dropna(axis=1, how="all").to_string(index=False, na_rep=""))
+        shown = predictions if failed else predictions.drop(columns="error")
+        print(shown.to_string(index=False, na_rep=""))
     if options.pictures:
         save_pictures(predictions, options.pictures)
-    failed = int((predictions["error"] != "").sum())
     if failed:
         print(f"error: {failed} images cannot be read; see the column 'error'", file=sys.stderr)
     return min(failed, 1)
