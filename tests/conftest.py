@@ -16,6 +16,20 @@ settings.load_profile("steady")
 
 torch.set_num_threads(1)  # of tiny tensors, threads only wait for each other
 
+# Modules of trainings, processes, kernels and browsers: `make check` leaves them out.
+SLOW = """
+test_benchmarks test_browser test_data_notebook test_golden test_launch test_notebooks
+test_notebooks_command test_processes_benchmark test_report test_sweep test_trainer test_training
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark all tests of the slow modules."""
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 SIZE = {"img_size": (24, 32), "patch_size": 8, "num_classes": 0}
 VIT = SIZE | {"embed_dim": 32, "depth": 3, "num_heads": 2}
 TOKEN = VIT | {"global_pool": "token"}

@@ -129,6 +129,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_every_setting_refuses_what_it_cannot_be(world, refused, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert set(WRONG) | {"root"} == set(Config.names())
@@ -218,6 +219,7 @@ def test_configuration_files_out_of_shape(world, refused, tmp_path):
         assert str(path) in refused("train", "--run", world / "new", "--config", path)
 
 
+@pytest.mark.slow
 def test_data_out_of_shape(world, refused, tmp_path):
     def make(name, change):
         shutil.copytree(world / "photos", tmp_path / name)
@@ -251,6 +253,7 @@ class Payload:
         return Path.mkdir, (self.folder,)
 
 
+@pytest.mark.slow
 def test_weights_and_checkpoints_that_are_none(world, refused, tmp_path):
     planted, folder = Payload(tmp_path / "executed"), tmp_path / "files"
     folder.mkdir()
@@ -434,6 +437,7 @@ def test_an_unexpected_error_is_one_line_that_says_where(world, capsys, monkeypa
     assert "test_main.py:" in line and "--debug" in line
 
 
+@pytest.mark.slow
 def test_settings_may_stand_anywhere(world, capsys):
     words = ["train", *settings_of(world)[:3], "--run", world / "again", *settings_of(world)[3:]]
     assert main([str(word) for word in words]) == 0

@@ -10,8 +10,6 @@ import pytest
 from ramslib.data.datasets import preparation
 from ramslib.experiments.notebooks import run_notebooks
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

@@ -16,7 +16,6 @@ from ramslib.experiments import notebooks
 from ramslib.experiments.notebooks import write_report
 from ramslib.training.trainer import train
 
-pytestmark = pytest.mark.slow
 EVIL = '<script>alert("x")</script> & $\\frac$ \udcff'
 
 
