@@ -23,7 +23,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -354,14 +354,13 @@ def _read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            known = {"step": row["step"] + 0, "split": row["split"] + ""}
+            sound = isinstance(row["step"], int) and isinstance(row["split"], str)
         except (ValueError, TypeError, LookupError, RecursionError):
-            if number == len(lines):
-                break
-            raise InputError(
-                f"{path}:{number}: not a row of a run's log; remove this line"
-            ) from None
-        rows.append(known | {RENAMED["columns"].get(name, name): row[name] for name in row})
+            sound = False
+        if sound:
+            rows.append({RENAMED["columns"].get(name, name): row[name] for name in row})
+        elif number < len(lines):
+            raise InputError(f"{path}:{number}: not a row of a run's log; remove this line")
     return rows
 
 
@@ -372,11 +371,10 @@ class MetricsLogger:
     """
 
     def __init__(self, run: Path, step: int):
-        self.path = run / "metrics.jsonl"
+        self.path, self.curves = run / "metrics.jsonl", Curves(run / "tensorboard")
         rows = [row for row in _read_rows(self.path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path, lambda part: part.write_text(text))
-        self.curves = Curves(run / "tensorboard")
         self.curves.write(rows)
 
     def write(self, rows: list[dict]) -> None:
@@ -395,55 +393,39 @@ class MetricsLogger:
             ) from None
         self.curves.write(rows)
 
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        self.curves.close()
-
 
 class Curves:
     """Numbers of a log for TensorBoard: optional, so an error ends the curves, never the training.
 
-    Torch's writer writes in a thread of its own, whose errors nobody can catch.
+    Torch's own writer has a thread, whose errors nobody can catch.
     """
 
     def __init__(self, folder: Path):
         shutil.rmtree(folder, ignore_errors=True)  # the log writes all its rows anew
-        self.file = None
-        with self._errors_end_it(folder):
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-
-            self.event, self.summary = event_pb2.Event, summary_pb2.Summary
-            folder.mkdir()
-            self.file = open(folder / f"events.out.tfevents.{time.time():.0f}", "wb")  # noqa: SIM115
-            self.records = RecordWriter(self.file)
-            self._add(file_version="brain.Event:2")
+        self.path, self.works = folder / f"events.out.tfevents.{time.time():.0f}", True
 
     def write(self, rows: list[dict]) -> None:
         """Add the numbers of rows, each under its split, output and name."""
-        with self._errors_end_it(Path(self.file.name) if self.file else None):
-            for row in rows if self.file else []:
-                place = "/".join(filter(None, (row["split"], row.get("output"))))
-                numbers = {name: value for name, value in row.items() if isinstance(value, float)}
-                tags = [{"tag": f"{place}/{k}", "simple_value": v} for k, v in numbers.items()]
-                self._add(step=row["step"], summary=self.summary(value=tags))
-            if self.file:
-                self.file.flush()
-
-    def _add(self, **fields) -> None:
-        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
-
-    @contextmanager
-    def _errors_end_it(self, place: Path | None) -> Iterator[None]:
         try:
-            yield
+            if self.works:
+                self._append(rows)
         except Exception as error:
-            warnings.warn(f"{place}: no curves for TensorBoard ({one_line(error)})", stacklevel=4)
-            self.close()
+            self.works = False
+            warnings.warn(f"{self.path}: no more curves ({one_line(error)})", stacklevel=3)
 
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):
-            if self.file:
-                self.file.close()
-        self.file = None
+    def _append(self, rows: list[dict]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.path.parent.mkdir(exist_ok=True)
+        events = [] if self.path.exists() else [Event(file_version="brain.Event:2")]
+        for row in rows:
+            place = "/".join(filter(None, (row["split"], row.get("output"))))
+            numbers = [(name, value) for name, value in row.items() if isinstance(value, float)]
+            values = [Summary.Value(tag=f"{place}/{k}", simple_value=v) for k, v in numbers]
+            now = time.time()
+            events.append(Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
+        with open(self.path, "ab") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())
