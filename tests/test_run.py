@@ -127,9 +127,9 @@ def edited(config, classes='["a"]'):
 
 EDITS = {
     "{": "Expecting",
-    "[]": "no settings",
+    "[]": "no attribute",
     "{}": "config",
-    '{"config": 3}': "no settings",
+    '{"config": 3}': "lacks config",
     edited('{"epoks": 3}'): "did you mean 'epochs'",
     edited('{"epochs": "many"}'): "epochs",
     edited('{"epochs": -1}'): "epochs",

@@ -5,11 +5,11 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from ramslib.config import Config, current_columns
+from ramslib.config import Config
 from ramslib.data.annotations import SPLITS
-from ramslib.errors import InputError, one_line, write_atomically, write_table
+from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import score
-from ramslib.runs.folder import is_finished, locate_images, read_run, shorten_paths
+from ramslib.runs.folder import is_finished, locate_images, read_csv, read_run, shorten_paths
 
 CARD = Path(__file__).with_name("card.md.j2")
 RESULTS = {"output": str, "checkpoint": str, "images": int, "top1": float, "standard_error": float}
@@ -49,7 +49,7 @@ def read_results(run: Path | str) -> pd.DataFrame:
     """
     if not is_finished(run):
         raise InputError(f"{run}: the run is not finished; train it to the end first")
-    results = _read_columns(Path(run) / "results.csv", RESULTS)
+    results = read_csv(Path(run) / "results.csv", RESULTS, REMEDY)
     return results.sort_values("checkpoint", kind="stable", ignore_index=True)
 
 
@@ -68,20 +68,12 @@ def read_predictions(
     """
     config, metadata, table = read_run(run, root)
     path = Path(run) / f"predictions_{checkpoint}.csv"
-    predictions = _read_columns(path, PREDICTIONS)
+    predictions = read_csv(path, PREDICTIONS, REMEDY)
     images, found = (table["split"] == "test").sum(), predictions["output"].value_counts()
     if found.empty or (found != images).any():
         count = int(found.min()) if len(found) else 0
         raise InputError(f"{path}: has {count} of {images} test images; {REMEDY}")
     return locate_images(predictions, metadata.get("root", config.root), root)
-
-
-def _read_columns(path: Path, kinds: dict[str, type]) -> pd.DataFrame:
-    """A table of a run, whatever version wrote it, with at least these columns."""
-    try:
-        return current_columns(pd.read_csv(path, encoding_errors="surrogateescape")).astype(kinds)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); {REMEDY}") from None
 
 
 def method_name(config: Config) -> str:
