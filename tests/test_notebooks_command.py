@@ -269,3 +269,19 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
             notebooks_command.read_parameters("01_first", given | wrong, folder / "notebooks")
     with pytest.raises(InputError, match="no such notebook"):
         notebooks_command.read_parameters("02_second", given, folder / "notebooks")
+
+
+def test_links_pictures_and_equations_are_right_in_a_page_elsewhere(tmp_path):
+    text = "See [next](01_data_preparation.ipynb), [method](../docs/method.md#x), [web](https://x.y)"
+    text += "\n\n![the method](../docs/method.svg)\n\n$$a = \\frac{1}{2} b_i$$\n\nInline $x > y$, "
+    text += "$\\nosuchcommand$"
+    notebook = new_notebook(cells=[new_markdown_cell(text)])
+    notebooks_command.write_page(notebook, tmp_path / "page.html", "page")
+    page = (tmp_path / "page.html").read_text()
+    assert 'href="01_data_preparation.html"' in page and 'href="https://x.y"' in page
+    (link,) = re.findall(r'href="([^"]+method\.md)#x"', page)
+    assert (tmp_path / link).resolve() == notebooks_command.CLONE / "docs" / "method.md"
+    pictures = re.findall(r'<img alt="([^"]*)"[^>]* src="data:image/svg\+xml;base64,', page)
+    assert pictures == ["the method", "a = \\frac{1}{2} b_i", "x &gt; y"]
+    assert "$\\nosuchcommand$" in page
+    assert notebook.cells[0].source == text, "the executed copy stays as it is"

@@ -171,10 +171,28 @@ def test_the_library_stays_thin():
     assert sum(map(code_lines, prepared)) <= 400, "what draws and downloads datasets"
 
 
-def test_the_numbered_notebooks_are_there():
-    names = "01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold"
-    names += " 05_attention_explorer 06_comparison"
-    assert set(names.split()) <= {path.stem for path in NOTEBOOKS}
+NUMBERED = """
+00_the_method 01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold
+05_attention_explorer 06_comparison
+""".split()
+
+
+def test_the_numbered_notebooks_lead_from_one_to_the_next():
+    texts = {path.stem: nbformat.read(path, 4).cells[0].source for path in NOTEBOOKS}
+    assert set(NUMBERED) <= set(texts)
+    for before, after in zip(NUMBERED, NUMBERED[1:], strict=False):
+        assert f"]({after}.ipynb)" in texts[before] and f"]({before}.ipynb)" in texts[after]
+    for name in NUMBERED:
+        assert "**Question:**" in texts[name] and "*Costs*" in texts[name]
+        assert "](../docs/method.md)" in texts[name]
+
+
+def test_links_and_pictures_of_notebooks_exist():
+    for path in NOTEBOOKS:
+        text = "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+        missing = [link for link in links if not (path.parent / link).exists()]
+        assert missing == [], path.name
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -187,6 +205,12 @@ def notebook(request):
 def code_cells(notebook):
     """The code cells of each notebook in turn."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parse(cell):
+    """The syntax tree of a cell; a file that it writes is its lines after the first."""
+    magic, _, rest = cell.source.partition("\n")
+    return ast.parse(rest if magic.startswith("%%writefile") else cell.source)
 
 
 def test_notebook_file_is_small_clean_and_for_any_python(notebook, request):
@@ -202,32 +226,34 @@ def test_notebook_keeps_no_outputs(code_cells):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells)
 
 
-def test_notebook_code_is_short(code_cells):
+def test_notebook_code_is_short(code_cells, request):
+    """Functions and classes belong in ramslib; 00, which teaches, may define some."""
     lengths = [len(cell.source.splitlines()) for cell in code_cells]
-    assert max(lengths) <= 25 and sum(lengths) <= 120
-    nodes = [node for cell in code_cells for node in ast.walk(ast.parse(cell.source))]
-    assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+    nodes = [node for cell in code_cells for node in ast.walk(parse(cell))]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert len(functions) <= 1
-    assert all(node.end_lineno - node.lineno < 6 for node in functions)
+    teaches = request.node.callspec.params["notebook"].stem == "00_the_method"
+    assert max(lengths) <= 25 and sum(lengths) <= (200 if teaches else 120)
+    assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+    assert len(functions) <= (3 if teaches else 1)
+    assert all(node.end_lineno - node.lineno < (12 if teaches else 6) for node in functions)
 
 
 def test_notebook_parameters_are_one_cell_of_literals(code_cells, request):
     tagged = [cell for cell in code_cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
     values = {}
-    for node in ast.parse(tagged[0].source).body:
+    for node in parse(tagged[0]).body:
         assert isinstance(node, ast.Assign) and node.lineno == node.end_lineno, "papermill's limit"
         values[node.targets[0].id] = ast.literal_eval(node.value)
     if request.node.callspec.params["notebook"].stem == "report":
         assert set(values) == {"run", "root"}
     else:
-        assert {"data", "root", "out", "preset"} <= set(values)
-        assert values["preset"] == "small"
+        assert {"data", "root", "out", "preset", "settings"} <= set(values)
+        assert (values["preset"], values["settings"]) == ("small", {})
 
 
 def test_notebook_ends_with_what_it_claims(code_cells):
-    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code_cells[-1].source)))
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(parse(code_cells[-1])))
 
 
 FORBIDDEN = {

@@ -10,12 +10,19 @@ parameters, ramslib and the dataset's files (by name and time) stay the same.
 """
 
 import ast
+import base64
 import difflib
 import hashlib
+import html
+import io
 import json
+import mimetypes
+import os
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +49,8 @@ NOTEBOOKS = CLONE / "notebooks"
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days
 RECORD, OLD_RECORD = "notebooks.json", "road.json"  # the question that a folder answers
 KINDS = (bool, int, (int, float), str, (list, tuple, dict), object)  # a value keeps its default's
+LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^):\s]+)\)")  # in Markdown, to a file
+EQUATION = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
 
 
 class OwnInterpreter(AsyncKernelManager):
@@ -120,13 +129,21 @@ def read_value(name: str, value: object, default: object) -> object:
     Raises:
         InputError: it is of another kind.
     """
-    if isinstance(value, str) and not isinstance(default, str):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            value = ast.literal_eval(value)
+    if not isinstance(default, str):
+        value = _read_literal(value)
+    if isinstance(value, list) and not any(isinstance(item, str) for item in default or ()):
+        value = [_read_literal(item) for item in value]  # to YAML, 1e0 is text
     kind = next(kind for kind in KINDS if isinstance(default, kind))
     number_for_bool = isinstance(value, bool) != isinstance(default, bool)
     if not isinstance(value, kind) or number_for_bool or value == "":
         raise InputError(f"{name}={value!r}: give a value like {default!r}")
+    return value
+
+
+def _read_literal(value: object) -> object:
+    """What text stands for in Python, if anything; other values as they are."""
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        return ast.literal_eval(value) if isinstance(value, str) else value
     return value
 
 
@@ -189,7 +206,8 @@ def run_notebooks(
     chosen = choose_parameters(paths, common, parameters or {})
     question = {k: v for path in paths for k, v in chosen[path].items() if k != "out"}
     finished, package = read_record(out, question), _hash_package()
-    for number, path in enumerate(paths, start=1):
+    ordered = sorted(paths, key=lambda path: path.stem.startswith("00"))
+    for number, path in enumerate(ordered, start=1):  # 00, last, shows the model that 02 trains
         label = f"[{number}/{len(paths)}] {path.stem}"
         page, table = out / f"{path.stem}.html", out / f"results/{path.stem}.csv"
         inputs = partial(fingerprint, path, chosen[path], package)
@@ -331,8 +349,48 @@ def check_executed(notebook: NotebookNode) -> None:
 def write_page(notebook: NotebookNode, path: Path, title: str, **options: object) -> None:
     """Write an executed notebook as a page that needs no network; ``options`` are nbconvert's."""
     exporter = HTMLExporter(raw_template=_template("page"), embed_images=True, **options)
+    notebook = deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(partial(_link, path.parent), EQUATION.sub(_draw, cell.source))
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
     _write_text(path, page)
+
+
+def _link(folder: Path, match: re.Match) -> str:
+    """A link of a notebook as it is right in a page in another folder; pictures are embedded."""
+    is_picture, text, target = match.groups()
+    file = NOTEBOOKS / target
+    if is_picture:
+        return _picture(file.read_bytes(), mimetypes.guess_type(file)[0], text)
+    is_page = re.fullmatch(r"\d\d_\w+\.ipynb", target)
+    return f"[{text}]({file.stem + '.html' if is_page else os.path.relpath(file, folder)})"
+
+
+def _draw(match: re.Match) -> str:
+    """An equation as a picture, drawn by matplotlib: MathJax would need a network.
+
+    What matplotlib cannot draw remains as it is.
+    """
+    from matplotlib import rc_context
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.mathtext import math_to_image
+
+    displayed, inline = match.groups()
+    equation, file = displayed or inline, io.BytesIO()
+    font = FontProperties(size=12 if displayed else 10.5)
+    try:
+        with rc_context({"mathtext.fontset": "cm"}):
+            depth = math_to_image(f"${equation}$", file, font, dpi=72, format="svg")
+    except ValueError:
+        return match[0]
+    style = "display: block; margin: 1em auto" if displayed else f"vertical-align: -{depth}pt"
+    return _picture(file.getvalue(), "image/svg+xml", equation, style)
+
+
+def _picture(content: bytes, kind: str, text: str, style: str = "") -> str:
+    data = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<img alt="{html.escape(text)}" src="{data}" style="{style}"/>'
 
 
 def write_report(run: Path | str, root: Path | str | None = None) -> Path:
