@@ -1,8 +1,8 @@
 """Errors in one line, and files that are written whole or not at all."""
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,26 +52,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     if path.is_symlink():
         raise InputError(f"{path}: is a symbolic link, which would be replaced; remove it first")
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remedy = "a file that was there is intact, make room or choose another folder, and try again"
     try:
-        write(temporary)
-        os.chmod(temporary, path.parent.stat().st_mode & 0o666)  # safetensors' are for the owner
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: cannot be written ({one_line(error)}); a file that was there is intact, "
-            "make room or choose another folder, and run the same command again"
-        ) from None
+        with writing(path, remedy):
+            write(temporary)
+            os.chmod(temporary, path.parent.stat().st_mode & 0o666)  # some are for the owner only
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def temporary_path(path: Path, process: int | str | None = None) -> Path:
-    """Where `write_atomically` writes until the file is complete; ``*`` matches any process."""
-    return path.with_name(f".{path.name}.{process or os.getpid()}.part")
+@contextmanager
+def writing(path: Path, remedy: str = "choose another folder") -> Iterator[None]:
+    """Turn an error of the system into one line: what cannot be written, why, and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({one_line(error)}); {remedy}") from None
 
 
 def write_table(table: "pd.DataFrame", path: Path) -> None:

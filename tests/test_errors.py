@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ramslib.errors import InputError, one_line, shorten, temporary_path, write_atomically
+from ramslib.errors import InputError, one_line, shorten, write_atomically, writing
 
 
 def test_an_error_is_one_line():
@@ -30,7 +30,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_part(tmp_path, error):
     path.write_text("old")
 
     def write(part):
-        assert part == temporary_path(path) and part.name == f".table.csv.{os.getpid()}.part"
+        assert part == tmp_path / f".table.csv.{os.getpid()}.part"
         part.write_text("half")
         raise error
 
@@ -38,3 +38,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_part(tmp_path, error):
         write_atomically(path, write)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_what_cannot_be_written_is_named_with_a_remedy(tmp_path):
+    with pytest.raises(InputError, match="a.txt: cannot be written .*Is a directory.*; move it"):
+        with writing(tmp_path / "a.txt", "move it"):
+            tmp_path.write_text("")
+    with pytest.raises(ValueError, match="other"), writing(tmp_path):
+        raise ValueError("other")
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("not mounted")
+    with pytest.raises(InputError, match="link: is a symbolic link"):
+        write_atomically(tmp_path / "link", lambda part: part.write_text("new"))
+    assert (tmp_path / "link").is_symlink()

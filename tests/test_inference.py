@@ -137,7 +137,7 @@ def test_pictures_of_one_name_in_two_folders_do_not_collide(trained, tmp_path):
     with pytest.raises(InputError, match="bird 0/0.png.png exists; choose another folder"):
         save_pictures(predictions, tmp_path / "pictures")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: cannot be made"):
+    with pytest.raises(InputError, match="file: cannot be written"):
         save_pictures(predictions, tmp_path / "file")
     assert len(save_pictures(predict(run, paths[:1]), tmp_path / "one")) == 1
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import draw_photos, tiny_config
 
+from ramslib import distributed
 from ramslib.backbone import extend_class_tokens
 from ramslib.config import Config
 from ramslib.errors import InputError
@@ -190,7 +191,7 @@ def test_checkpointing_changes_no_gradient(pixels, strength, loss):
 
 def test_gradients_are_shared_once_a_step(tmp_path, monkeypatch):
     shared = []
-    monkeypatch.setattr(trainer, "average_gradients", lambda *given: shared.append(given))
+    monkeypatch.setattr(distributed, "average_gradients", lambda *given: shared.append(given))
     config = tiny_config(draw_photos(tmp_path / "photos"), grad_accum_steps=3, epochs=1, scales=3)
     run = trainer.train(config, tmp_path / "run")
     assert len(shared) == (read_metrics(run)["split"] == "train").sum() > 1

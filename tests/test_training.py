@@ -11,6 +11,7 @@ import subprocess
 import termios
 import time
 from contextlib import suppress
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -27,9 +28,10 @@ from tiny import (
     tiny_config,
 )
 
-import ramslib.training.trainer
 from ramslib.errors import InputError
+from ramslib.runs import folder
 from ramslib.runs.inference import load
+from ramslib.training import optimization
 from ramslib.training.launch import command, overrides, progress_line
 from ramslib.training.trainer import train
 
@@ -136,14 +138,14 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):
-    backward, seen = ramslib.training.trainer.backward_scales, []
+    backward, seen = optimization.backward_scales, []
 
     def plant(model, pixels, *options, **named):
         seen.append(len(pixels))
         damaged = pixels / (0.0 if len(seen) == 6 else 255.0)
         return backward(model, damaged, *options, **named)
 
-    monkeypatch.setattr(ramslib.training.trainer, "backward_scales", plant)
+    monkeypatch.setattr(optimization, "backward_scales", plant)
     with pytest.raises(InputError) as error:
         train(tiny_config(photos), tmp_path / "run")
     message = str(error.value)
@@ -180,10 +182,7 @@ def test_what_a_batch_cannot_be_is_refused(photos, tmp_path):
 
 def test_a_folder_in_use_is_refused(photos, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    lock_run = ramslib.training.trainer.lock_run
-    monkeypatch.setattr(
-        ramslib.training.trainer, "lock_run", lambda run: lock_run(run, patience=0.3)
-    )
+    monkeypatch.setattr(folder, "lock_run", partial(folder.lock_run, patience=0.3))
     with held_elsewhere(run), pytest.raises(InputError, match="another process works there"):
         train(tiny_config(photos), run)
 

@@ -31,30 +31,24 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ramslib import __version__
-from ramslib.config import RENAMED, Config, current_names
+from ramslib import __version__, extensions
+from ramslib.config import RENAMED, Config, current_columns, current_names
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import fingerprint
-from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table
-from ramslib.extensions import (
-    SETTINGS,
-    SOURCES,
-    is_reference,
-    key_values,
-    locate_sources,
-    split_reference,
-    store_sources,
-)
+from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table, writing
 
 # settings that say where things are or how fast they go, not what comes out
 NON_RESULT_SETTINGS = ("root", "workers", "grad_checkpointing")
-STARTING = {".lock", "output.log", "job.json", SOURCES}  # there before config.json is
+STARTING = {".lock", "output.log", "job.json", extensions.SOURCES}  # there before config.json is
 # what a kill while writing leaves: our temporary files and those of safetensors
 LEFTOVER = re.compile(
     r"\.(config\.json|job\.json|table\.csv|metrics\.jsonl|(last|best)\.safetensors|README\.md|"
     r"predictions_(last|best)\.csv|results\.csv|report\.html)\.\d+\.part|\.tmp[A-Za-z0-9]{6}"
 )
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without locks
+TABLE = {"path": str, "label": int, "class_name": str, "split": str}
+TABLE |= dict.fromkeys(BOX_COLUMNS, float)
+DESCRIBED = {"config": dict, "data_fingerprint": str, "classes": list, "weights": str}
 
 
 def run_key(config: Config, data_fingerprint: str) -> str:
@@ -64,7 +58,7 @@ def run_key(config: Config, data_fingerprint: str) -> str:
 
 
 def _result_settings(config: Config) -> dict:
-    values = key_values(asdict(config))
+    values = extensions.key_values(asdict(config))
     return {name: value for name, value in values.items() if name not in NON_RESULT_SETTINGS}
 
 
@@ -76,12 +70,8 @@ def check_folder(run: Path) -> None:
     """
     if not run.parts:  # an unset variable of a shell, or "."
         raise InputError("the folder of the run has no name; give one, such as runs/first")
-    try:
+    with writing(run):
         names = set(os.listdir(run)) if os.path.lexists(run) else set()
-    except OSError as error:
-        raise InputError(
-            f"{run}: cannot be written to ({one_line(error)}); choose another folder"
-        ) from None
     if "config.json" in names:
         read_metadata(run)
     elif others := sorted(name for name in names - STARTING if not LEFTOVER.fullmatch(name)):
@@ -102,9 +92,9 @@ def lock_run(
     """
     check_folder(run)
     with lock_folder(run, patience, log):
-        for file in filter(lambda file: LEFTOVER.fullmatch(file.name), run.iterdir()):
-            if file.is_file() and not file.is_symlink():
-                file.unlink()
+        for entry in os.scandir(run):
+            if LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry)
         yield
 
 
@@ -124,23 +114,20 @@ def lock_folder(
     Raises:
         InputError: the folder cannot be written, or is held all the time.
     """
-    lock = FileLock(folder / ".lock")
-    try:
+    lock, busy = FileLock(folder / ".lock"), f"{folder}: another process works there"
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log(f"{folder}: another process works there; waiting up to {patience:.0f} s")
-            lock.acquire(timeout=patience)
-    except Timeout:
-        raise InputError(
-            f"{folder}: another process works there; wait for it, or stop it"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise InputError(
-                f"{folder}: cannot be written ({one_line(error)}); choose another folder"
-            ) from None
+            log(f"{busy}; waiting up to {patience:.0f} s")
+            with suppress(Timeout):
+                lock.acquire(timeout=patience)
+            if not lock.is_locked:
+                raise InputError(f"{busy}; wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     try:
         yield
     finally:
@@ -163,7 +150,7 @@ def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> Non
     """
     found, root = fingerprint(table), os.path.abspath(config.root)
     if is_new := not (run / "config.json").exists():
-        metadata = {"config": store_sources(asdict(config), run)}
+        metadata = {"config": extensions.store_sources(asdict(config), run)}
         metadata |= _describe(config, table, found, origin)
     else:
         check_run(run, config, found)
@@ -191,12 +178,10 @@ def _describe(config: Config, table: pd.DataFrame, data: str, origin: str) -> di
 
 def _git_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+    options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, **options).strip()
+    return "unknown"
 
 
 def shorten_paths(table: pd.DataFrame, root: Path | str) -> pd.DataFrame:
@@ -232,8 +217,8 @@ def keep_sources(config: Config, run: Path) -> Config:
     """
     if (run / "config.json").exists():
         check_run(run, config)
-    copies = locate_sources(store_sources(asdict(config), run), run)
-    return config.replace(**{name: copies[name] for name in SETTINGS})
+    copies = extensions.locate_sources(extensions.store_sources(asdict(config), run), run)
+    return config.replace(**{name: copies[name] for name in extensions.SETTINGS})
 
 
 def check_run(run: Path, config: Config, data_fingerprint: str | None = None) -> None:
@@ -253,10 +238,10 @@ def check_run(run: Path, config: Config, data_fingerprint: str | None = None) ->
 
 def _difference(name: str, old: Config, new: Config) -> str:
     there, here = getattr(old, name), getattr(new, name)
-    if is_reference(there) and is_reference(here):
-        (_, function), (path, other) = split_reference(there), split_reference(here)
-        if function == other:
-            return f"the source of {name!r} differs: {path.name} was changed since"
+    own = extensions.is_reference(there) and extensions.is_reference(here)
+    if own and there.rpartition(":")[2] == here.rpartition(":")[2]:
+        file = extensions.split_reference(here)[0].name
+        return f"the source of {name!r} differs: {file} was changed since"
     return f"{name} {there!r} there, {here!r} here"
 
 
@@ -273,54 +258,53 @@ def read_run(run: Path | str, root: Path | str | None = None) -> tuple[Config, d
     Raises:
         InputError: not the folder of a run, or a file in it was edited out of shape.
     """
-    run = Path(run)
-    config, metadata = read_metadata(run)
-    try:
-        table = pd.read_csv(
-            run / "table.csv",
-            dtype={"path": str, "class_name": str, "split": str, "label": int},
-            keep_default_na=False,  # a class may be called NA
-            na_values={side: [""] for side in BOX_COLUMNS},
-            encoding_errors="surrogateescape",
-        )
-        table = table[["path", "label", "class_name", "split", *BOX_COLUMNS]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{run}/table.csv: cannot be read ({one_line(error)}); restore it, or train again"
-        ) from None
+    config, metadata = read_metadata(Path(run))
+    table = read_csv(Path(run) / "table.csv", TABLE, "restore it, or train again")
     stored = metadata.get("root", config.root)
-    return config, metadata, locate_images(table, stored, root)
+    return config, metadata, locate_images(table[list(TABLE)], stored, root)
+
+
+def read_csv(path: Path, kinds: dict[str, type], remedy: str) -> pd.DataFrame:
+    """A table of a run, whatever version wrote it, with at least these columns.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    texts = {name: kind for name, kind in kinds.items() if kind is str}  # a class may be called NA
+    missing = {side: [""] for side in BOX_COLUMNS}
+    how = {"dtype": texts, "keep_default_na": False, "na_values": missing}
+    try:
+        table = pd.read_csv(path, encoding_errors="surrogateescape", **how)
+        return current_columns(table).astype(kinds)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
 
 
 def read_metadata(run: Path) -> tuple[Config, dict]:
-    """Configuration and metadata of a run."""
+    """Configuration and metadata of a run.
+
+    Raises:
+        InputError: not the folder of a run, or its config.json was edited.
+    """
     try:
         metadata = json.loads((run / "config.json").read_text())
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("config"), dict):
-            raise ValueError("config.json has no settings under 'config'")
-        kinds = {"data_fingerprint": str, "classes": list, "weights": str}
-        wrong = [name for name in kinds if not isinstance(metadata.get(name), kinds[name])]
+        wrong = [k for k, kind in DESCRIBED.items() if not isinstance(metadata.get(k), kind)]
         if wrong or not all(isinstance(name, str) for name in metadata["classes"]):
             raise ValueError(f"config.json lacks {shorten(wrong or ['names of classes'])}")
-        values = current_names(locate_sources(metadata["config"], run))
+        values = current_names(extensions.locate_sources(metadata["config"], run))
         config = Config().replace(**values)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{run}: not the folder of a run ({one_line(error)}); give one that training made"
         ) from None
-    _check_key(run, config, metadata)
-    return config, metadata
-
-
-def _check_key(run: Path, config: Config, metadata: dict) -> None:
-    """Check that settings were not edited since; another version may name another key."""
-    same_version = metadata.get("versions", {}).get("ramslib") == __version__
     key = run_key(config, metadata["data_fingerprint"])
-    if same_version and metadata.get("key", key) != key:
+    same_version = metadata.get("versions", {}).get("ramslib") == __version__
+    if same_version and metadata.get("key", key) != key:  # other versions have other settings
         raise InputError(
             f"{run}: the settings in config.json were edited since the run was made; restore "
             "them, or train these settings in another folder"
         )
+    return config, metadata
 
 
 def is_finished(run: Path | str) -> bool:
@@ -354,14 +338,13 @@ def _read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            known = {"step": row["step"] + 0, "split": row["split"] + ""}
+            sound = isinstance(row["step"], int) and isinstance(row["split"], str)
         except (ValueError, TypeError, LookupError, RecursionError):
-            if number == len(lines):
-                break
-            raise InputError(
-                f"{path}:{number}: not a row of a run's log; remove this line"
-            ) from None
-        rows.append(known | {RENAMED["columns"].get(name, name): row[name] for name in row})
+            sound = False
+        if sound:
+            rows.append({RENAMED["columns"].get(name, name): row[name] for name in row})
+        elif number < len(lines):
+            raise InputError(f"{path}:{number}: not a row of a run's log; remove this line")
     return rows
 
 
@@ -372,11 +355,10 @@ class MetricsLogger:
     """
 
     def __init__(self, run: Path, step: int):
-        self.path = run / "metrics.jsonl"
+        self.path, self.curves = run / "metrics.jsonl", Curves(run / "tensorboard")
         rows = [row for row in _read_rows(self.path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path, lambda part: part.write_text(text))
-        self.curves = Curves(run / "tensorboard")
         self.curves.write(rows)
 
     def write(self, rows: list[dict]) -> None:
@@ -385,65 +367,44 @@ class MetricsLogger:
         Raises:
             InputError: the disk is full or the folder is gone.
         """
-        try:
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({one_line(error)}); the last checkpoint is "
-                "intact, make room and run the same command again"
-            ) from None
+        remedy = "the last checkpoint is intact, make room and run the same command again"
+        with writing(self.path, remedy), open(self.path, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.curves.write(rows)
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        self.curves.close()
 
 
 class Curves:
     """Numbers of a log for TensorBoard: optional, so an error ends the curves, never the training.
 
-    Torch's writer writes in a thread of its own, whose errors nobody can catch.
+    Torch's own writer has a thread, whose errors nobody can catch.
     """
 
     def __init__(self, folder: Path):
         shutil.rmtree(folder, ignore_errors=True)  # the log writes all its rows anew
-        self.file = None
-        with self._errors_end_it(folder):
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-
-            self.event, self.summary = event_pb2.Event, summary_pb2.Summary
-            folder.mkdir()
-            self.file = open(folder / f"events.out.tfevents.{time.time():.0f}", "wb")  # noqa: SIM115
-            self.records = RecordWriter(self.file)
-            self._add(file_version="brain.Event:2")
+        self.path, self.works = folder / f"events.out.tfevents.{time.time():.0f}", True
 
     def write(self, rows: list[dict]) -> None:
         """Add the numbers of rows, each under its split, output and name."""
-        with self._errors_end_it(Path(self.file.name) if self.file else None):
-            for row in rows if self.file else []:
-                place = "/".join(filter(None, (row["split"], row.get("output"))))
-                numbers = {name: value for name, value in row.items() if isinstance(value, float)}
-                tags = [{"tag": f"{place}/{k}", "simple_value": v} for k, v in numbers.items()]
-                self._add(step=row["step"], summary=self.summary(value=tags))
-            if self.file:
-                self.file.flush()
-
-    def _add(self, **fields) -> None:
-        self.records.write(self.event(wall_time=time.time(), **fields).SerializeToString())
-
-    @contextmanager
-    def _errors_end_it(self, place: Path | None) -> Iterator[None]:
         try:
-            yield
+            if self.works:
+                self._append(rows)
         except Exception as error:
-            warnings.warn(f"{place}: no curves for TensorBoard ({one_line(error)})", stacklevel=4)
-            self.close()
+            self.works = False
+            warnings.warn(f"{self.path}: no more curves ({one_line(error)})", stacklevel=3)
 
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):
-            if self.file:
-                self.file.close()
-        self.file = None
+    def _append(self, rows: list[dict]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.path.parent.mkdir(exist_ok=True)
+        events = [] if self.path.exists() else [Event(file_version="brain.Event:2")]
+        for row in rows:
+            place = "/".join(filter(None, (row["split"], row.get("output"))))
+            numbers = [(name, value) for name, value in row.items() if isinstance(value, float)]
+            values = [Summary.Value(tag=f"{place}/{k}", simple_value=v) for k, v in numbers]
+            now = time.time()
+            events.append(Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
+        with open(self.path, "ab") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())

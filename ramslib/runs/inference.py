@@ -18,7 +18,7 @@ from ramslib.config import Config
 from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
 from ramslib.data.transforms import ImageTransform, open_image
-from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.errors import InputError, write_atomically, writing
 from ramslib.evaluation import predict as predict_table
 from ramslib.inspector import Inspector
 from ramslib.model import RAMSTrans, build_model
@@ -206,7 +206,7 @@ def _reading_error(path: str) -> str:
     try:
         open_image(path)
     except InputError as error:
-        return one_line(error)
+        return str(error)
     return ""
 
 
@@ -234,12 +234,8 @@ def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
         for row in rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples():
             box = row.top, row.left, row.bottom, row.right
             picture = draw_box(picture, box, output_color(row.output))
-        try:
+        with writing(Path(folder)):
             targets[path].parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be made ({one_line(error)}); choose another folder"
-            ) from None
         write_atomically(targets[path], lambda part, picture=picture: picture.save(part, "PNG"))
     return list(targets.values())
 

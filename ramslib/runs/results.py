@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import jinja2
 import pandas as pd
 
-from ramslib.config import Config, current_columns
-from ramslib.errors import InputError, one_line, write_atomically, write_table
+from ramslib.config import Config
+from ramslib.data.annotations import SPLITS
+from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import score
-from ramslib.runs.folder import is_finished, locate_images, read_run, shorten_paths
+from ramslib.runs.folder import is_finished, locate_images, read_csv, read_run, shorten_paths
 
+CARD = Path(__file__).with_name("card.md.j2")
 RESULTS = {"output": str, "checkpoint": str, "images": int, "top1": float, "standard_error": float}
 RESULTS |= {"top5": float, "mean_per_class_accuracy": float, "ece": float, "nll": float}
 RESULTS |= {"best_epoch": int, "epochs": int}
@@ -46,7 +49,7 @@ def read_results(run: Path | str) -> pd.DataFrame:
     """
     if not is_finished(run):
         raise InputError(f"{run}: the run is not finished; train it to the end first")
-    results = _read_columns(Path(run) / "results.csv", RESULTS)
+    results = read_csv(Path(run) / "results.csv", RESULTS, REMEDY)
     return results.sort_values("checkpoint", kind="stable", ignore_index=True)
 
 
@@ -65,20 +68,12 @@ def read_predictions(
     """
     config, metadata, table = read_run(run, root)
     path = Path(run) / f"predictions_{checkpoint}.csv"
-    predictions = _read_columns(path, PREDICTIONS)
+    predictions = read_csv(path, PREDICTIONS, REMEDY)
     images, found = (table["split"] == "test").sum(), predictions["output"].value_counts()
     if found.empty or (found != images).any():
         count = int(found.min()) if len(found) else 0
         raise InputError(f"{path}: has {count} of {images} test images; {REMEDY}")
     return locate_images(predictions, metadata.get("root", config.root), root)
-
-
-def _read_columns(path: Path, kinds: dict[str, type]) -> pd.DataFrame:
-    """A table of a run, whatever version wrote it, with at least these columns."""
-    try:
-        return current_columns(pd.read_csv(path, encoding_errors="surrogateescape")).astype(kinds)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); {REMEDY}") from None
 
 
 def method_name(config: Config) -> str:
@@ -92,73 +87,15 @@ def model_card(run: Path, results: pd.DataFrame) -> str:
     """A run in Markdown: what it is, on which data, how good, how to use it."""
     config, metadata, table = read_run(run)
     counts = table["split"].value_counts()
-    images = ", ".join(f"{counts.get(name, 0)} {name}" for name in ("train", "validation", "test"))
-    classes, facts = metadata["classes"], results.iloc[0]
-    versions = ", ".join(f"{name} {number}" for name, number in metadata["versions"].items())
-    chosen = "lowest validation nll" if counts.get("validation") else "last; no validation split"
-    return f"""# {run.name}: {method_name(config)} on {config.data}
-
-{_architecture(config)}
-It distinguishes {len(classes)} classes, from "{classes[0]}" to "{classes[-1]}".
-
-- Weights before training: {metadata["weights"]}
-- Data: {config.data}, {images} images; fingerprint {metadata["data_fingerprint"][:16]}.
-- Training: {facts["epochs"]} epochs; best epoch: {facts["best_epoch"]} ({chosen});
-  {facts["train_seconds"]:.0f} s with {facts["processes"]} process(es) on {metadata["machine"]};
-  seed {config.seed}; all settings are in `config.json`.
-- Made with {versions}; commit {metadata["commit"]}.
-
-## Accuracy on the test split, percent
-
-{_accuracy_table(results)}
-
-The standard error is what another test set of this size would move top-1 by; another seed moves it
-too. The test split chose nothing.
-
-## Use
-
-```python
-import ramslib
-
-model = ramslib.load("{run.name}")  # the folder; checkpoint="last" for the last epoch
-```
-
-    python -m ramslib predict --run {run.name} IMAGE...
-
-The model assigns one of these classes to any image. It was tested on images like those that it was
-trained on, and on no others.
-"""
-
-
-def _architecture(config: Config) -> str:
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    backbone = f"`{config.backbone}` at {height} x {width} pixels"
-    if config.model == "transfg":
-        stride = f"every {config.patch_stride} pixels" if config.patch_stride else "side by side"
-        return (
-            f"A Vision Transformer, {backbone}, whose last block sees the patches that its heads "
-            f"selected (TransFG); patches lie {stride}."
-        )
-    if config.model != "rams":
-        return f"The model `{config.model}`, {backbone}."
-    if config.scales == 1:
-        return f"A plain Vision Transformer, {backbone}."
-    where = "the image at a higher resolution" if config.highres_size else "the crop before"
-    return (
-        f"A Vision Transformer, {backbone}, with {config.scales} scales (RAMS-Trans): the region "
-        f"of the next scale is where attention (`{config.strength}`, threshold "
-        f"{config.threshold}) is strong, cut from {where}."
+    template = jinja2.Template(
+        CARD.read_text("utf-8"), trim_blocks=True, keep_trailing_newline=True
     )
-
-
-def _accuracy_table(results: pd.DataFrame) -> str:
-    lines = ["| checkpoint | output | images | top-1 | top-5 | mean per class | nll | ece |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    lines += [
-        f"| {row.checkpoint} | {row.output} | {row.images} | {row.top1:.1f} "
-        f"± {row.standard_error:.1f} | {row.top5:.1f} | {row.mean_per_class_accuracy:.1f} "
-        f"| {row.nll:.3f} | {row.ece:.1f} |"
-        for row in results.itertuples()
-    ]
-    return "\n".join(lines)
+    return template.render(
+        metadata,
+        run=run,
+        config=config,
+        results=results.reset_index(drop=True),
+        method=method_name(config),
+        images=", ".join(f"{counts.get(name, 0)} {name}" for name in SPLITS),
+        chosen="lowest validation nll" if "validation" in counts else "the last: no validation",
+    )

@@ -23,7 +23,7 @@ import torch
 
 from ramslib.config import Config
 from ramslib.distributed import stop_request
-from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.errors import InputError, write_atomically, writing
 from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
 from ramslib.training.optimization import total_steps
 
@@ -211,13 +211,9 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
     if running is not None:
         return running
     check_folder(folder)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "output.log", "a")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({one_line(error)}); choose another folder"
-        ) from None
     parts = command(arguments, processes)
     with log:
         log.write(f"$ {shlex.join(parts)}\n")

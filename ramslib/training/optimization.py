@@ -10,7 +10,7 @@ the joint loss at the memory of one scale, because no gradient flows through a c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.config import Config
 from ramslib.distributed import Processes
 from ramslib.errors import InputError, one_line
+from ramslib.extensions import is_reference, resolve
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -128,6 +129,21 @@ def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
         return list(loss[:scales])
     chosen = {"sum": range(scales), "first": [0], "last": [scales - 1]}[loss]
     return [float(scale in chosen) for scale in range(scales)]
+
+
+def choose_backward(model: ImageClassifier, config: Config) -> Callable[..., Tensor]:
+    """`backward_scales` or `backward_joint` of a model, with the loss that is configured.
+
+    Raises:
+        InputError: a file of one's own that does not give the loss.
+    """
+    options = {"label_smoothing": config.label_smoothing, "amp": AMP_TYPES[config.amp]}
+    if not is_reference(config.loss):
+        weights = loss_weights(config.loss, model.num_scales)
+        return partial(backward_scales, model, loss=weights, **options)
+    loss = resolve(config.loss, {}, "loss")
+    backward = backward_scales if getattr(loss, "per_scale", False) else backward_joint
+    return partial(backward, model, loss=loss, **options)
 
 
 def backward_scales(

@@ -19,58 +19,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
+from ramslib import distributed
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import load_table
 from ramslib.data.transforms import ImageDataset, ImageTransform
-from ramslib.distributed import (
-    OtherProcessFailed,
-    Processes,
-    average_gradients,
-    first_process_first,
-    load_batches,
-    process_group,
-    stop_request,
-    sum_over_processes,
-)
+from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.evaluation import predict, score
-from ramslib.extensions import is_reference, resolve
 from ramslib.model import build_model
-from ramslib.runs.checkpoint import (
-    TrainState,
-    check_exists,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-)
-from ramslib.runs.folder import (
-    MetricsLogger,
-    check_folder,
-    check_run,
-    init_run,
-    is_finished,
-    keep_sources,
-    lock_run,
-    read_metadata,
-    validation_nll,
-)
+from ramslib.runs import checkpoint, folder
 from ramslib.runs.results import write_results
-from ramslib.training.optimization import (
-    AMP_TYPES,
-    backward_joint,
-    backward_scales,
-    batch_keys,
-    check_shares,
-    create_optimizer,
-    create_schedule,
-    freeze,
-    loss_weights,
-    micro_batches,
-    step_seed,
-    steps_per_epoch,
-    total_steps,
-)
+from ramslib.training import optimization
 
 
 class Trainer:
@@ -85,13 +45,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: Path, processes: Processes):
-        check_shares(config, processes)
+        optimization.check_shares(config, processes)
         self.run, self.processes = run, processes
         self.last, self.best = run / "last.safetensors", run / "best.safetensors"
-        self.config = keep_sources(config, run)
+        self.config = folder.keep_sources(config, run)
         self._read_data()
         self._build()
-        self.logger = MetricsLogger(run, self.state.step) if processes.is_first else None
+        self.logger = folder.MetricsLogger(run, self.state.step) if processes.is_first else None
 
     def _read_data(self) -> None:
         config, table = self.config, load_table(self.config)
@@ -101,8 +61,8 @@ class Trainer:
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.labels = torch.tensor(self.train["label"].to_numpy())
         self.validation = parts.get("validation", table[:0])
-        self.epoch_steps = steps_per_epoch(config, len(self.train))
-        self.total_steps = total_steps(config, len(self.train))
+        self.epoch_steps = optimization.steps_per_epoch(config, len(self.train))
+        self.total_steps = optimization.total_steps(config, len(self.train))
         self.epochs = ceil(self.total_steps / self.epoch_steps)
         size = config.highres_size or config.image_size
         self.transform = ImageTransform(size, config.crop_fraction)
@@ -117,21 +77,18 @@ class Trainer:
         initial = config.replace(pretrained="none") if resuming else config
         self.model = build_model(initial, int(self.table["label"].max()) + 1)
         if self.processes.is_first:
-            init_run(self.run, config, self.table, self.model.origin)
-        freeze(self.model, config.frozen_blocks)
+            folder.init_run(self.run, config, self.table, self.model.origin)
+        optimization.freeze(self.model, config.frozen_blocks)
         self.model.to(self.processes.device)
-        self.optimizer = create_optimizer(self.model, config)
-        self.schedule = create_schedule(self.optimizer, config.warmup_steps, self.total_steps)
-        own = is_reference(config.loss)
-        scales = self.model.num_scales
-        self.loss = resolve(config.loss, {}, "loss") if own else loss_weights(config.loss, scales)
-        joint = own and not getattr(self.loss, "per_scale", False)
-        self.backward = backward_joint if joint else backward_scales
+        self.optimizer = optimization.create_optimizer(self.model, config)
+        length = config.warmup_steps, self.total_steps
+        self.schedule = optimization.create_schedule(self.optimizer, *length)
+        self.backward = optimization.choose_backward(self.model, config)
         device = self.processes.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.amp == "fp16")
         self.ema = ModelEmaV3(self.model, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else None
-        self.state = TrainState(key=read_metadata(self.run)[1].get("key", ""))
+        self.state = checkpoint.TrainState(key=folder.read_metadata(self.run)[1].get("key", ""))
         if resuming:
             self._resume()
         step = f"{self.run}: resumes after step {self.state.step} of {self.total_steps}"
@@ -140,12 +97,12 @@ class Trainer:
             self._say(f"more processes than GPUs ({torch.cuda.device_count()}): training on CPUs")
 
     def _resume(self) -> None:
-        checkpoint = read_checkpoint(self.last, self.state.key)
-        restore(checkpoint, self.model, self.optimizer, self.averaged)
-        self.state = checkpoint.progress
+        stored = checkpoint.read_checkpoint(self.last, self.state.key)
+        checkpoint.restore(stored, self.model, self.optimizer, self.averaged)
+        self.state = stored.progress
         self.scaler.load_state_dict(self.state.scaler)
         if self.state.best_epoch and math.isinf(self.state.best_nll):  # of version 0.1
-            self.state.best_nll = validation_nll(self.run, self.state.best_epoch)
+            self.state.best_nll = folder.validation_nll(self.run, self.state.best_epoch)
 
     def fit(self, stop: threading.Event, save_every: float) -> bool:
         """Train, evaluate and save each epoch, write the results; False if the event stopped it."""
@@ -170,9 +127,9 @@ class Trainer:
 
     def _batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
-        keys = micro_batches(self.config, self.labels, steps, self.processes)
+        keys = optimization.micro_batches(self.config, self.labels, steps, self.processes)
         images = ImageDataset(self.train, self.train_transform, self.config.seed)
-        return load_batches(images, self.config.workers, batch_sampler=keys)
+        return distributed.load_batches(images, self.config.workers, batch_sampler=keys)
 
     def _bar(self, steps: range) -> tqdm:
         """Images per second and time left, on a terminal; nothing in files."""
@@ -216,13 +173,13 @@ class Trainer:
             whether any process was asked to stop.
         """
         config, processes = self.config, self.processes
-        torch.manual_seed(step_seed(config, step, processes))
+        torch.manual_seed(optimization.step_seed(config, step, processes))
         self.model.train()
         self.schedule.step_update(step)
         losses = sum(self._micro_batch(next(batches)) for _ in range(config.grad_accum_steps))
         asked = torch.tensor([float(stop)], device=losses.device)
-        shared = sum_over_processes(torch.cat([losses, asked]), processes)
-        average_gradients(self.model.parameters(), processes)
+        shared = distributed.sum_over_processes(torch.cat([losses, asked]), processes)
+        distributed.average_gradients(self.model.parameters(), processes)
         self.scaler.unscale_(self.optimizer)
         limit = config.clip_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -230,12 +187,11 @@ class Trainer:
 
     def _micro_batch(self, batch: dict) -> Tensor:
         """Back-propagate one micro-batch; returns its share of the step's losses."""
-        config, device = self.config, self.processes.device
+        device = self.processes.device
         pixels = batch["pixels"].to(device, non_blocking=True)
-        labels, amp = batch["label"].to(device), AMP_TYPES[config.amp]
-        share = torch.tensor(1 / config.grad_accum_steps, device=device)
-        given = self.model, pixels, labels, self.loss, config.label_smoothing, amp
-        return self.backward(*given, factor=self.scaler.scale(share)) * share
+        share = torch.tensor(1 / self.config.grad_accum_steps, device=device)
+        factor = self.scaler.scale(share)
+        return self.backward(pixels, batch["label"].to(device), factor=factor) * share
 
     def update(self) -> None:
         """Apply the gradients and clear them."""
@@ -249,7 +205,7 @@ class Trainer:
         """Stop before weights are corrupted; float16's scaler expects infinite gradients."""
         if losses.isfinite().all() and (norm.isfinite() or self.config.amp == "fp16"):
             return
-        keys = batch_keys(self.config, self.labels, step)
+        keys = optimization.batch_keys(self.config, self.labels, step)
         names = ", ".join(Path(self.train["path"][index]).name for _, index in keys)
         when = f"in epoch {step // self.epoch_steps + 1}, step {step + 1}, on {names}"
         raise InputError(
@@ -284,7 +240,9 @@ class Trainer:
 
     def load_weights(self, path: Path) -> None:
         """Take the weights of a checkpoint, to predict with them."""
-        restore(read_checkpoint(path, self.state.key), self.model, ema=self.averaged)
+        checkpoint.restore(
+            checkpoint.read_checkpoint(path, self.state.key), self.model, ema=self.averaged
+        )
 
     def _predict(self, table: pd.DataFrame) -> pd.DataFrame:
         options = self.config.batch_size, self.config.workers, self.processes
@@ -309,7 +267,7 @@ class Trainer:
     def _save(self, path: Path) -> None:
         if self.processes.is_first:
             self.state.scaler = self.scaler.state_dict()
-            save_checkpoint(path, self.state, self.model, self.optimizer, self.averaged)
+            checkpoint.save_checkpoint(path, self.state, self.model, self.optimizer, self.averaged)
             self.saved = time.monotonic()
 
     def _log(self, rows: list[dict]) -> None:
@@ -340,23 +298,25 @@ def train(config: Config, run: Path | str, save_every: float = 300.0) -> Path:
             not finite.
     """
     run = Path(run)
-    with process_group() as processes, stop_request() as stop, ExitStack() as held:
-        with first_process_first(processes):
+    with (
+        distributed.process_group() as processes,
+        distributed.stop_request() as stop,
+        ExitStack() as held,
+    ):
+        with distributed.first_process_first(processes):
             if not 0 <= save_every < math.inf:
                 raise InputError(f"save_every is {save_every}; give seconds, 0 or more")
-            check_folder(run)
-            if is_finished(run):
-                check_run(run, config)
-                check_exists(run / "best.safetensors", run / "last.safetensors")
+            folder.check_folder(run)
+            if folder.is_finished(run):
+                folder.check_run(run, config)
+                checkpoint.check_exists(run / "best.safetensors", run / "last.safetensors")
                 return run
             if processes.is_first:
-                held.enter_context(lock_run(run))
+                held.enter_context(folder.lock_run(run))
             trainer = Trainer(config, run, processes)
-        if trainer.logger:
-            held.callback(trainer.logger.close)
         finished = trainer.fit(stop, save_every)
     if not finished:
-        kind = InputError if processes.is_first else OtherProcessFailed
+        kind = InputError if processes.is_first else distributed.OtherProcessFailed
         step = f"step {trainer.state.step} of {trainer.total_steps}"
         raise kind(f"{run}: stopped as asked, at {step}; the same command resumes there")
     return run
