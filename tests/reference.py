@@ -1,4 +1,4 @@
-"""RAMS-Trans once more, loop by loop, from the paper's equations (METHOD.md) and nothing else.
+"""RAMS-Trans once more, loop by loop, from the paper's equations (docs/method.md) and nothing else.
 
 Slow, plain numpy in float64; shares no code with ramslib. Tests compare the library with it.
 Boxes are ``(top, left, bottom, right)``, bottom and right exclusive.

@@ -24,6 +24,7 @@ def write(folder, code="def idea():\n    return 42\n", name="ideas.py"):
 def test_a_name_is_a_key_or_a_reference(tmp_path):
     path = write(tmp_path)
     assert resolve("known", {"known": len}, "strength") is len
+    assert resolve(max, {"known": len}, "strength") is max, "a function stands for itself"
     assert resolve(f"{path}:idea", {}, "strength")() == 42
     assert is_reference(f"{path}:idea")
     assert not is_reference("attention") and not is_reference(3) and not is_reference("weights.py")

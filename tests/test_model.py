@@ -686,7 +686,13 @@ def test_inference_mode(model_of, images):
     assert all(torch.equal(a, b) for a, b in zip(output.logits, expected.logits, strict=True))
 
 
-@pytest.mark.parametrize("strength, proposal", list(zip(cycle(STRENGTHS), PROPOSALS, strict=False)))
+EACH = list(zip(cycle(STRENGTHS), PROPOSALS, strict=False))
+
+
+@pytest.mark.parametrize(
+    "strength, proposal",
+    [EACH[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EACH[1:])],
+)
 def test_everything_but_boxes_and_masks_is_on_the_models_device(
     strength, proposal, model_of, images, monkeypatch
 ):

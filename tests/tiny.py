@@ -1,5 +1,7 @@
 """A few small photos and a small model: what the tests of training work with."""
 
+import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -55,6 +57,11 @@ def tiny_config(root, **changes):
 
 def tiny_model(classes=5, seed=0, **changes):
     """A model in evaluation mode whose classifier and attention are far from uniform."""
+    return copy.deepcopy(_tiny_model(classes, seed, **changes))
+
+
+@functools.cache
+def _tiny_model(classes, seed, **changes):
     with temporary_seed(seed), torch.no_grad():
         model = build_model(tiny_config(".", **changes), classes)
         for parameter in model.parameters():
