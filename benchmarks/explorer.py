@@ -1,14 +1,15 @@
-"""How fast the explorer answers and what it keeps: ``python benchmarks/explorer.py --root PHOTOS``.
+"""How fast the explorer answers and what it keeps: ``python -m benchmarks.explorer --root PHOTOS``.
 
 Moves the threshold of scale 1 as a hand does and prints, per input size, the time that the kernel
-takes per event (``Explorer.seconds``: redraw and encode all panels, without the browser) and the
-resident memory after so many moves. Every 50 moves the slider rests until scale 2 and the curves
-have followed. Needs the pre-trained weights (see ``ramslib.weights``) or a network.
+takes per move (redraw and encode all panels, without the browser) and the resident memory after a
+number of moves. Every 50 moves the slider rests until scale 2 and the curves have followed. Needs
+the pre-trained weights (see ``ramslib.weights``) or a network.
 """
 
 import argparse
 import math
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import torch
 
 from ramslib.data.datasets import read_table
 from ramslib.explorer import Explorer
-from ramslib.explorer.lenses import open_backbone
+from ramslib.runs.inference import load_backbone
 
-SIZES = ((112, 336), (224, 448))  # input and source, pixels
+SIZES = ((112, 336), (224, 448))  # input and high resolution, pixels
 REST = 50  # moves between two rests
 MARKS = (100, 500, 1000)  # moves after which memory is read
 CPUS = Path("/proc/cpuinfo")
@@ -33,15 +34,15 @@ def resident() -> float:
 
 
 def drag(explorer: Explorer, first: int, last: int) -> list[float]:
-    """Move the slider from one move to another; returns the milliseconds of each event."""
+    """Move the slider from one move to another; returns the milliseconds of each move."""
     slider, times = explorer.controls.thresholds[0], []
     for move in range(first, last):
-        explorer.seconds.clear()
+        start = time.perf_counter()
         slider.value = round(1.5 + 1.45 * math.sin(move / 9), 2)  # 0.05 to 2.95
-        times += [1000 * seconds for seconds in explorer.seconds]
+        times.append(1000 * (time.perf_counter() - start))
         if move % REST == 0:
-            explorer.later.wait()
-    explorer.later.wait()
+            explorer.worker.wait()
+    explorer.worker.wait()
     return times
 
 
@@ -67,8 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     table, rows = read_table(options.data, options.root), {}
     for sizes in SIZES:
-        lens = open_backbone(options.backbone, table, *sizes)
-        explorer = Explorer(options.data, options.root, "runs/benchmark", lens)
+        model = load_backbone(options.backbone, table, *sizes)
+        explorer = Explorer(options.data, options.root, "runs/benchmark", model)
         rows["/".join(map(str, sizes))] = measure(explorer, options.timed, options.moves)
     print(pd.DataFrame(rows).T.round(1).to_string())
     cpu = CPUS.read_text().split("model name\t: ")[-1].split("\n")[0] if CPUS.exists() else ""

@@ -251,7 +251,7 @@ def _notebooks(options: argparse.Namespace) -> None:
 
 
 def _app(options: argparse.Namespace) -> int:
-    from ramslib.explorer.app import serve
+    from ramslib.explorer.page import serve
 
     root = options.root or Path("data", options.data)
     return serve(options.data, root, options.out, options.run, options.voila)

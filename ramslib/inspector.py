@@ -70,6 +70,12 @@ class _Scale:
     boxes: Tensor | None = None  # where the inputs lie
     strengths: dict[Callable, Tensor] = field(default_factory=dict)
 
+    def strength(self, function: Callable) -> Tensor:
+        """Attention strength, computed once."""
+        if function not in self.strengths:
+            self.strengths[function] = attention_strength(self.recorded, function)
+        return self.strengths[function]
+
 
 class Inspector:
     """A model and one image, ready to be asked.
@@ -160,9 +166,7 @@ class Inspector:
         """
         settings, run = self.changed(settings, **changes), self._scales[scale]
         strength, proposal = settings.functions
-        if strength not in run.strengths:
-            run.strengths[strength] = attention_strength(run.recorded, strength)
-        values, eta = run.strengths[strength], settings.threshold(scale)
+        values, eta = run.strength(strength), settings.threshold(scale)
         proposed = propose(values, eta, _steady(proposal), run.recorded, settings.upsampling)
         source = self._images[1] if settings.from_high_res else None
         crop, boxes = self.model.crop_region(run.inputs, source, run.boxes, proposed.patch_boxes)
@@ -172,13 +176,17 @@ class Inspector:
     def outputs(self, settings: ProposalSettings | None = None, **changes) -> list[ScaleOutput]:
         """All scales; those whose input is as before are not run again."""
         settings, runs = self.changed(settings, **changes), []
+        strength, proposal = settings.functions
+
+        def known_strength(_) -> Tensor:  # equal to the last digit to what `region` computes
+            return runs[-1].strength(strength)
 
         def recall(inputs: Tensor, scale: int, *_) -> tuple:
             known = self.has_run(scale, inputs)
             runs.append(self._scales[scale] if known else self._run(inputs, scale))
             return runs[-1].logits, runs[-1].feature, runs[-1].recorded
 
-        steady = replace(settings, proposal=_steady(settings.functions[1]))
+        steady = replace(settings, strength=known_strength, proposal=_steady(proposal))
         outputs = list(self.model.iterate_scales(*self._images, steady, recall))
         for run, output in zip(runs, outputs, strict=True):
             run.boxes = output.boxes

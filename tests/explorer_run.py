@@ -1,5 +1,6 @@
 """What the tests of the explorer look at: small photos, and a finished run with random weights."""
 
+import pandas as pd
 import torch
 from tiny import draw_photos, tiny_config
 
@@ -31,11 +32,12 @@ def make_run(root, run, **changes):
     run.mkdir(parents=True)
     init_run(run, config, table, "random weights")
     with temporary_seed(0):  # the same weights whatever ran before
-        model = shake(build_model(config, 3)[0])
-    for which in ("best", "last"):
-        save_checkpoint(run / f"{which}.safetensors", TrainState(), model)
+        model = shake(build_model(config, 3))
+    for name in ("best", "last"):
+        save_checkpoint(run / f"{name}.safetensors", TrainState(), model)
     test = table[table["split"] == "test"].reset_index(drop=True)
-    view = ImageTransform(config.highres_size, config.crop_fraction)
-    results = score(predict(model, test, view)).assign(split="test", checkpoint="last")
+    transform = ImageTransform(config.highres_size, config.crop_fraction)
+    scores = score(predict(model, test, transform)).assign(split="test")
+    results = pd.concat([scores.assign(checkpoint=name) for name in ("best", "last")])
     results.to_csv(run / "results.csv", index=False)
     return run

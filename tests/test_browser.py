@@ -1,11 +1,10 @@
 """A real browser moves the threshold: in JupyterLab and in the app, by keyboard and by mouse.
 
-What the page then says is compared with what the library computes for that threshold. Screenshots
-are kept in ``runs/screenshots`` to be looked at. Without a browser these tests are skipped.
+What the page then shows is compared with what the library computes for that threshold. Screenshots
+are kept in ``runs/screenshots``. Without a browser these tests are skipped.
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 import secrets
@@ -23,8 +22,8 @@ import pytest
 from explorer_run import make_run
 from tiny import ROOT
 
-from ramslib.explorer.lenses import open_photo, open_run
-from ramslib.explorer.looking import choose, default_choice, measure, run_first_scale
+from ramslib.runs.inference import load_model
+from ramslib.inspector import Inspector
 
 SCREENSHOTS = ROOT / "runs" / "screenshots"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -42,9 +41,8 @@ RUN_ALL = """async () => {
 }"""
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"needs a browser: none of {', '.join(NAMES)} is installed"
-)
+reason = f"needs a browser: none of {', '.join(NAMES)} is installed"
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=reason), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     """A window of a laptop's size, whose requests beyond this machine fail at once."""
-    window = browser.new_page(viewport={"width": 1440, "height": 1100})
+    window = browser.new_page(viewport={"width": 1280, "height": 1100})
     window.set_default_timeout(PATIENCE)
     here = re.compile(r"^(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|^(data|blob):")
     window.route(
@@ -130,69 +128,64 @@ class Reader:
 
     def __init__(self, page, places):
         self.page = page
-        self.lens = open_run(places / "runs" / "two")
+        loaded = load_model(places / "runs" / "two")
+        self.inspector = Inspector(loaded.model, loaded.transform, loaded.classes)
         page.wait_for_selector(".rams-panel img[src]")
-        table = self.lens.table
-        row = table[table["split"] == "validation"].iloc[0]
-        assert row["path"].endswith(page.locator(".rams select[size]").input_value())
-        self.photo = open_photo(self.lens, row["path"], int(row["label"]))
-        self.seen = run_first_scale(self.lens, self.photo)
+        row = loaded.table[loaded.table["split"] == "validation"].iloc[0]
+        self.inspector.set_image(row["path"], int(row["label"]))
         self.slider = page.locator(".widget-slider", has_text="threshold of scale 1")
         self.handle = self.slider.locator(".noUi-handle")
 
     def threshold(self):
         return float(self.slider.locator(".widget-readout").text_content())
 
-    def pictures(self):
-        """Addresses of photo, heat, mask and crop: a new picture has a new one."""
+    def images(self):
+        """URLs of image, heat map, mask and crop: a new image has a new one."""
         return [image.get_attribute("src") for image in self.page.locator(".rams-panel img").all()][
             :4
         ]
 
-    def region(self, threshold):
-        """What the library proposes at a threshold."""
-        choice = dataclasses.replace(default_choice(self.lens), thresholds=(threshold,))
-        return choose(self.lens, self.photo, self.seen, choice)
-
     def expect(self, threshold):
         """Wait until the notes say what the library computes for this threshold."""
-        numbers = measure(self.lens, self.photo, self.region(threshold))
+        numbers = self.inspector.region_stats(self.inspector.region(threshold=threshold))
         sides = {side: f"{numbers[side]:.0f}" for side in ("top", "left", "bottom", "right")}
         mask = f"{numbers['patches']} of 16 patches above {threshold:.2f}"
         crop = "y {top}–{bottom}, x {left}–{right} px".format(**sides)
         for text in (mask, f"{numbers['kept']} patches kept", crop):
             self.page.locator(".rams-note", has_text=text).first.wait_for()
 
-    def expect_new_pictures(self, old):
-        """Wait until photo, mask and crop have changed; the strength must not."""
+    def expect_new_images(self, old):
+        """Wait until image, mask and crop have changed; the strength must not."""
         deadline = time.monotonic() + 10
-        while any((new := self.pictures())[number] == old[number] for number in (0, 2, 3)):
-            assert time.monotonic() < deadline, "a picture stays as it was"
+        while any((new := self.images())[number] == old[number] for number in (0, 2, 3)):
+            assert time.monotonic() < deadline, "an image did not change"
             self.page.wait_for_timeout(50)
         assert new[1] == old[1]
         return new
 
     def wait(self):
         """Wait until no panel is being computed."""
-        self.page.wait_for_function("() => !document.querySelector('.rams-stale')")
+        self.page.wait_for_function("() => !document.querySelector('.rams-outdated')")
 
 
 def move_the_threshold(reader, page, name):
-    """By keyboard, by mouse, by typing; pictures and numbers must follow each time."""
+    """By keyboard, by mouse, by typing; images and numbers must follow each time."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     assert reader.threshold() == 1.0
     reader.expect(1.0)
     reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_1_start.png")
-    before = reader.pictures()
-    start = reader.region(1.0).boxes
-    presses = next(n for n in range(1, 60) if (reader.region(1 + n / 20).boxes != start).any())
+    before = reader.images()
+    start = reader.inspector.region(threshold=1.0).boxes
+    thresholds = [round(1 + n / 20, 2) for n in range(60)]
+    boxes = [reader.inspector.region(threshold=threshold).boxes for threshold in thresholds]
+    presses = next(number for number, each in enumerate(boxes) if (each != start).any())
     reader.handle.focus()
     for _ in range(presses):
         page.keyboard.press("ArrowRight")
-    reader.expect(round(1 + presses / 20, 2))
-    assert reader.threshold() == round(1 + presses / 20, 2)
-    after = reader.expect_new_pictures(before)
+    reader.expect(thresholds[presses])
+    assert reader.threshold() == thresholds[presses]
+    after = reader.expect_new_images(before)
     reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_2_keyboard.png")
 
@@ -204,9 +197,9 @@ def move_the_threshold(reader, page, name):
     page.mouse.move(track["x"] + 0.04 * track["width"], y, steps=8)
     page.mouse.up()
     dragged = reader.threshold()
-    assert 0 <= dragged <= 0.3, "the whole view"
+    assert 0 <= dragged <= 0.3, "the whole image"
     reader.expect(dragged)
-    reader.expect_new_pictures(after)
+    reader.expect_new_images(after)
     reader.wait()
     page.screenshot(path=SCREENSHOTS / f"{name}_3_mouse.png")
 
@@ -216,17 +209,18 @@ def move_the_threshold(reader, page, name):
 
 
 def visit_the_tabs(page, name):
-    """Every tab fills; the gallery and the confusion matrix open photos."""
+    """Every tab fills."""
     for number, tab in enumerate(("blocks", "validation set", "gallery", "confusion"), start=4):
         page.get_by_role("tab", name=tab, exact=True).click()
-        if tab == "validation set" and page.get_by_role("button", name="look at all").count():
-            page.get_by_role("button", name="look at all").first.click()
+        button = page.get_by_role("button", name="Evaluate validation set")
+        if tab == "validation set" and button.count():
+            button.first.click()
             page.locator(".rams-note", has_text="mean softmax").first.wait_for()
         if tab in ("blocks", "validation set"):
-            page.wait_for_function("() => !document.querySelector('.rams-stale')")
+            page.wait_for_function("() => !document.querySelector('.rams-outdated')")
         if tab == "gallery":
             page.locator(".rams select", has_text="most uncertain").select_option("most uncertain")
-            page.locator(".rams-thumb").first.wait_for()
+            page.locator(".rams-thumbnail img").first.wait_for()
         if tab == "confusion":
             page.locator(".rams-class").first.wait_for()
         page.wait_for_timeout(1000)

@@ -1,12 +1,16 @@
-"""The page, without a browser: widget values go in, pictures and messages come out."""
+"""The page, without a browser: widget values go in, images and messages come out."""
 
 import gc
 import html
 import io
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +18,39 @@ import pandas as pd
 import pytest
 import torch
 from explorer_run import make_run
-from nbformat import read
 from PIL import Image
 
+from ramslib import ProposalSettings
 from ramslib.__main__ import main
-from ramslib.evaluation import probabilities
 from ramslib.explorer import Explorer
-from ramslib.explorer.app import write_page
-from ramslib.explorer.browser import ALL
-from ramslib.explorer.components import BackgroundWorker, Chart, Panel, probability_bars
+from ramslib.explorer.controls import ALL
 from ramslib.explorer.gallery import PAGE
-from ramslib.explorer.looking import choose, follow, measure
+from ramslib.explorer.page import app_command
+from ramslib.explorer.panels import BackgroundWorker, Panel, probability_bars
+from ramslib.explorer.tabs import draw_chart
 from ramslib.explorer.validation import images_of, sort_images
 from ramslib.plots import plot_threshold
+
+IDEAS = """
+import torch
+import ramslib
+
+def upper_half(strength, threshold, recorded):
+    h, w = recorded.grid
+    return torch.tensor([[0, 0, h // 2, w]]).repeat(len(strength), 1)
+
+def two_boxes(strength, threshold, recorded):
+    h, w = recorded.grid
+    both = torch.tensor([[0, 0, h // 2, w], [h // 2, 0, h, w]])
+    return both.repeat(len(strength), 1, 1)
+
+@ramslib.reads(blocks=1)
+def token_norm(recorded):
+    return recorded.tokens.norm(dim=-1) if recorded.tokens is not None else None
+
+def broken(strength, threshold, recorded):
+    return 1 / 0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +63,25 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture
+def ideas(tmp_path):
+    """A file with strengths and proposals of one's own."""
+    path = tmp_path / "ideas.py"
+    path.write_text(IDEAS)
+    return path
+
+
+def open_explorer(*arguments, **options):
+    """An explorer at rest, which answers quickly."""
+    page = Explorer(*arguments, **options)
+    page.worker.delay = 0.01
+    page.worker.wait()
+    return page
+
+
+@pytest.fixture
 def explorer(places):
-    page = Explorer("folder", places / "photos", places / "runs")
-    page.later.delay = 0.01
-    page.later.wait()
-    assert page.message.value == ""
+    page = open_explorer("folder", places / "photos", places / "runs")
+    assert messages_of(page) == ""
     return page
 
 
@@ -52,33 +90,56 @@ def text_of(widget):
     return html.unescape(re.sub(r"<[^>]+>", " ", widget.value))
 
 
+def messages_of(explorer):
+    """All messages on the page."""
+    return "\n".join(text_of(line.children[0]).strip() for line in explorer.messages.children)
+
+
 def numbers_of(explorer):
     """The library's numbers for what the controls say."""
-    choice = explorer.controls.choice()
-    region = choose(explorer.lens, explorer.photo, explorer.seen[0], choice)
-    return measure(explorer.lens, explorer.photo, region), region
+    region = explorer.inspector.region(0, explorer.controls.settings())
+    return explorer.inspector.region_stats(region), region
 
 
 def pixels(panel):
-    """The picture that a panel shows."""
+    """The image that a panel shows."""
     return np.asarray(Image.open(io.BytesIO(panel.image.value)))
 
 
-def test_opens_a_run_of_several_scales_at_its_first_validation_photo(explorer):
-    assert explorer.lens.name == "two"
-    table = explorer.lens.table
-    assert explorer.photo.path == table[table["split"] == "validation"]["path"].iloc[0]
-    assert len(explorer.seen) == 2 and len(explorer.stage.children) == 1
+def inputs_of(explorer, scale):
+    """What a scale was run on."""
+    return explorer.inspector.outputs(explorer.controls.settings())[scale].input
+
+
+def test_opens_a_run_of_several_scales_at_its_first_validation_image(explorer):
+    assert explorer.loaded.name == "two"
+    table = explorer.loaded.table
+    assert explorer.inspector.path == table[table["split"] == "validation"]["path"].iloc[0]
+    assert len(explorer.stage.children) == 1 and not explorer.rows[0].crop.is_outdated
     labels = [label for label, _ in explorer.models.options]
     assert any("1 scale," in label for label in labels) and "pre-trained" in labels[-1]
+
+
+def test_the_menu_reports_the_best_checkpoint_at_its_last_output(places):
+    results = places / "runs" / "two" / "results.csv"
+    kept = results.read_text()
+    table = pd.read_csv(results)
+    table.loc[table["checkpoint"] == "last", "top1"] = 99.0
+    best = table["checkpoint"] == "best"
+    table.loc[best, "top1"] = [11.0, 12.0, 13.0, 14.0]
+    table.to_csv(results, index=False)
+    page = Explorer("folder", places / "photos", places / "runs")
+    results.write_text(kept)
+    label = next(label for label, value in page.models.options if value.endswith("two"))
+    assert "14.0% at mean logits" in label and "best checkpoint" in page.models.tooltip
 
 
 @pytest.mark.parametrize("threshold", [0.3, 1.2, 1.5])
 def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
     row = explorer.rows[0]
     explorer.controls.thresholds[0].value = 4
-    explorer.later.wait()
-    before = [panel.image.value for panel in (row.view, row.mask, row.crop)]
+    explorer.worker.wait()
+    before = [panel.image.value for panel in (row.input, row.mask, row.crop)]
     explorer.controls.thresholds[0].value = threshold
     numbers, region = numbers_of(explorer)
     patches = f"{numbers['patches']} of 16 patches above {threshold:.2f}"
@@ -86,13 +147,13 @@ def test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, threshold):
     assert f"{numbers['kept']} patches kept" in text_of(row.mask.note)
     box = f"y {numbers['top']:.0f}–{numbers['bottom']:.0f}, x {numbers['left']:.0f}–"
     assert box in text_of(row.crop.note)
-    after = [panel.image.value for panel in (row.view, row.mask, row.crop)]
+    after = [panel.image.value for panel in (row.input, row.mask, row.crop)]
     assert [old != new for old, new in zip(before, after, strict=True)] == [True] * 3
-    explorer.later.wait()
-    assert torch.equal(explorer.seen[1].view, region.crop) and not row.crop.is_stale
+    explorer.worker.wait()
+    assert explorer.inspector.has_run(1, region.crop) and not row.crop.is_outdated
 
 
-def test_mask_picture_is_bright_where_the_component_is(explorer):
+def test_mask_is_bright_where_the_component_is(explorer):
     explorer.controls.thresholds[0].value = 1.1
     _, region = numbers_of(explorer)
     side = pixels(explorer.rows[0].mask).shape[0] // 4
@@ -110,26 +171,28 @@ def test_mask_picture_is_bright_where_the_component_is(explorer):
 
 def test_class_probabilities_are_the_models_at_rest(explorer):
     explorer.controls.thresholds[0].value = 1.4
-    explorer.later.wait()
-    choice = explorer.controls.choice()
-    seen = follow(explorer.lens, explorer.photo, explorer.seen[:1], choice)
-    for values in probabilities([one.logits for one in seen]).values():
+    explorer.worker.wait()
+    inspector = explorer.inspector
+    outputs = inspector.outputs(explorer.controls.settings())
+    shown = inspector.probabilities(outputs)
+    assert list(shown) == ["scale 1", "scale 2", "mean softmax"]
+    for values in shown.values():
         assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
 
 
 def test_a_next_scale_that_is_not_ready_says_so(explorer):
     explorer.controls.scales.value = 3
-    explorer.later.wait()
-    explorer.later.delay = 5
+    explorer.worker.wait()
+    explorer.worker.delay = 5
     second = explorer.rows[1]
-    assert not second.heat.is_stale and len(explorer.stage.children) == 2
+    assert not second.heat.is_outdated and len(explorer.stage.children) == 2
     explorer.controls.thresholds[0].value = 3.9
-    assert second.heat.is_stale and "computing" in text_of(second.heat.note)
+    assert second.heat.is_outdated and "computing" in text_of(second.heat.note)
     assert "computing" in text_of(explorer.scores)
-    explorer.later.delay = 0.01
+    explorer.worker.delay = 0.01
     explorer.controls.thresholds[0].value = 3.85
-    explorer.later.wait()
-    assert not second.heat.is_stale and "computing" not in text_of(explorer.scores)
+    explorer.worker.wait()
+    assert not second.heat.is_outdated and "computing" not in text_of(explorer.scores)
 
 
 @pytest.mark.parametrize("name", ["rollout_mean", "rollout_class", "single_block", "single_head"])
@@ -140,9 +203,8 @@ def test_every_control_redraws(explorer, name):
     assert explorer.rows[0].heat.image.value != heat
     numbers, _ = numbers_of(explorer)
     assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
-    shown = explorer.controls.box.children
-    assert (explorer.controls.block in shown) == name.startswith("single")
-    assert (explorer.controls.head in shown) == (name == "single_head")
+    hidden = [c.layout.display == "none" for c in (explorer.controls.block, explorer.controls.head)]
+    assert hidden == [not name.startswith("single"), name != "single_head"]
     explorer.controls.reset.click()
     assert explorer.controls.strength.value == "last_class"
     assert explorer.rows[0].heat.image.value == heat
@@ -153,24 +215,32 @@ def test_proposal_crop_source_and_opacity(explorer):
     explorer.controls.proposal.value = "whole"
     assert "y 6–84, x 6–92" in text_of(row.crop.note), "the center crop of 90 x 98 pixels"
     sharp = row.crop.image.value
-    explorer.controls.source.value = False
+    explorer.controls.from_high_res.value = False
     assert row.crop.image.value != sharp
     explorer.controls.opacity.value = 0
     assert np.abs(pixels(row.heat).astype(int) - np.asarray(row.base[1])).mean() < 3
 
 
-def test_filter_search_and_keyboard_choose_photos(explorer):
+def test_a_trained_threshold_beyond_the_slider_is_shown(places, tmp_path):
+    run = make_run(places / "photos", tmp_path / "runs" / "far", threshold=6.5)
+    page = open_explorer("folder", places / "photos", tmp_path / "runs", run)
+    assert page.controls.settings().threshold(0) == 6.5 and "above 6.50" in text_of(
+        page.rows[0].mask.note
+    )
+
+
+def test_filter_search_and_keyboard_choose_images(explorer):
     browser = explorer.browser
     browser.split.value = ALL
-    assert len(browser.list.options) == len(explorer.lens.table)
+    assert len(browser.list.options) == len(explorer.loaded.table)
     browser.class_name.value = "bird 1"
     browser.search.value = "2.png"
     assert [label for label, _ in browser.list.options] == ["bird 1/2.png"] * 2
     browser.list.index = 1
-    assert explorer.photo.path == browser.shown["path"].iloc[1]
-    assert explorer.photo.label == 1
-    browser.search.value = "no such photo"
-    assert browser.list.options == () and "0 photos" in text_of(browser.count)
+    assert explorer.inspector.path == browser.shown["path"].iloc[1]
+    assert explorer.inspector.label == 1
+    browser.search.value = "no such image"
+    assert browser.list.options == () and "0 images" in text_of(browser.count)
 
 
 def upload(explorer, *files):
@@ -184,9 +254,9 @@ def upload(explorer, *files):
     explorer.browser.upload.value = items
 
 
-def encoded(size, form="png", mode="RGB"):
+def encoded(size, form="png", mode="RGB", color=100):
     data = io.BytesIO()
-    Image.new(mode, size, 100).save(data, form)
+    Image.new(mode, size, color).save(data, form)
     return data.getvalue()
 
 
@@ -194,24 +264,43 @@ def test_own_photos_by_upload_and_folder(explorer, places, tmp_path):
     upload(
         explorer, ("mine.png", encoded((50, 40))), ("../../other.jpg", encoded((60, 40), "jpeg"))
     )
-    assert explorer.photo.path.endswith("mine.png") and explorer.photo.label is None
+    assert explorer.inspector.path.endswith("mine.png") and explorer.inspector.label is None
     explorer.browser.list.index = 1
-    assert explorer.photo.path.endswith("other.jpg") and explorer.message.value == ""
+    assert explorer.inspector.path.endswith("other.jpg") and messages_of(explorer) == ""
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "photo.webp").write_bytes(encoded((70, 80), "webp"))
     explorer.browser.source.value = "folder"
     explorer.browser.folder.value = str(tmp_path)
-    assert explorer.photo.path == str(tmp_path / "deep" / "photo.webp")
-    assert "80 × 70 px" in text_of(explorer.rows[0].view.note)
+    assert explorer.inspector.path == str(tmp_path / "deep" / "photo.webp")
+    assert "80 × 70 px" in text_of(explorer.rows[0].input.note)
     explorer.browser.folder.value = str(tmp_path / "nothing")
-    assert "no image there" in text_of(explorer.message)
+    assert "nothing: no image there" in messages_of(explorer)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no photo")
     explorer.browser.folder.value = str(tmp_path / "empty")
-    assert "empty: no image there" in text_of(explorer.message)
-    assert explorer.photo.path == str(tmp_path / "deep" / "photo.webp")
-    explorer.browser.source.value = "data set"
-    assert explorer.photo.path.startswith(str(places)) and explorer.message.value == ""
+    assert "empty: no image there" in messages_of(explorer)
+    assert explorer.inspector.path == str(tmp_path / "deep" / "photo.webp")
+    explorer.browser.source.value = "dataset"
+    assert explorer.inspector.path.startswith(str(places)) and messages_of(explorer) == ""
+
+
+def test_two_uploads_of_one_name_are_two_images(explorer):
+    upload(explorer, ("photo.png", encoded((50, 40), color=10)))
+    first = explorer.inspector
+    upload(explorer, ("photo.png", encoded((60, 40), color=200)))
+    assert explorer.inspector is not first and explorer.inspector.size.tolist() == [[40, 60]]
+    assert explorer.inspector.path != first.path
+    explorer.browser.list.index = 1
+    assert explorer.inspector.size.tolist() == [[40, 50]] and explorer.inspector.path == first.path
+
+
+def test_home_is_understood_in_the_folder_box_and_as_root(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(places))
+    page = open_explorer("folder", "~/photos", "~/runs", "~/runs/one")
+    assert messages_of(page) == "" and page.loaded.name == "one" and len(page.table)
+    page.browser.source.value = "folder"
+    page.browser.folder.value = "~/photos/test"
+    assert page.inspector.path.startswith(str(places / "photos" / "test"))
 
 
 @pytest.mark.parametrize(
@@ -221,163 +310,202 @@ def test_own_photos_by_upload_and_folder(explorer, places, tmp_path):
         ("notes.txt", b"this is no photo", "not an image"),
         ("empty.png", b"", "not an image"),
         ("dot.png", encoded((1, 1)), "less than one patch"),
-        ("cut.jpg", encoded((300, 300), "jpeg")[:600], "truncated"),
-        ("huge.png", encoded((14000, 13500), mode="1"), "too large"),
+        ("cut.jpg", encoded((300, 300), "jpeg")[:600], "Truncated"),
+        ("huge.png", encoded((14000, 13500), mode="1"), "at most"),
     ],
 )
 def test_wrong_photos_are_messages_and_the_rest_keeps_working(explorer, name, data, words):
-    before = explorer.photo
+    before = explorer.inspector
     upload(explorer, (name, data))
-    assert words in text_of(explorer.message) and "Traceback" not in explorer.message.value
-    assert name in text_of(explorer.message) and explorer.photo is before
+    message = messages_of(explorer)
+    assert words in message and name in message and "\n" not in message
+    assert explorer.inspector is before
     test_moved_slider_shows_the_librarys_mask_box_and_crop(explorer, 1.2)
+    assert messages_of(explorer) == message, "the complaint stays until another image is chosen"
+    upload(explorer, ("good.png", encoded((50, 40))))
+    assert messages_of(explorer) == ""
 
 
 def test_a_photo_of_100_megapixels_opens(explorer):
     upload(explorer, ("large.jpg", encoded((10000, 10000), "jpeg", "L")))
-    assert explorer.message.value == "" and "10000 × 10000" in text_of(explorer.rows[0].view.note)
+    assert messages_of(explorer) == "" and "10000 × 10000" in text_of(explorer.rows[0].input.note)
 
 
 def test_wrong_models_are_messages_and_the_rest_keeps_working(explorer, places):
-    lens = explorer.lens
+    loaded = explorer.loaded
     for name in (str(places / "none"), "vit_no_such_thing", str(places / "photos")):
         explorer.other.value = name
-        assert "rams-say bad" in explorer.message.value and explorer.lens is lens, name
-        assert "\n" not in explorer.message.value
+        assert Path(name).name in messages_of(explorer) and explorer.loaded is loaded, name
+        assert "rams-error" in explorer.messages.children[0].children[0].value
     explorer.controls.thresholds[0].value = 1.3
     numbers, _ = numbers_of(explorer)
     assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
 
 
-def test_another_model_looks_at_the_same_photo(explorer):
-    path = explorer.photo.path
+def test_another_model_shows_the_same_image(explorer):
+    explorer.browser.split.value = "test"
+    explorer.browser.list.index = 3
+    path = explorer.inspector.path
     explorer.models.value = next(v for label, v in explorer.models.options if "(1 scale," in label)
-    explorer.later.wait()
-    assert explorer.lens.model.num_scales == 1 and explorer.photo.path == path
-    assert "scale 2" in text_of(explorer.rows[0].view.note)
+    explorer.worker.wait()
+    assert explorer.loaded.model.num_scales == 1 and explorer.inspector.path == path
+    assert "scale 2" in text_of(explorer.rows[0].input.note)
     explorer.controls.scales.value = 1
-    explorer.later.wait()
-    assert "scale 2" not in text_of(explorer.rows[0].view.note)
+    explorer.worker.wait()
+    assert "scale 2" not in text_of(explorer.rows[0].input.note)
     assert "scale 2" not in text_of(explorer.scores)
 
 
-def test_without_data_and_runs_there_is_a_page_with_a_message(tmp_path):
-    page = Explorer("folder", tmp_path / "none", tmp_path / "runs")
-    assert "no such folder" in text_of(page.message) or page.lens is not None
+def test_a_typed_model_is_not_the_menus_choice(explorer, places):
+    two = explorer.models.value
+    explorer.other.value = str(places / "runs" / "one")
+    assert explorer.loaded.name == "one" and explorer.models.value is None
+    explorer.models.value = two
+    assert explorer.loaded.name == "two"
 
 
-def marker(chart):
-    """Where a chart's marker stands: share of the picture's width."""
-    return float(re.search(r"left: ([\d.]+)%", chart.marker.value)[1]) / 100
+@pytest.mark.parametrize(("data", "words"), [("nope", "nope"), ("folder", "no such folder")])
+def test_complaints_about_the_dataset_stay_until_they_are_closed(places, data, words):
+    page = open_explorer(data, places / "none", places / "runs")
+    assert words in messages_of(page) and page.inspector is not None
+    page.other.value = str(places / "runs" / "one")
+    page.browser.list.index = 1
+    page.controls.thresholds[0].value = 2.0
+    page.worker.wait()
+    assert words in messages_of(page)
+    page.messages.children[0].children[1].click()
+    assert messages_of(page) == ""
+
+
+def marker(panel):
+    """Where a chart's marker is: share of the image's width."""
+    return float(re.search(r"left: ([\d.]+)%", panel.marker.value)[1]) / 100
 
 
 def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
     curve, blocks = explorer.tabs.curve, explorer.tabs.blocks
     explorer.controls.thresholds[0].value = 1.0
-    explorer.later.wait()
-    before, picture = marker(curve), curve.image.value
+    explorer.worker.wait()
+    before, image = marker(curve), curve.image.value
     assert curve.key[1] and "computing" not in text_of(curve.note), "probabilities are there"
     explorer.controls.thresholds[0].value = 3.0
     assert marker(curve) > before
-    explorer.later.wait()
-    assert curve.image.value == picture, "the curve itself is not drawn anew"
+    explorer.worker.wait()
+    assert curve.image.value == image, "the curve itself is not drawn again"
     explorer.tabs.selected_index = 1
-    explorer.later.wait()
-    assert blocks.image.value and not blocks.is_stale
+    explorer.worker.wait()
+    assert blocks.image.value and not blocks.is_outdated
     explorer.controls.strength.value = "rollout_mean"
-    assert blocks.is_stale
-    explorer.later.wait()
-    assert not blocks.is_stale
+    assert blocks.is_outdated
+    explorer.worker.wait()
+    assert not blocks.is_outdated
 
 
-def test_marker_stands_at_its_threshold():
+def test_the_marker_is_at_its_threshold():
     curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
-    chart = Chart()
-    chart.draw(1, lambda ax: plot_threshold(curve, ax=ax))()
-    line = Chart()
+    panel, plain = Panel("", "png"), draw_chart(lambda ax: plot_threshold(curve, ax=ax))
     for value in (0, 1.5, 4):
-        chart.mark(value)
-        line.draw(value, lambda ax, x=value: plot_threshold(curve, mark=x, ax=ax))()
-        changed = pixels(chart) != pixels(line)
+        panel.mark(value)
+        marked = draw_chart(lambda ax, x=value: plot_threshold(curve, mark=x, ax=ax))
+        changed = np.asarray(plain) != np.asarray(marked)
         columns = np.nonzero(changed.any(axis=(0, 2)))[0]
-        assert abs(columns.mean() / changed.shape[1] - marker(chart)) < 0.003
+        assert abs(columns.mean() / changed.shape[1] - marker(panel)) < 0.003
 
 
 @pytest.fixture
-def surveyed(explorer):
-    """The explorer after looking at the whole validation set."""
+def evaluated(explorer):
+    """The explorer after evaluating the validation set."""
     explorer.tabs.selected_index = 2
-    if explorer.tabs.survey is None:
-        assert "not looked at yet" in text_of(explorer.tabs.state)
+    if explorer.tabs.cached is None:
+        assert "not evaluated yet" in text_of(explorer.tabs.state)
+        assert explorer.tabs.start.description == "Evaluate validation set"
         explorer.tabs.start.click()
-        explorer.tabs.later.wait()
-    assert explorer.tabs.survey is not None and explorer.message.value == ""
+        explorer.tabs.worker.wait()
+        explorer.worker.wait()
+    assert explorer.tabs.cached is not None and messages_of(explorer) == ""
     return explorer
 
 
-def test_the_threshold_of_the_whole_set_answers_at_once(surveyed):
-    surveyed.controls.thresholds[0].value = 1.5
-    surveyed.later.wait()
-    text = text_of(surveyed.tabs.effect.note)
-    images = len(surveyed.tabs.survey.strengths.table)
+def test_the_threshold_of_the_validation_set_answers_at_once(evaluated):
+    evaluated.controls.thresholds[0].value = 1.5
+    evaluated.worker.wait()
+    tabs = evaluated.tabs
+    text = text_of(tabs.effect.note)
+    images = len(tabs.cached.strengths.table)
     assert f"threshold 1.50, {images} images" in text and "stored at threshold 1.50" in text
-    stored = surveyed.tabs.survey.accuracy.query("threshold == 1.5 and output == 'scale 2'")
-    assert f"scale 2 {stored['top1'].item():.1f} %" in text
-    surveyed.controls.strength.value = "single_head"
-    assert "choose one of those" in text_of(surveyed.tabs.effect.note)
-    surveyed.controls.strength.value = "rollout_mean"
-    assert "computing" in text_of(surveyed.tabs.effect.note)
-    surveyed.later.wait()
-    assert "mean IoU" not in text_of(surveyed.tabs.effect.note), "these photos have no boxes"
-    assert "% of the image" in text_of(surveyed.tabs.effect.note)
-    assert "accuracy" not in text_of(surveyed.tabs.effect.note), "stored for the run's own strength"
+    stored = tabs.cached.accuracy.query("threshold == 1.5 and output == 'scale 2'")
+    assert f"scale 2 {stored['top1'].item():.1f}%" in text
+    evaluated.controls.strength.value = "single_head"
+    assert tabs.effect.is_outdated and "stored" in text_of(tabs.effect.note)
+    evaluated.controls.strength.value = "rollout_mean"
+    assert "computing" in text_of(tabs.effect.note)
+    evaluated.worker.wait()
+    assert "mean IoU" not in text_of(tabs.effect.note), "these photos have no boxes"
+    assert "% of the image" in text_of(tabs.effect.note)
+    assert "accuracy" not in text_of(tabs.effect.note), "stored for the run's own strength"
 
 
-def test_gallery_opens_photos(surveyed):
-    surveyed.tabs.selected_index = 3
-    gallery = surveyed.tabs.gallery.photos
-    for order in surveyed.tabs.gallery.menu.options:
-        surveyed.tabs.gallery.menu.value = order
-        rows = sort_images(surveyed.tabs.survey, order)
-        assert gallery.paths == rows["path"].tolist()
-        assert len(gallery.grid.children) == min(PAGE, len(rows))
-        for cell, path in list(zip(gallery.grid.children, gallery.paths, strict=False))[:2]:
-            cell.children[0].click()
-            assert surveyed.photo.path == path
+def test_gallery_opens_images(evaluated):
+    evaluated.tabs.selected_index = 3
+    gallery = evaluated.tabs.gallery
+    orders = sort_images(evaluated.tabs.cached)
+    assert [label for label, _ in gallery.menu.options] == list(orders)
+    for order, values in orders.items():
+        gallery.menu.value = order
+        assert gallery.images.paths == values.index.tolist()
+        assert len(gallery.images.grid.children) == min(PAGE, len(values))
+        cells = list(zip(gallery.images.grid.children, gallery.images.paths, strict=False))
+        for cell, path in cells[:2]:
+            cell.children[1].click()
+            assert evaluated.inspector.path == path
 
 
-def test_gallery_turns_pages(surveyed, places):
-    gallery = surveyed.tabs.gallery.photos
-    paths = surveyed.lens.table["path"].tolist()
-    gallery.show(paths, ["" for _ in paths])
-    gallery.ahead.click()
-    gallery.grid.children[0].children[0].click()
-    assert surveyed.photo.path == paths[PAGE]
-    gallery.back.click()
-    assert gallery.back.disabled and gallery.pictures.value.count("url(") == PAGE
+def test_gallery_turns_pages(evaluated):
+    images = evaluated.tabs.gallery.images
+    paths = evaluated.loaded.table["path"].tolist()
+    images.show(paths, ["" for _ in paths])
+    assert images.page.max == -(-len(paths) // PAGE) > 1
+    images.page.value = 2
+    images.grid.children[0].children[1].click()
+    assert evaluated.inspector.path == paths[PAGE]
+    first = images.cells[0].children[0].value
+    images.page.value = 1
+    assert len(images.grid.children) == PAGE and images.cells[0].children[0].value != first
+    images.show(paths[:2], ["", ""])
+    assert images.page.layout.display == "none" and len(images.grid.children) == 2
 
 
-def test_confusion_cells_open_their_photos(surveyed):
-    surveyed.tabs.selected_index = 4
-    surveyed.tabs.confusion.menu.value = "scale 2"
-    buttons = [w for w in surveyed.tabs.confusion.matrix.children if hasattr(w, "description")]
-    buttons = [w for w in buttons if getattr(w, "tooltip", None)]
+def test_confusion_cells_open_their_images(evaluated):
+    evaluated.tabs.selected_index = 4
+    confusion, cached = evaluated.tabs.confusion, evaluated.tabs.cached
+    confusion.menu.value = "scale 2"
+    buttons = [w for w in confusion.matrix.children if getattr(w, "tooltip", None)]
     filled = [button for button in buttons if button.description]
-    assert sum(int(b.description) for b in filled) == len(surveyed.tabs.survey.strengths.table)
+    assert sum(int(b.description) for b in filled) == len(cached.strengths.table)
     for button in filled[:2]:
         button.click()
-        assert len(surveyed.tabs.confusion.photos.paths) == int(button.description)
-    surveyed.tabs.confusion.photos.grid.children[0].children[0].click()
-    assert surveyed.photo.path == surveyed.tabs.confusion.photos.paths[0]
-    shown = {
-        tuple(images_of(surveyed.tabs.survey, t, g, "scale 2")) for t in range(3) for g in range(3)
-    }
-    assert tuple(surveyed.tabs.confusion.photos.paths) in shown
+        assert len(confusion.images.paths) == int(button.description)
+    confusion.images.grid.children[0].children[1].click()
+    assert evaluated.inspector.path == confusion.images.paths[0]
+    cells = [tuple(images_of(cached, t, g, "scale 2")) for t in range(3) for g in range(3)]
+    assert tuple(confusion.images.paths) in cells
 
 
-def test_a_survey_is_there_at_once_when_the_page_opens_again(surveyed, places):
+def test_cached_predictions_are_shown_at_once_when_the_page_opens_again(evaluated, places):
     again = Explorer("folder", places / "photos", places / "runs")
-    assert again.tabs.survey is not None
+    assert again.tabs.cached is not None
+
+
+def test_damaged_cached_predictions_are_computed_again(evaluated, places):
+    stored = next((places / "runs" / "explorer").glob("validation-*"))
+    whole = (stored / "strengths.safetensors").read_bytes()
+    for name, data in (("strengths.safetensors", whole[:100]), ("predictions.csv", b"")):
+        kept = (stored / name).read_bytes()
+        (stored / name).unlink()  # the explorer may have the old file mapped into memory
+        (stored / name).write_bytes(data)
+        page = Explorer("folder", places / "photos", places / "runs")
+        assert messages_of(page) == "" and page.tabs.cached is None
+        (stored / name).write_bytes(kept)
 
 
 def test_moves_leave_nothing_behind(explorer):
@@ -387,8 +515,8 @@ def test_moves_leave_nothing_behind(explorer):
         for number in range(moves):
             slider.value = 0.05 + number % 60 * 0.05
             if number % 20 == 0:
-                explorer.later.wait()
-        explorer.later.wait()
+                explorer.worker.wait()
+        explorer.worker.wait()
         gc.collect()
         return len(gc.get_objects())
 
@@ -398,49 +526,179 @@ def test_moves_leave_nothing_behind(explorer):
     assert threading.active_count() == threads
 
 
-def test_unforeseen_errors_are_messages_too(explorer, monkeypatch):
-    monkeypatch.setattr("ramslib.explorer.page.measure", lambda *_: 1 / 0)
+def test_unforeseen_errors_are_messages_until_they_are_over(explorer, monkeypatch):
+    monkeypatch.setattr("ramslib.inspector.Inspector.region_stats", lambda *_: 1 / 0)
     explorer.controls.thresholds[0].value = 1.05
-    assert "ZeroDivisionError" in text_of(explorer.message)
+    assert "ZeroDivisionError" in messages_of(explorer)
     monkeypatch.undo()
     explorer.controls.thresholds[0].value = 1.1
-    explorer.later.wait()
+    explorer.worker.wait()
     numbers, _ = numbers_of(explorer)
     assert f"{numbers['patches']} of 16" in text_of(explorer.rows[0].mask.note)
+    assert messages_of(explorer) == ""
 
 
-def test_later_does_the_newest_work_and_reports_errors():
+# functions of one's own
+
+
+def test_further_strengths_and_proposals_are_offered(places, ideas):
+    def middle(recorded):
+        return torch.ones(len(recorded.image), *recorded.grid).index_fill(1, torch.tensor([0]), 0)
+
+    own = {"strengths": [middle], "proposals": [f"{ideas}:upper_half", f"{ideas}:two_boxes"]}
+    page = open_explorer("folder", places / "photos", places / "runs", **own)
+    assert "middle" in dict(page.controls.strength.options)
+    assert {"upper_half", "two_boxes"} <= set(dict(page.controls.proposal.options))
+    page.controls.strength.value = middle
+    assert "12 of 16 patches above 1.00" in text_of(page.rows[0].mask.note)
+    page.controls.proposal.value = own["proposals"][0]
+    page.worker.wait()
+    assert page.inspector.region(0, page.controls.settings()).proposal.patch_boxes.tolist() == [
+        [0, 0, 2, 4]
+    ]
+    page.controls.proposal.value = own["proposals"][1]
+    page.worker.wait()
+    assert "first of 2:" in text_of(page.rows[0].crop.note) and messages_of(page) == ""
+    page.controls.scales.value = 3
+    page.worker.wait()
+    assert "first of 4:" in text_of(page.rows[1].crop.note) and messages_of(page) == ""
+    assert int(text_of(page.rows[1].mask.note).split(" of 16")[0]) <= 16, "of the first alone"
+
+
+def test_wrong_functions_are_messages_and_others_work(places, ideas):
+    own = [f"{ideas}:broken", f"{ideas}:missing", "nowhere.py:mine"]
+    page = open_explorer("folder", places / "photos", places / "runs", proposals=own)
+    before = text_of(page.rows[0].mask.note)
+    for choice, words in zip(own, ("ZeroDivisionError", "missing", "nowhere.py"), strict=True):
+        page.controls.proposal.value = choice
+        assert words in messages_of(page)
+        page.controls.proposal.value = "attention"
+        page.worker.wait()
+        assert messages_of(page) == "" and text_of(page.rows[0].mask.note) == before
+
+
+def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_path):
+    run = make_run(places / "photos", tmp_path / "runs" / "own", proposal=f"{ideas}:upper_half")
+    page = open_explorer("folder", places / "photos", tmp_path / "runs")
+    assert page.loaded.name == "own" and messages_of(page) == ""
+    assert page.controls.proposal.label == "upper_half"
+    assert "y 6–45, x 6–92" in text_of(page.rows[0].crop.note)
+    page.tabs.selected_index = 2
+    page.tabs.start.click()
+    page.tabs.worker.wait()
+    page.worker.wait()
+    assert messages_of(page) == "" and page.tabs.cached is not None
+    assert "reads no more" in text_of(page.tabs.effect.note), "it reads the recorded scale"
+    assert run.exists()
+
+
+# threads
+
+
+def test_handlers_may_be_called_from_any_thread(explorer):
+    """ipykernel may run handlers in one thread and the next in another; both have own modes."""
+    threads = [ThreadPoolExecutor(1) for _ in range(2)]
+    modes = set()
+    for number, threshold in enumerate((0.4, 0.9, 1.3, 1.7, 2.2, 0.6)):
+        thread = threads[number % 2]
+        thread.submit(torch.set_grad_enabled, number % 3 == 0).result()
+        thread.submit(setattr, explorer.controls.thresholds[0], "value", threshold).result()
+        modes.add(thread.submit(torch.is_grad_enabled).result())
+        numbers, region = numbers_of(explorer)
+        assert f"{numbers['patches']} of 16 patches above {threshold:.2f}" in text_of(
+            explorer.rows[0].mask.note
+        )
+        assert not region.crop.requires_grad and region.strength.is_inference()
+        explorer.worker.wait()
+        assert all(not logits.requires_grad for logits in explorer.inspector.logits(2))
+        thread.submit(setattr, explorer.browser.list, "index", number % 3).result()
+        assert messages_of(explorer) == ""
+    assert modes == {True, False}, "their own modes are left alone"
+    counts = {thread.submit(torch.get_num_threads).result() for thread in threads}
+    assert counts == {explorer.threads}
+
+
+def test_work_on_the_image_before_does_not_reach_the_new_one(explorer):
+    explorer.controls.thresholds[0].value = 1.4
+    old = explorer.inspector
+    started, go_on = threading.Event(), threading.Event()
+    original = old.outputs
+
+    def slow(settings):
+        started.set()
+        assert go_on.wait(20)
+        return original(settings)
+
+    old.outputs = slow
+    explorer.controls.thresholds[0].value = 2.9
+    assert started.wait(20)
+    explorer.browser.list.index = 1
+    new, before = explorer.inspector, text_of(explorer.rows[0].mask.note)
+    assert new is not old
+    go_on.set()
+    explorer.worker.wait()
+    assert text_of(explorer.rows[0].mask.note) == before and explorer.inspector is new
+    region = new.region(0, explorer.controls.settings())
+    assert new.has_run(1, region.crop) and messages_of(explorer) == ""
+
+
+def test_the_worker_does_the_newest_work_and_reports_errors():
     done, errors = [], []
-    later = BackgroundWorker(threading.RLock(), errors.append, delay=0.05)
+    worker = BackgroundWorker(threading.RLock(), errors.append, delay=0.05)
 
     def work(name):
-        def steps():
-            yield lambda: done.append(name)
-            time.sleep(0.05)
-            yield lambda: done.append(name + " again")
-
-        return steps
+        assert torch.is_inference_mode_enabled()
+        yield lambda: done.append(name)
+        time.sleep(0.05)
+        yield lambda: done.append(name + " again")
 
     for name in "abc":
-        later(work(name))
-    later.wait()
+        worker(work(name))
+    worker.wait()
     assert done == ["c", "c again"]
-    later(work("d"))
+    worker(work("d"))
     while "d" not in done:
         time.sleep(0.005)
-    later(work("e"))
-    later.wait()
+    worker(work("e"))
+    worker.wait()
     assert done[2:] == ["d", "e", "e again"], "abandoned between two steps"
 
     def fail():
         yield lambda: 1 / 0
 
-    later(fail)
-    later.wait()
+    worker(fail())
+    worker.wait()
     assert [type(error) for error in errors] == [ZeroDivisionError]
+    errors.clear()  # an error's traceback holds the worker
+    threads = threading.active_count()
+    del worker
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() == threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() < threads, "the thread ends with its worker"
 
 
-def test_panel_draws_only_what_has_changed():
+def test_work_in_the_background_does_not_keep_the_process_alive():
+    code = """
+import threading, time
+from ramslib.explorer.panels import BackgroundWorker
+worker, started = BackgroundWorker(threading.RLock(), print, 0), threading.Event()
+def work():
+    started.set()
+    time.sleep(600)
+    yield
+worker(work())
+started.wait()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+
+
+# parts
+
+
+def test_a_panel_draws_only_what_has_changed():
     panel, drawn = Panel("a <title>"), []
     assert "&lt;title&gt;" in panel.title.value
 
@@ -449,7 +707,7 @@ def test_panel_draws_only_what_has_changed():
         return Image.new("RGB", (8, 8)), "text"
 
     panel.show(1, draw)
-    panel.stale(True)
+    panel.outdated()
     assert "computing" in panel.note.value
     panel.show(1, draw)
     assert "text" in panel.note.value and drawn == [1]
@@ -462,13 +720,7 @@ def test_bars_escape_class_names():
     assert "&lt;b&gt;" in probability_bars(table) and "0.250" in probability_bars(table)
 
 
-@pytest.mark.parametrize("run", [(), ("runs/one",)])
-def test_app_page_is_the_explorer_alone(tmp_path, run):
-    page = read(write_page(tmp_path, "cub", 'it\'s "here"', "runs", *run), 4)
-    assert len(page.cells) == 1
-    places = []
-    exec(page.cells[0].source.split("\n", 1)[1], {"Explorer": lambda *p: places.extend(p)})
-    assert places == ["cub", *(str(Path(p).absolute()) for p in ('it\'s "here"', "runs", *run))]
+# runs
 
 
 def test_app_is_a_command_that_refuses_what_is_no_run(tmp_path, capsys):
@@ -476,10 +728,12 @@ def test_app_is_a_command_that_refuses_what_is_no_run(tmp_path, capsys):
     assert "not the folder of a run" in capsys.readouterr().err
 
 
-def test_a_run_can_be_named_and_is_then_chosen_in_the_menu(places):
-    page = Explorer("folder", places / "photos", places / "runs", str(places / "runs" / "one"))
-    assert page.lens.name == "one" and page.models.value == str(places / "runs" / "one")
-    assert page.message.value == ""
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_run_can_be_named_and_is_then_chosen_in_the_menu(places, kind):
+    run = kind(places / "runs" / "one")
+    page = Explorer("folder", places / "photos", places / "runs", model=run)
+    assert page.loaded.name == "one" and page.models.value == str(run)
+    assert messages_of(page) == ""
 
 
 @pytest.fixture
@@ -493,9 +747,9 @@ def runs(places, tmp_path):
     ("name", "text", "words"),
     [
         ("config.json", "{", "not the folder of a run"),
-        ("table.csv", "path", "not the folder of a run"),
-        ("results.csv", "", "results.csv is damaged"),
-        ("results.csv", "split,weights\ntest,last\n", "results.csv is damaged"),
+        ("table.csv", "path", "damaged"),
+        ("results.csv", "", "results.csv"),
+        ("results.csv", "split,weights\ntest,last\n", "results.csv"),
     ],
 )
 def test_a_damaged_run_is_not_offered_and_the_others_are(places, runs, name, text, words):
@@ -503,39 +757,51 @@ def test_a_damaged_run_is_not_offered_and_the_others_are(places, runs, name, tex
     (runs / "damaged" / name).write_text(text)
     page = Explorer("folder", places / "photos", runs, str(runs / "sound"))
     assert [label.split()[0] for label, _ in page.models.options[:-1]] == ["sound"]
-    assert words in text_of(page.notice) and "damaged" in text_of(page.notice)
-    assert page.message.value == "" and page.photo is not None
+    assert words in text_of(page.notice) and "not offered" in text_of(page.notice)
+    assert messages_of(page) == "" and page.inspector is not None
 
 
 def test_damaged_weights_are_a_message_and_another_model_works(places, runs):
     (runs / "damaged" / "best.safetensors").write_bytes(b"no weights")
     page = Explorer("folder", places / "photos", runs)
-    assert "best.safetensors" in text_of(page.message) and page.lens is None
+    assert "best.safetensors" in messages_of(page) and page.loaded is None
     page.controls.thresholds[0].value = 2.0
+    page.controls.reset.click()
     page.other.value = str(places / "runs" / "two")
-    assert page.message.value == "" and page.photo is not None
+    assert messages_of(page) == "" and page.inspector is not None
 
 
 def test_a_run_of_another_method_is_refused_in_words(places, tmp_path):
     run = make_run(places / "photos", tmp_path / "runs" / "fg", model="transfg")
     page = Explorer("folder", places / "photos", tmp_path / "runs", str(run))
     assert len(page.models.options) == 1, "no run is offered, a backbone is"
-    assert "RAMS-Trans and plain ViT, not transfg" in text_of(page.message)
+    assert "RAMS-Trans and plain ViT, not" in messages_of(page)
+    assert "RAMS-Trans and plain ViT, not" in text_of(page.notice)
 
 
-def test_a_damaged_survey_is_made_again(surveyed, places):
-    stored = next((places / "runs" / "explorer").glob("survey-*"))
-    whole = (stored / "strengths.safetensors").read_bytes()
-    for name, data in (("strengths.safetensors", whole[:100]), ("predictions.csv", b"")):
-        kept = (stored / name).read_bytes()
-        (stored / name).unlink()  # the explorer may have the old file mapped into memory
-        (stored / name).write_bytes(data)
-        page = Explorer("folder", places / "photos", places / "runs")
-        assert page.message.value == "" and page.tabs.survey is None
-        (stored / name).write_bytes(kept)
+def test_images_that_were_moved_are_found_below_the_new_root(places, tmp_path):
+    shutil.copytree(places / "photos", tmp_path / "photos")
+    run = make_run(tmp_path / "photos", tmp_path / "runs" / "two")
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    page = open_explorer("folder", tmp_path / "moved", tmp_path / "runs", run)
+    assert messages_of(page) == "" and page.inspector.path.startswith(str(tmp_path / "moved"))
 
 
-def test_names_that_photos_share_are_told_apart(explorer):
+def test_names_that_images_share_are_distinguished(explorer):
     explorer.browser.split.value = ALL
     labels = [label for label, _ in explorer.browser.list.options]
     assert "bird 1/2.png" in labels and "2.png" not in labels
+
+
+def test_settings_of_the_controls_are_those_of_the_model(explorer):
+    trained = explorer.loaded.model.settings
+    shown = explorer.controls.settings()
+    assert isinstance(shown, ProposalSettings) and shown.functions == trained.functions
+    assert shown.threshold(0) == trained.threshold(0) and shown.scales == trained.scales
+
+
+def test_the_app_ends_idle_kernels_and_takes_large_uploads():
+    command = " ".join(app_command(["--no-browser"]))
+    assert "cull_idle_timeout=" in command and "cull_interval=" in command
+    size = int(re.search(r"websocket_max_message_size=(\d+)", command)[1])
+    assert size >= 100 * 2**20 and command.endswith("--no-browser")

@@ -1,4 +1,4 @@
-"""The explorer: what a model looks at, and what if the threshold moves."""
+"""The explorer: what a model proposes in an image, and what if the threshold moves."""
 
 from ramslib.explorer.page import Explorer
 

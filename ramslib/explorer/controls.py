@@ -1,101 +1,202 @@
-"""The explorer's controls: sliders and menus on one side, a `looking.ProposalSettings` on the other."""
+"""What a person chooses: an image, and how regions are proposed in it."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 
+from ramslib.attention import single_block
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import PROPOSALS
-from ramslib.explorer.components import set_options
-from ramslib.explorer.lenses import LoadedModel
-from ramslib.explorer.looking import SINGLE, ProposalSettings, default_choice, strength_names
+from ramslib.explorer.panels import TOP, caption_html, set_options
+from ramslib.inspector import Inspector
+from ramslib.model import ProposalSettings
+from ramslib.plots.drawing import clean_class_name
+from ramslib.runs.inference import find_images
 
 SCALES = 4  # at most, in the explorer
-TOP, STEP = 4.0, 0.05  # the largest threshold, and from one to the next
-THRESHOLDS = np.linspace(0, TOP, round(TOP / STEP) + 1).round(3).tolist()
-NAMES = {
-    "rollout_mean": "rollout, mean of all rows",
-    "rollout_class": "rollout, class token",
-    "last_class": "last block, class token",
-    "single_block": "one block",
-    "single_head": "one head of one block",
-    "attention": "largest component (DPPM)",
-    "all_patches": "all strong patches",
-    "random": "same box, random place",
-    "center": "same box, center",
-    "whole": "whole image",
-}
+THRESHOLDS = np.linspace(0, TOP, 81).round(3).tolist()  # what a slider can choose
+SINGLE = ("single_block", "single_head")  # strengths beside those of the registry
+ALL = "all"
+SHOWN = 300  # names in the list of images; more are found by filter and search
 
 
 class Controls(widgets.VBox):
-    """All that can be chosen about a look; ``moved()`` is called after every change."""
+    """Sliders and menus about proposals; ``moved()`` is called after every change.
 
-    def __init__(self, moved: Callable):
-        self.moved, self.quiet = moved, False
-        names = [f"threshold of scale {n}" for n in range(1, SCALES)]
-        wide = {"max": TOP, "step": STEP, "width": "620px"}
-        self.thresholds = [_make(widgets.FloatSlider, name, **wide) for name in names]
-        for slider in self.thresholds:
-            slider.tooltip = "the paper's eta: patches above this multiple of the mean are kept"
-        self.opacity = _make(widgets.FloatSlider, "heat opacity", max=1, step=0.05, value=0.6)
-        menus = (_make(widgets.Dropdown, name) for name in ("strength", "region", "crop"))
-        self.strength, self.proposal, self.source = menus
-        counts = (_make(widgets.IntSlider, n, "190px", min=1) for n in ("block", "head", "scales"))
-        self.block, self.head, self.scales = counts
-        self.scales.max = SCALES
-        self.reset = widgets.Button(description="as trained", tooltip="all controls as trained")
-        self.reset.on_click(lambda _: self.fit(self.lens))
-        everything = [*self.thresholds, self.opacity, self.strength, self.proposal, self.source]
-        for control in [*everything, self.block, self.head, self.scales]:
+    Args:
+        moved: without arguments.
+        strengths: further ones to offer, as functions or ``path/to/file.py:name``.
+        proposals: likewise.
+    """
+
+    def __init__(self, moved: Callable, strengths: Sequence = (), proposals: Sequence = ()):
+        self.moved, self.own, self.inspector, self.quiet = moved, (strengths, proposals), None, True
+        slider, count, menu = widgets.FloatSlider, widgets.IntSlider, widgets.Dropdown
+        names = [f"threshold of scale {scale}" for scale in range(1, SCALES)]
+        self.thresholds = [slider(description=n, max=TOP, step=THRESHOLDS[1]) for n in names]
+        self.opacity = slider(description="heat opacity", max=1, step=0.05, value=0.6)
+        self.strength, self.proposal = menu(description="strength"), menu(description="proposal")
+        self.from_high_res = menu(description="crop from")
+        self.block, self.head = count(description="block", min=1), count(description="head", min=1)
+        self.scales = count(description="scales", min=1, max=SCALES)
+        self.upsampling = count(description="upsampling", min=1, max=8)
+        self.reset = widgets.Button(description="Reset", tooltip="all controls as trained")
+        self.reset.on_click(lambda _: self.fit(self.inspector))
+        choices = self.strength, self.block, self.head, self.proposal, self.from_high_res
+        self.all = *choices, self.upsampling, self.scales, self.opacity
+        for control in (*self.thresholds, *self.all):
             control.observe(self._changed, "value")
-        layout = widgets.Layout(flex_flow="row wrap", grid_gap="2px 14px", align_items="center")
-        self.box = widgets.Box(layout=layout)
-        super().__init__([self.box])
+        super().__init__([*self.all, self.reset])
+        self.add_class("rams-controls")
 
-    def fit(self, lens: LoadedModel) -> None:
-        """Take a lens's limits and the values it was trained with."""
-        self.lens, choice = lens, default_choice(lens)
-        self.quiet = True
-        set_options(self.strength, [(NAMES.get(n, n), n) for n in strength_names(lens)])
-        set_options(self.proposal, [(NAMES.get(n, n), n) for n in PROPOSALS])
-        size = " × ".join(map(str, lens.view.size))
-        crops = [(f"from the source, {size} px", True), ("from the view before", False)]
-        set_options(self.source, crops if choice.from_source else crops[1:])
-        first = lens.model.backbone.blocks[0].attn
-        self.block.max, self.head.max = choice.block, first.num_heads
-        for number, slider in enumerate(self.thresholds):
-            slider.value = choice.thresholds[min(number, len(choice.thresholds) - 1)]
-        self.strength.value, self.proposal.value = choice.strength, choice.proposal
-        self.block.value, self.head.value = choice.block, choice.head
-        self.scales.value, self.source.value = max(2, choice.scales), choice.from_source
+    def fit(self, inspector: Inspector | None) -> None:
+        """Take the limits of a model, and the values that it was trained with."""
+        if inspector is None:
+            return
+        self.inspector, settings, self.quiet = inspector, inspector.settings, True
+        strengths = [*inspector.strengths(), settings.strength, *self.own[0], *SINGLE]
+        proposals = [*PROPOSALS, settings.proposal, *self.own[1]]
+        set_options(self.strength, _labeled(strengths), settings.strength)
+        set_options(self.proposal, _labeled(proposals), settings.proposal)
+        size = " × ".join(map(str, inspector.transform.size))
+        crops = [(f"high resolution, {size} px", True), ("previous input", False)]
+        set_options(self.from_high_res, crops if settings.from_high_res else crops[1:])
+        blocks = inspector.model.backbone.blocks
+        self.block.max, self.head.max = len(blocks), blocks[0].attn.num_heads
+        for scale, slider in enumerate(self.thresholds):
+            slider.max = max(TOP, settings.threshold(scale))
+            slider.value = settings.threshold(scale)
+        self.block.value, self.head.value, self.from_high_res.index = len(blocks), 1, 0
+        self.scales.value, self.upsampling.value = max(2, settings.scales), settings.upsampling
         self.quiet = False
         self._changed()
 
-    def choice(self) -> ProposalSettings:
+    def settings(self) -> ProposalSettings:
         """What the controls say."""
+        strength = self.strength.value
+        if strength in SINGLE:
+            head = self.head.value if strength == "single_head" else None
+            strength = single_block(self.block.value, head, self.inspector.has_class_token)
         return ProposalSettings(
             tuple(slider.value for slider in self.thresholds),
-            self.strength.value,
-            self.block.value,
-            self.head.value,
+            strength,
             self.proposal.value,
             self.scales.value,
-            self.source.value,
+            self.from_high_res.value,
+            self.upsampling.value,
         )
 
     def _changed(self, _=None) -> None:
+        self.block.layout.display = None if self.strength.value in SINGLE else "none"
+        self.head.layout.display = None if self.strength.value == SINGLE[1] else "none"
+        if not self.quiet:
+            self.moved()
+
+
+def _labeled(choices: Sequence[str | Callable]) -> list[tuple]:
+    """Options of a menu, each choice once; one's own has the name of its function."""
+    return [(getattr(c, "__name__", str(c).rpartition(":")[2]), c) for c in dict.fromkeys(choices)]
+
+
+class ImageBrowser(widgets.VBox):
+    """Chooses an image of the dataset, a folder or an upload, and calls ``pick(row)``.
+
+    A row is one of a dataset's table; images from elsewhere have label -1 and no box. ``guard``
+    wraps handlers.
+    """
+
+    def __init__(self, table: pd.DataFrame, pick: Callable[[pd.Series], None], guard: Callable):
+        self.table, self.pick, self.shown, self.quiet = table, pick, table, False
+        self.uploads = tempfile.TemporaryDirectory(prefix="ramslib-")
+        self.split, self.class_name = (widgets.Dropdown(description=d) for d in ("split", "class"))
+        self.search = widgets.Text(description="search", placeholder="part of a name")
+        self.folder = widgets.Text(description="folder", placeholder="path, then Enter")
+        self.folder.continuous_update = False
+        self.upload = widgets.FileUpload(description="Choose photos", multiple=True)
+        self.upload.accept = "image/*"
+        self.sources = {
+            "dataset": ([self.split, self.class_name, self.search], self._filtered),
+            "folder": ([self.folder], self._in_folder),
+            "upload": ([self.upload], self._uploaded),
+        }
+        self.source = widgets.ToggleButtons(options=tuple(self.sources))
+        self.list, self.count = widgets.Select(rows=14), widgets.HTML()
+        super().__init__()
+        self.add_class("rams-browser")
+        for control in (self.source, self.split, self.class_name, self.search, self.folder):
+            control.observe(guard(self._update), "value")
+        self.upload.observe(guard(self._store_uploads), "value")
+        self.list.observe(guard(self._picked), "value")
+        self._update()
+
+    def use(self, table: pd.DataFrame) -> None:
+        """Browse another dataset; filters and the image are kept where it has them."""
+        present = [s for s in ("validation", "test", "train") if (table["split"] == s).any()]
+        names = table.drop_duplicates("label").sort_values("label")["class_name"]
+        self.table, self.quiet = table, True
+        set_options(self.split, [(split, split) for split in (*present, ALL)])
+        set_options(self.class_name, [(ALL, ALL), *((clean_class_name(n), n) for n in names)])
+        self.quiet = False
+        self._update()
+
+    def pick_path(self, path: str) -> None:
+        """Pick an image of the dataset by its path."""
+        self.pick(self.table[self.table["path"] == path].iloc[0])
+
+    def _update(self, _=None) -> None:
+        """List the images of a source, and pick the one before or the first."""
         if self.quiet:
             return
-        single = [self.block] * (self.strength.value in SINGLE)
-        single += [self.head] * (self.strength.value == "single_head")
-        shown = [self.strength, *single, self.proposal, self.source, self.scales, self.opacity]
-        if self.box.children[:-1] != tuple(shown):
-            self.box.children = [*shown, self.reset]
-        self.moved()
+        controls, find = self.sources[self.source.value]
+        self.children = [self.source, *controls, self.list, self.count]
+        rows = find()
+        self.shown, paths = rows.head(SHOWN), rows["path"].head(SHOWN).map(Path)
+        names = [path.name for path in paths]
+        if len(set(names)) < len(names):
+            names = ["/".join(path.parts[-2:]) for path in paths]
+        more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
+        self.count.value = caption_html(f"{len(rows):,} images{more}")
+        self.quiet = True
+        set_options(self.list, list(zip(names, self.shown["path"], strict=True)))
+        self.quiet = False
+        self._picked()
+
+    def _picked(self, _=None) -> None:
+        if self.list.index is not None and not self.quiet:
+            self.pick(self.shown.iloc[self.list.index])
+
+    def _filtered(self) -> pd.DataFrame:
+        rows = self.table
+        for column, menu in (("split", self.split), ("class_name", self.class_name)):
+            rows = rows if menu.value == ALL else rows[rows[column] == menu.value]
+        names = rows["path"].str.rsplit("/", n=2).str[1:].str.join("/")
+        return rows[names.str.contains(self.search.value.strip(), case=False, regex=False)]
+
+    def _in_folder(self) -> pd.DataFrame:
+        folder = os.path.expanduser(self.folder.value.strip())
+        return _rows_of(find_images([folder]) if folder else [])
+
+    def _store_uploads(self, _) -> None:
+        """Write uploads, each to a folder of its own, for two may have one name."""
+        for item in reversed(self.upload.value):
+            folder = Path(self.uploads.name, f"{len(os.listdir(self.uploads.name)):06}")
+            folder.mkdir()
+            (folder / Path(item["name"]).name).write_bytes(item["content"])
+        self.list.index = None  # the first of them is picked
+        self._update()
+
+    def _uploaded(self) -> pd.DataFrame:
+        """Newest first."""
+        return _rows_of(sorted(Path(self.uploads.name).glob("*/*"), reverse=True))
 
 
-def _make(kind: type, description: str, width: str = "270px", **options) -> widgets.Widget:
-    """A control whose description is never cut off."""
-    layout = widgets.Layout(width=width, max_width="100%")
-    style = {"description_width": "initial"}
-    return kind(description=description, style=style, layout=layout, **options)
+def _rows_of(paths: Sequence[Path]) -> pd.DataFrame:
+    """Rows for images that are in no dataset."""
+    table = pd.DataFrame({"path": [str(path) for path in paths]}, dtype=str)
+    unknown = dict.fromkeys(BOX_COLUMNS, float("nan"))
+    return table.assign(label=-1, class_name="", split="", **unknown)

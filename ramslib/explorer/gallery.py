@@ -1,8 +1,8 @@
-"""Photos to press: pages of thumbnails, the surveyed photos in an order, a confusion matrix."""
+"""Images to open: pages of thumbnails, validation images in an order, a confusion matrix."""
 
-import base64
 import html
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -12,10 +12,8 @@ from matplotlib.colors import to_hex
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import confusion_matrix
-from ramslib.explorer import validation as validations
-from ramslib.explorer.components import encode, set_options, small
-from ramslib.explorer.lenses import LoadedModel
-from ramslib.explorer.validation import CachedValidation
+from ramslib.explorer.panels import caption_html, encode, set_options
+from ramslib.explorer.validation import VALUES, CachedValidation, images_of, sort_images
 from ramslib.plots.drawing import clean_class_name
 from ramslib.plots.figures import CMAP
 
@@ -24,154 +22,131 @@ CLASSES = 12  # in the confusion matrix
 
 
 class Thumbnails(widgets.VBox):
-    """Pages of photos as buttons, which a keyboard reaches too; ``pick(path)`` when pressed."""
-
-    count = 0  # of instances, so that each has its own styles
+    """Pages of images with a button each; ``pick(path)`` when pressed. ``guard`` wraps handlers."""
 
     def __init__(self, pick: Callable[[str], None], guard: Callable):
-        Thumbnails.count += 1
-        self.mark, self.pick = f"rams-{Thumbnails.count}", pick
-        self.paths, self.captions, self.meaning, self.page = [], [], "", 0
-        self.cells = [self._cell(number, guard) for number in range(PAGE)]
-        self.pictures, self.place = widgets.HTML(), widgets.HTML()
-        layout = widgets.Layout(flex_flow="row wrap", grid_gap="8px", margin="6px 0")
-        self.grid = widgets.Box(layout=layout)
-        self.back, self.ahead = (widgets.Button(description=d) for d in ("previous", "next"))
-        self.back.on_click(guard(lambda _: self._turn(-1)))
-        self.ahead.on_click(guard(lambda _: self._turn(1)))
-        self.turning = widgets.HBox([self.back, self.ahead])
-        super().__init__([self.pictures, self.grid, self.turning, self.place])
+        self.pick, self.paths, self.captions, self.meaning = pick, [], [], ""
+        self.grid, self.caption = widgets.Box().add_class("rams-grid"), widgets.HTML()
+        self.page = widgets.IntSlider(description="page", min=1, max=1)
+        self.page.observe(guard(self._draw), "value")
+        self.cells = []
+        for number in range(PAGE):
+            button = widgets.Button()
+            button.on_click(guard(partial(self._open, number)))
+            cell = widgets.VBox([widgets.Image(format="jpeg"), button, widgets.HTML()])
+            self.cells.append(cell.add_class("rams-thumbnail"))
+        super().__init__([self.grid, self.page, self.caption])
         self.show([], [])
 
     def show(self, paths: Sequence[str], captions: Sequence[str], meaning: str = "") -> None:
-        """Show these photos from the first page on; ``meaning`` explains what they are."""
-        self.paths, self.captions, self.meaning, self.page = paths, captions, meaning, 0
-        self._turn(0)
+        """Show these images from the first page on; ``meaning`` explains what they are."""
+        self.paths, self.captions, self.meaning = [], captions, meaning
+        self.page.value, self.page.max, self.paths = 1, max(1, -(-len(paths) // PAGE)), paths
+        self._draw()
 
-    def _turn(self, step: int) -> None:
-        """Show another page."""
-        pages = max(1, -(-len(self.paths) // PAGE))
-        self.page = min(max(self.page + step, 0), pages - 1)
-        part = slice(self.page * PAGE, (self.page + 1) * PAGE)
-        shown = self.paths[part]
-        styles = [self._style(number, path) for number, path in enumerate(shown)]
-        self.pictures.value = f"<style>{''.join(styles)}</style>"
-        for cell, path, text in zip(self.cells, shown, self.captions[part], strict=False):
-            cell.children[0].tooltip = f"open {Path(path).name}"
-            cell.children[1].value = small(text)
-        self.grid.children = self.cells[: len(shown)]
-        place = f"{len(self.paths)} photos, page {self.page + 1} of {pages}; " if shown else ""
-        self.place.value = small(f"{place}{self.meaning}")
-        self.back.disabled, self.ahead.disabled = self.page == 0, self.page == pages - 1
-        self.turning.layout.display = None if pages > 1 else "none"
+    def _draw(self, _=None) -> None:
+        """Show a page."""
+        part = slice((self.page.value - 1) * PAGE, self.page.value * PAGE)
+        paths = self.paths[part]
+        for cell, path, text in zip(self.cells, paths, self.captions[part], strict=False):
+            image, button, caption = cell.children
+            image.value, button.tooltip = _thumbnail(path), f"open {Path(path).name}"
+            caption.value = caption_html(text)
+        self.grid.children = self.cells[: len(paths)]
+        self.page.layout.display = None if self.page.max > 1 else "none"
+        self.caption.value = caption_html(
+            f"{len(self.paths)} images; " * bool(self.paths) + self.meaning
+        )
 
-    def _style(self, number: int, path: str) -> str:
-        """The rule that puts a photo behind its button; none for one that cannot be read."""
-        try:
-            picture = open_image(path, 200)
-        except InputError:
-            return f".{self.mark}-{number}{{background-image:none}}"
-        picture.thumbnail((240, 180))
-        data = base64.b64encode(encode(picture, quality=75)).decode()
-        return f".{self.mark}-{number}{{background-image:url(data:image/jpeg;base64,{data})}}"
-
-    def _cell(self, number: int, guard: Callable) -> widgets.Widget:
-        button = widgets.Button(layout=widgets.Layout(width="132px", height="99px", margin="0"))
-        button.add_class("rams-thumb")
-        button.add_class(f"{self.mark}-{number}")
-        button.on_click(guard(lambda _: self.pick(self.paths[self.page * PAGE + number])))
-        return widgets.VBox([button, widgets.HTML()], layout=widgets.Layout(width="132px"))
+    def _open(self, number: int, _) -> None:
+        self.pick(self.paths[(self.page.value - 1) * PAGE + number])
 
 
-class Surveyed(widgets.VBox):
-    """A menu about a survey, and the photos that it leads to; filled when first looked at."""
+def _thumbnail(path: str) -> bytes:
+    """A small JPEG; nothing for an image that cannot be read."""
+    try:
+        image = open_image(path, 200)
+    except InputError:
+        return b""
+    image.thumbnail((240, 180))
+    return encode(image, quality=75)
 
-    def __init__(self, description: str, pick: Callable[[str], None], guard: Callable):
-        style, layout = {"description_width": "initial"}, widgets.Layout(width="300px")
-        self.menu = widgets.Dropdown(description=description, style=style, layout=layout)
-        self.photos, self.guard = Thumbnails(pick, guard), guard
-        self.lens, self.survey, self.shown = None, None, None
+
+class ValidationImages(widgets.VBox):
+    """A menu about cached validation predictions and the images that it leads to; filled lazily."""
+
+    def __init__(self, pick: Callable[[str], None], guard: Callable):
+        self.menu, self.matrix = widgets.Dropdown(description="show"), widgets.Box()
+        self.images, self.guard = Thumbnails(pick, guard), guard
+        self.classes, self.cached, self.shown = [], None, None
         self.menu.observe(guard(lambda _: self.fill()), "value")
-        super().__init__([self.menu, self.photos])
+        super().__init__([self.menu, self.matrix, self.images])
+        self.matrix.add_class("rams-matrix")
 
-    def use(self, lens: LoadedModel, survey: CachedValidation) -> None:
-        """Offer what another survey can tell."""
-        self.lens, self.survey = lens, None
-        self.photos.show([], [], "the model has no trained classifier")
-        set_options(self.menu, self._options(lens, survey))
-        self.survey = survey
+    def use(self, classes: Sequence[str], cached: CachedValidation) -> None:
+        """Offer what the predictions of another model can tell."""
+        self.classes, self.cached = [html.escape(clean_class_name(name)) for name in classes], None
+        self.images.show([], [], "the model has no trained classifier")
+        set_options(self.menu, [(name, name) for name in self.options(cached)])
+        self.cached = cached
 
     def fill(self) -> None:
-        """Show what the menu says, if it is not there yet."""
-        wanted = self.survey, self.menu.value
-        if None not in (self.survey, self.menu.value) and self.shown != wanted:
+        """Show what the menu says, if it is not shown yet."""
+        wanted = self.cached, self.menu.value
+        if None not in wanted and self.shown != wanted:
             self.shown = wanted
-            self._draw(self.menu.value)
+            self.draw(self.menu.value)
 
 
-class Gallery(Surveyed):
-    """The surveyed photos in one of the orders of `survey.ORDERS`."""
+class Gallery(ValidationImages):
+    """The images in one of the orders of `sort_images`."""
 
-    def _options(self, lens: LoadedModel, survey: CachedValidation) -> list[str]:
-        return validations.orders_of(lens, survey)
+    def options(self, cached: CachedValidation) -> Sequence[str]:
+        """The orders that are known."""
+        return list(sort_images(cached))
 
-    def _draw(self, order: str) -> None:
-        rows = validations.sort_images(self.survey, order)
-        names = (
-            self.lens.table.set_index("path")["class_name"].map(clean_class_name).map(html.escape)
-        )
-        form = "{:+.2f}, {}" if validations.UNITS[order] == validations.CHANGE else "{:.2f}, {}"
-        captions = [form.format(row.value, names[row.path]) for row in rows.itertuples()]
-        meaning = f"the number is the {validations.UNITS[order]}"
-        self.photos.show(rows["path"].tolist(), captions, meaning)
+    def draw(self, order: str) -> None:
+        """Show the images in an order."""
+        values = sort_images(self.cached)[order]
+        names = self.cached.strengths.table.set_index("path")["class_name"].map(clean_class_name)
+        captions = [f"{value:.2f}, {html.escape(names[path])}" for path, value in values.items()]
+        self.images.show(values.index.tolist(), captions, f"the number is the {VALUES[order]}")
 
 
-class Confusion(Surveyed):
-    """Surveyed photos by true and predicted class; a cell opens its photos."""
+class Confusion(ValidationImages):
+    """The images by true and predicted class; a cell of the matrix opens its images."""
 
-    def __init__(self, description: str, pick: Callable[[str], None], guard: Callable):
-        super().__init__(description, pick, guard)
-        self.matrix = widgets.GridBox()
-        self.children = [self.menu, self.matrix, self.photos]
+    def options(self, cached: CachedValidation) -> Sequence[str]:
+        """The outputs of a trained classifier."""
+        return cached.predictions["output"].unique() if self.classes else []
 
-    def _options(self, lens: LoadedModel, survey: CachedValidation) -> list[str]:
-        self.matrix.children = []
-        return list(dict.fromkeys(survey.predictions["output"])) if lens.classes else []
-
-    def _draw(self, scale: str) -> None:
-        classes = len(self.lens.classes)
-        counts = confusion_matrix(self.survey.predictions, classes, scale, CLASSES)
+    def draw(self, output: str) -> None:
+        """Show the confusion matrix of an output."""
+        counts = confusion_matrix(self.cached.predictions, len(self.classes), output, CLASSES)
         shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
-        cells = [widgets.HTML(small("true ↓ predicted →")), *map(self._heading, counts)]
-        for true, row in counts.iterrows():
-            found = (self._cell(true, given, row[given], shares[given][true]) for given in counts)
-            cells += [self._heading(true), *found]
-        template = f"minmax(90px, 160px) repeat({len(counts)}, minmax(30px, 72px))"
-        self.matrix.layout = widgets.Layout(grid_template_columns=template, grid_gap="2px")
+        heading = '<div class="rams-class" title="{0}">{0}</div>'
+        names = [heading.format(self.classes[label]) for label in counts]
+        cells = [widgets.HTML(text) for text in ("true ↓ predicted →", *names)]
+        for name, true in zip(names, counts.index, strict=True):
+            cells.append(widgets.HTML(name))
+            cells += [self._cell(true, p, counts[p][true], shares[p][true]) for p in counts]
+        columns = f"minmax(90px, 160px) repeat({len(counts)}, minmax(30px, 72px))"
+        self.matrix.layout.grid_template_columns = columns
         for old in self.matrix.children:
             old.close()
         self.matrix.children = cells
-        some = f"; of {classes} classes those with most mistakes" if classes > CLASSES else ""
-        self.photos.show([], [], f"press a cell for its photos; color: share of its row{some}")
+        left_out = f"; of {len(self.classes)} classes those with most mistakes"
+        left_out = left_out if len(self.classes) > CLASSES else ""
+        self.images.show([], [], f"press a cell for its images; color: share of its row{left_out}")
 
-    def _heading(self, label: int) -> widgets.HTML:
-        name = html.escape(clean_class_name(self.lens.classes[label]))
-        return widgets.HTML(f'<div class="rams-class" title="{name}">{name}</div>')
-
-    def _cell(self, true: int, given: int, count: int, share: float) -> widgets.Button:
-        names = [clean_class_name(self.lens.classes[label]) for label in (true, given)]
-        button = widgets.Button(
-            description=str(count or ""),
-            tooltip=f"{count} × {names[0]} taken for {names[1]}",
-            layout=widgets.Layout(width="auto", height="26px", margin="0", padding="0"),
-            disabled=not count,
-        )
+    def _cell(self, true: int, predicted: int, count: int, share: float) -> widgets.Button:
+        meaning = f"{count} × {self.classes[true]} predicted as {self.classes[predicted]}"
+        button = widgets.Button(description=str(count or ""), tooltip=meaning, disabled=not count)
         button.style.button_color = to_hex(colormaps[CMAP](share)) if count else "#f2f2f2"
         button.style.text_color = "black" if share > 0.55 else "white"
-        button.on_click(self.guard(lambda _: self._open(true, given, button.tooltip)))
+        button.on_click(self.guard(lambda _: self._open(true, predicted, meaning)))
         return button
 
-    def _open(self, true: int, given: int, meaning: str) -> None:
-        paths = validations.images_of(self.survey, true, given, self.menu.value)
-        names = [html.escape(Path(path).name) for path in paths]
-        self.photos.show(paths, names, html.escape(meaning))
+    def _open(self, true: int, predicted: int, meaning: str) -> None:
+        paths = images_of(self.cached, true, predicted, self.menu.value)
+        self.images.show(paths, [html.escape(Path(path).name) for path in paths], meaning)

@@ -1,18 +1,22 @@
-"""The explorer: see what a model looks at, move the threshold, understand why.
+"""The explorer: see which regions a model proposes, move the threshold, understand why.
 
-One way through: lens and photo (`lenses`) -> looks (`looking`) -> choice (`controls`) -> regions ->
-pictures (`rows`) and explanations (`explaining`). Widgets only: every number is the library's. A
-control that moves redraws at once what follows from recorded attention; what needs the model
+One way through: a model and an image (`controls`) -> an `Inspector` -> what it computes for the
+controls' settings -> images (`panels`) and analyses (`tabs`). Every number is the inspector's. A
+control that moves redraws at once what follows from recorded attention; what needs a forward pass
 follows when the controls rest. Bad input is a message on the page, never a traceback.
 """
 
 import html
+import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,43 +24,29 @@ import ipywidgets as widgets
 import pandas as pd
 import torch
 
+from ramslib.boxes import full_image_boxes
 from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
 from ramslib.evaluation import probabilities
-from ramslib.explorer.browser import ImageBrowser
-from ramslib.explorer.components import (
-    STYLE,
-    BackgroundWorker,
-    probability_bars,
-    set_options,
-    small,
-)
-from ramslib.explorer.controls import Controls
-from ramslib.explorer.lenses import (
-    LoadedModel,
-    Photo,
-    describe_run,
-    find_runs,
-    open_backbone,
-    open_photo,
-    open_run,
-)
-from ramslib.explorer.looking import (
-    ProposalSettings,
-    RecordedScale,
-    choose,
-    follow,
-    measure,
-    photo_boxes,
-    run_first_scale,
-)
-from ramslib.explorer.rows import Row
+from ramslib.explorer import panels
+from ramslib.explorer.controls import Controls, ImageBrowser
+from ramslib.runs.inference import LoadedModel, load_backbone, load_model
 from ramslib.explorer.tabs import AnalysisTabs
+from ramslib.inspector import Inspector
+from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.plots.images import top_classes
+from ramslib.runs.results import read_results
+from ramslib.runs.folder import is_finished, read_run
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
+PATIENCE = 4  # seconds that the app's server may take to end
+VOILA = {  # kernels of pages that were left are ended; uploads above 10 MiB are taken
+    "MappingKernelManager.cull_idle_timeout": 600,
+    "MappingKernelManager.cull_interval": 60,
+    "Voila.tornado_settings": f"websocket_max_message_size={2**29}",
+}
 log = logging.getLogger(__name__)
 
 
@@ -65,203 +55,257 @@ class Explorer:
 
     Args:
         data: which reader, see `read_table`.
-        root: folder of the data set; photos of other folders and uploads work without one.
-        out: folder below which finished runs are found and surveys are stored.
-        lens: what to look through first: a `LoadedModel`, a run's folder or timm's name of a backbone; the
-            newest run of several scales by default, or else a pre-trained backbone.
+        root: folder of the dataset; images of other folders and uploads work without one.
+        out: folder below which finished runs are found and validation predictions are cached.
+        model: what to show first: a `LoadedModel`, a run's folder or timm's name of a backbone; by
+            default the newest run of several scales, or else a pre-trained backbone.
+        strengths: further ones to offer, as functions or ``path/to/file.py:name``.
+        proposals: likewise.
     """
 
-    def __init__(self, data="diagnostic", root="data/diagnostic", out="runs", lens=None):
-        self.out, self.lock, self.seconds = Path(out), threading.RLock(), deque(maxlen=1000)
-        self.lens, self.photo, self.seen, self.table = None, None, [], _no_images()
-        self.later, self.threads = (
-            BackgroundWorker(self.lock, self.complain),
-            torch.get_num_threads(),
-        )
-        self._build()
-        self.guard(self._read_table)(data, root)
-        self.guard(self._offer_models)(lens)
-        self.guard(self._load)(lens or self.models.value)
+    def __init__(
+        self,
+        data="diagnostic",
+        root="data/diagnostic",
+        out="runs",
+        model=None,
+        strengths=(),
+        proposals=(),
+    ):
+        self.root, self.out = Path(root).expanduser(), Path(out).expanduser()
+        self.lock, self.threads = threading.RLock(), torch.get_num_threads()
+        self.loaded, self.inspector, self.table = None, None, pd.DataFrame(columns=TABLE_COLUMNS)
+        self.worker = panels.BackgroundWorker(self.lock, self.report)
+        self.messages, self.moved = panels.Messages(), self.guard(self._moved, "controls")
+        self._build(Controls(self.moved, strengths, proposals))
+        self.guard(self._read_table, "dataset")(data)
+        self.guard(self._offer_models, "model")(model)
+        self.guard(self._load, "model")(model or self.models.value)
         for chooser in (self.models, self.other):
-            chooser.observe(self.guard(lambda change: self._load(change["new"])), "value")
+            chooser.observe(self.guard(self._chosen, "model"), "value")
 
     def _repr_mimebundle_(self, **options):
         return self.page._repr_mimebundle_(**options)
 
-    def _build(self) -> None:
+    def _build(self, controls: Controls) -> None:
         """Make the page."""
-        wide = {"layout": widgets.Layout(width="auto", flex="1 1 320px")}
-        self.models = widgets.Dropdown(description="model", **wide)
+        self.models = widgets.Dropdown(description="model")
         hint = "or a run's folder, or timm's name of a Vision Transformer; then Enter"
-        self.other = widgets.Text(placeholder=hint, continuous_update=False, **wide)
-        self.message, self.notice, self.scores = (widgets.HTML() for _ in range(3))
-        self.controls = Controls(self.guard(self._moved))
-        self.rows = [Row(number, slider) for number, slider in enumerate(self.controls.thresholds)]
-        self.browser = ImageBrowser(_no_images(), self._pick, self.guard)
-        later = BackgroundWorker(self.lock, self.complain, delay=0)
-        parts = self.guard, later, self.out / "explorer", self._moved
-        self.tabs = AnalysisTabs(self.guard(self.browser.pick_path), *parts)
-        self.stage = widgets.VBox(self.rows)
-        main = [self.controls, self.stage, self.scores, self.tabs]
-        main = widgets.VBox(main, layout=widgets.Layout(flex="1 1 0", min_width="0"))
-        body = widgets.HBox([self.browser, main], layout=widgets.Layout(grid_gap="20px"))
-        head = widgets.HBox([self.models, self.other])
-        parts = [
-            widgets.HTML(f"<style>{STYLE.read_text()}</style>"),
-            head,
-            self.message,
-            body,
-            self.notice,
-        ]
-        self.page = widgets.VBox(parts)
-        self.page.add_class("rams")
+        self.other = widgets.Text(placeholder=hint, continuous_update=False)
+        self.controls, self.stage = controls, widgets.VBox()
+        self.rows = [panels.ScaleRow(*each) for each in enumerate(controls.thresholds)]
+        self.notice, self.scores = widgets.HTML(), widgets.HTML()
+        guard = partial(self.guard, topic="image")
+        self.browser = ImageBrowser(self.table, self._pick, guard)
+        evaluator = panels.BackgroundWorker(self.lock, partial(self.report, topic="validation"), 0)
+        folder, pick = self.out / "explorer", self.browser.pick_path
+        self.tabs = AnalysisTabs(folder, evaluator, pick, guard, self.moved)
+        main = widgets.VBox([controls, self.stage, self.scores, self.tabs]).add_class("rams-main")
+        style = widgets.HTML(f"<style>{Path(__file__).with_name('style.css').read_text()}</style>")
+        head = widgets.HBox([self.models, self.other]).add_class("rams-head")
+        body = widgets.HBox([self.browser, main]).add_class("rams-body")
+        self.page = widgets.VBox([style, head, self.messages, body, self.notice]).add_class("rams")
 
-    def guard(self, handler: Callable) -> Callable:
-        """The handler, one at a time, timed, its errors shown as messages."""
+    def guard(self, handler: Callable, topic: str) -> Callable:
+        """The handler, one at a time; its error becomes the message about a topic."""
 
-        def guarded(*arguments):
-            start = time.perf_counter()
+        def guarded(*arguments) -> None:
             with self.lock:
                 try:
                     handler(*arguments)
+                    self.messages.show(topic, "")
                 except Exception as error:
-                    self.complain(error)
-            self.seconds.append(time.perf_counter() - start)
+                    self.report(error, topic)
+                torch.set_num_threads(self.threads)  # each thread has its own number
 
         return guarded
 
-    def complain(self, error: Exception) -> None:
-        """Show an error as a message."""
+    def report(self, error: Exception, topic: str = "background") -> None:
+        """Show an error as the message about a topic."""
         log.debug("in the explorer", exc_info=error)
-        self.say(one_line(error), bad=True)
+        with self.lock:
+            self.messages.show(topic, one_line(error))
 
-    def say(self, text: str, bad: bool = False) -> None:
-        """Show one line above everything; an empty one takes it away."""
-        look = "rams-say bad" if bad else "rams-say"
-        line = f'<div class="{look}" role="status">{html.escape(text)}</div>'
-        self.message.value = line if text else ""
+    def _read_table(self, data: str) -> None:
+        self.table = read_table(data, self.root)
 
-    def _read_table(self, data: str, root: Path | str) -> None:
-        self.table = read_table(data, root)
-
-    def _offer_models(self, first: LoadedModel | str | None) -> None:
-        """List the finished runs, newest first, and what is always there; choose the first."""
+    def _offer_models(self, first: LoadedModel | Path | str | None) -> None:
+        """List the finished runs, newest first, and pre-trained backbones; choose the first."""
         options, refused = [], []
         for run in find_runs(self.out):
             try:
                 options.append((describe_run(run, self.out), str(run)))
             except InputError as error:
                 refused.append(f"not offered: {html.escape(str(error))}")
+        self.notice.value = panels.caption_html("<br>".join(refused))
         options += [(f"{name}, pre-trained, no classes", name) for name in BACKBONES]
-        self.notice.value = small("<br>".join(refused))
-        set_options(self.models, options)
-        known = [value for _, value in options if value == str(first)]
+        panels.set_options(self.models, options)
         several = [value for text, value in options if "(1 scale," not in text]
-        self.models.value = (known or several)[0]
+        known = [
+            value for _, value in options if Path(value).absolute() == Path(str(first)).absolute()
+        ]
+        self.models.value = next(iter(known), None if first else several[0])
 
-    def _load(self, model: LoadedModel | str) -> None:
-        """Look through a run, by its folder, or a backbone, by its timm name."""
+    def _chosen(self, change: dict) -> None:
+        """Load what was chosen or typed; what was typed is not the menu's choice."""
+        self._load(change["new"])
+        if change["owner"] is self.other:
+            self.models.index = None
+
+    def _load(self, model: LoadedModel | Path | str | None) -> None:
+        """Show a run, by its folder, or a backbone, by its timm name."""
         if not model:
             return
-        if isinstance(model, str):
-            name = model.strip()
-            self.say(f"loading {name} …")
-            is_run = Path(name).is_dir() or "/" in name
-            model = open_run(name) if is_run else open_backbone(name, self.table)
-        photo, self.photo, self.lens = self.photo, None, model
+        if not isinstance(model, LoadedModel):
+            name = str(model).strip()
+            self.messages.show("model", f"loading {name} …", is_error=False)
+            is_run = "/" in name or Path(name).is_dir()
+            model = load_run(name, self.root) if is_run else load_backbone(name, self.table)
+        self.loaded, self.inspector = model, None
         self.models.tooltip = model.origin
-        self.controls.fit(model)
-        self.tabs.use(model)
-        self.say("")
-        table = model.table if len(model.table) else self.table
-        if photo is None or table is not self.browser.table:
-            self.browser.use(table)
-        else:
-            self._open(photo.path, photo.label, photo.truth[0])
+        self.controls.fit(self._new_inspector())
+        self.guard(self.tabs.use, "validation")(model)
+        self.guard(self.browser.use, "image")(model.table if len(model.table) else self.table)
+
+    def _new_inspector(self) -> Inspector:
+        """One per image, so that work in the background on the image before cannot change it."""
+        return Inspector(self.loaded.model, self.loaded.transform, self.loaded.classes)
 
     def _pick(self, row: pd.Series) -> None:
-        label = None if row["label"] < 0 else int(row["label"])
-        self._open(row["path"], label, row[BOX_COLUMNS].to_numpy(float))
-
-    def _open(self, path: str, label: int | None, truth) -> None:
-        """Look at a photo; if it cannot be opened, the one before stays."""
-        if self.lens is not None:
-            photo = open_photo(self.lens, path, label, truth)
-            self.seen, self.photo = [run_first_scale(self.lens, photo)], photo
-            self.say("")
-            self._moved()
+        """Open an image; if it cannot be opened, the one before remains."""
+        if self.loaded is not None:
+            label = None if row["label"] < 0 else int(row["label"])
+            box = row[BOX_COLUMNS].to_numpy(float)
+            self.inspector = self._new_inspector().set_image(row["path"], label, box)
+            self.moved()
 
     def _moved(self) -> None:
-        """Redraw what the controls say, and start what needs the model."""
-        if self.photo is None:
+        """Redraw what the controls say, and start what needs a forward pass."""
+        if self.inspector is None:
             return
-        choice = self.controls.choice()
-        self.stage.children = self.rows[: max(1, choice.scales - 1)]
-        with _single_thread():
-            is_fresh = self._draw(choice)
-            explain = self.tabs.update(self.photo, self.seen[0], choice)
-        if explain or not is_fresh:
-            looks = self.lens, self.photo, self.seen, choice
-            self.later(partial(self._catch_up, looks, explain))
+        torch.set_num_threads(1)  # faster for small tensors, while the model runs in others
+        settings = self.controls.settings()
+        self.stage.children = self.rows[: max(1, settings.scales - 1)]
+        is_complete = self._draw(settings)
+        analysis = self.tabs.update(self.inspector, settings)
+        if analysis or not is_complete:
+            self.worker(self._catch_up(self.inspector, settings, analysis))
 
-    def _draw(self, choice: ProposalSettings) -> bool:
-        """Draw all that is known by now; returns whether the last scale is among it."""
-        seen, is_fresh = self.seen[:1], True
-        boxes = {"scale 1": photo_boxes(self.lens, self.photo, seen[0].boxes)[0].tolist()}
-        for row in self.rows[: max(1, choice.scales - 1)]:
-            if not is_fresh:
-                row.stale()
+    def _catch_up(self, inspector: Inspector, settings: ProposalSettings, analysis) -> Iterator:
+        """In the background: run the scales that have changed, then the analysis."""
+        inspector.outputs(settings)
+        yield partial(self._draw, settings)
+        yield from analysis or ()
+        yield partial(self.messages.show, "background", "")
+
+    @torch.inference_mode()
+    def _draw(self, settings: ProposalSettings) -> bool:
+        """Draw all that is known by now; returns whether all scales are."""
+        inspector, known = (
+            copy(self.inspector),
+            1,
+        )  # the worker may replace the scales that were run
+        key, pixels = (self.inspector,), inspector.pixels
+        whole = full_image_boxes(inspector.pixels.new_empty(1, *inspector.model.image_size))
+        boxes = {} if inspector.box.isnan().any() else {"annotated": inspector.box}
+        boxes["scale 1"] = inspector.image_boxes(whole)
+        for row in self.stage.children:
+            if row.scale >= known:
+                row.outdated()
                 continue
-            region = choose(self.lens, self.photo, seen[-1], choice, row.number)
-            numbers = measure(self.lens, self.photo, region)
-            opacity = self.controls.opacity.value
-            row.draw(self.lens, self.photo, seen[-1], region, numbers, choice, opacity)
-            if choice.scales > 1:
-                boxes[f"scale {row.number + 2}"] = [numbers[side] for side in BOX_COLUMNS]
-                following = self.seen[len(seen) : len(seen) + 1]
-                is_fresh = bool(following) and torch.equal(following[0].view, region.crop)
-                seen = seen + following if is_fresh else seen
-        self.rows[0].draw_photo(self.photo, boxes)
-        self._draw_scores(seen, is_fresh)
-        return is_fresh
-
-    def _draw_scores(self, seen: list[RecordedScale], is_fresh: bool) -> None:
-        """Class probabilities of the looks that are known."""
+            region = row.draw(key, pixels, inspector, settings, self.controls.opacity.value)
+            if settings.scales > 1:
+                boxes[f"scale {row.scale + 2}"] = inspector.image_boxes(region.boxes)
+                known += inspector.has_run(row.scale + 1, region.crop)
+            key = *key, settings.from_high_res, *region.boxes.flatten().tolist()
+            pixels = region.crop[0]
+        self.rows[0].draw_image(key[:1], inspector, boxes)
+        is_complete = known == settings.scales
         text = "attention only: this backbone has no trained classifier"
-        if self.lens.classes:
-            shown = self.lens.classes, self.photo.label, CLASSES
-            text = probability_bars(
-                top_classes(probabilities([one.logits for one in seen]), *shown)
-            )
-        text += "" if is_fresh else small("computing the next scale …")
-        self.scores.value = f'<div class="rams-title">class probabilities</div>{text}'
-
-    def _catch_up(
-        self,
-        looks: tuple[LoadedModel, Photo, list[RecordedScale], ProposalSettings],
-        explain: Callable | None,
-    ) -> Iterator[Callable]:
-        """Beside the page: run the scales that have changed, then explain."""
-        torch.set_num_threads(self.threads)
-        seen = follow(*looks)
-        yield partial(self._arrived, seen)
-        yield from explain() if explain else ()
-
-    def _arrived(self, seen: list[RecordedScale]) -> None:
-        self.seen = seen
-        self._draw(self.controls.choice())
+        if self.loaded.classes:
+            shown = probabilities(inspector.logits(known)), self.loaded.classes, inspector.label
+            text = panels.probability_bars(top_classes(*shown, CLASSES))
+        text += "" if is_complete else panels.caption_html("computing the next scale …")
+        self.scores.value = f'<div class="rams-title">Class probabilities</div>{text}'
+        return is_complete
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """Small tensors are faster in one thread, above all while the model runs in others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def find_runs(folder: Path) -> list[Path]:
+    """Finished runs anywhere below a folder, newest first."""
+    found = {path.parent for path in folder.rglob("config.json")}
+    runs = [run for run in found if is_finished(run) and (run / "best.safetensors").exists()]
+    return sorted(runs, key=lambda run: (run / "results.csv").stat().st_mtime, reverse=True)
 
 
-def _no_images() -> pd.DataFrame:
-    return pd.DataFrame(columns=TABLE_COLUMNS)
+def describe_run(run: Path, folder: Path) -> str:
+    """One line about a finished run: its place, settings, and the score of its best checkpoint.
+
+    Raises:
+        InputError: a file of the run is damaged, its code is not trusted, or the explorer does not
+            show its model.
+    """
+    config, _, _ = read_run(run)
+    if config.model == "transfg":
+        raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {config.model}")
+    settings = ProposalSettings(strength=config.strength, proposal=config.proposal)
+    strength, _ = settings.functions  # raises where they are not trusted
+    best = read_results(run).query("checkpoint == 'best'").iloc[-1]
+    name = run.relative_to(folder) if run.is_relative_to(folder) else run
+    scales = f"{config.scales} scale{'s' * (config.scales > 1)}"
+    score = f"{best['top1']:.1f}% at {best['output']}"
+    return f"{name} ({scales}, {strength.__name__}, {score}, seed {config.seed})"
+
+
+def load_run(run: Path | str, root: Path) -> LoadedModel:
+    """The model of a run; its images are looked for below ``root`` if they were moved there.
+
+    Raises:
+        InputError: no such run, its checkpoint cannot be read, or the explorer does not show it.
+    """
+    run = Path(run).expanduser()
+    loaded = load_model(run)
+    if not isinstance(loaded.model, RAMSTrans):
+        kind = type(loaded.model).__name__
+        raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {kind}")
+    if len(loaded.table) and not Path(loaded.table["path"].iloc[0]).exists():
+        loaded = replace(loaded, table=read_run(run, root)[2])
+    return loaded
+
+
+def app_command(options: Sequence[str]) -> list[str]:
+    """The command that serves the explorer as a page without code, with Voila's own options."""
+    page = Path(__file__).with_name("app.ipynb")
+    defaults = [f"--{name}={value}" for name, value in VOILA.items()]
+    return [sys.executable, "-m", "voila", str(page), *defaults, *options]
+
+
+def serve(data: str, root: Path, out: Path, run: Path | None, voila: Sequence[str]) -> int:
+    """Serve the page until it is interrupted or terminated; returns the server's exit code.
+
+    Args:
+        data: a reader's name.
+        root: folder of the dataset.
+        out: folder below which runs are found.
+        run: the run to show first, or None.
+        voila: Voila's own options.
+
+    Raises:
+        InputError: ``run`` is not the folder of a run.
+    """
+    if run:
+        read_run(run)
+    paths = {"root": root, "out": out} | ({"model": run} if run else {})
+    options = {name: str(path.expanduser().absolute()) for name, path in paths.items()}
+    environment = os.environ | {"RAMSLIB_EXPLORER": json.dumps({"data": data} | options)}
+    command = app_command(voila)
+    print("Voila ends kernels of pages that were left, with:", *command[4:])
+    with subprocess.Popen(command, env=environment) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):  # it must not outlive this process
+            signal.signal(number, lambda *_: _stop(server))
+        return server.wait()
+
+
+def _stop(server: subprocess.Popen) -> None:
+    """End a server, if need be after a few seconds: kernels may keep it waiting."""
+    server.terminate()
+    threading.Timer(PATIENCE, server.kill).start()

@@ -1,4 +1,4 @@
-"""The explorer's tabs that say why: about the photo, and about all validation images."""
+"""The explorer's analyses: of one image, and of all validation images."""
 
 import html
 from collections.abc import Callable, Iterator
@@ -7,197 +7,176 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import pandas as pd
+from matplotlib.figure import Figure
 
-from ramslib.explorer.components import BackgroundWorker, Chart, Panel, draw_figure, small
+from ramslib import plots
+from ramslib.explorer import validation
 from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Gallery
-from ramslib.explorer.lenses import LoadedModel, Photo
-from ramslib.explorer.looking import (
-    ProposalSettings,
-    RecordedScale,
-    probability_curve,
-    strength_per_block,
-    threshold_curve,
+from ramslib.runs.inference import LoadedModel
+from ramslib.explorer.panels import (
+    CHART,
+    TOP,
+    BackgroundWorker,
+    Drawing,
+    Panel,
+    caption_html,
+    draw_figure,
 )
-from ramslib.explorer.validation import (
-    CachedValidation,
-    nearest_stored_accuracy,
-    predict_validation,
-    read_cached_validation,
-    threshold_effect,
-    validation_images,
-)
-from ramslib.plots import plot_threshold
-from ramslib.plots.images import plot_strength_per_block
+from ramslib.inspector import Inspector
+from ramslib.model import ProposalSettings
+from ramslib.plots.figures import LABELS
 
 TITLES = ("threshold", "blocks", "validation set", "gallery", "confusion")
 BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"
+NOT_STORED = (
+    "stored: strengths of all heads; choose one of those, and a proposal that reads no more"
+)
 
 
 class AnalysisTabs(widgets.Tab):
-    """Threshold curve and blocks of one photo; threshold curve, gallery and confusion of a set.
+    """Threshold curve and blocks of one image; threshold curve, gallery and confusion of all.
 
-    ``pick(path)`` opens a photo, ``guard`` wraps handlers, ``later`` is for surveys, which are
-    stored in ``folder``; ``refresh()`` redraws the page when a survey is there. The key of a panel
-    is what it explains, and whether all of it is there.
+    ``pick(path)`` opens an image, ``guard`` wraps handlers, ``worker`` evaluates; results are
+    cached in ``folder``, and ``refresh()`` redraws the page when they are there. The key of a panel
+    is what it explains, and whether it is complete.
     """
 
-    def __init__(
-        self,
-        pick: Callable,
-        guard: Callable,
-        later: BackgroundWorker,
-        folder: Path,
-        refresh: Callable,
-    ):
-        self.later, self.folder, self.refresh = later, folder, refresh
-        self.lens: LoadedModel | None = None
-        self.survey: CachedValidation | None = None
-        self.of_set: pd.DataFrame | None = None
-        self.curve = Chart("what the threshold of scale 1 does to this photo")
-        self.blocks = Panel("attention strength, block by block")
-        self.effect = Chart("what the threshold of scale 1 does to the set")
-        self.gallery, self.confusion = Gallery("show", pick, guard), Confusion("of", pick, guard)
-        self.state = widgets.HTML()
-        self.start = widgets.Button(description="look at all of them", button_style="primary")
-        self.start.on_click(guard(lambda _: self.later(partial(self._look, self.lens))))
-        about_set = [widgets.VBox() for _ in TITLES[2:]]
-        super().__init__([self.curve, self.blocks, *about_set], titles=TITLES, selected_index=0)
-        self.observe(guard(lambda _: refresh()), "selected_index")
+    def __init__(self, folder: Path, worker: BackgroundWorker, pick, guard, refresh: Callable):
+        self.folder, self.worker, self.refresh = folder, worker, refresh
+        self.loaded, self.cached, self.effects, self.accuracy = None, None, None, None
+        self.curve = Panel("What the threshold of scale 1 does to this image", "png")
+        self.blocks = Panel("Attention strength, block by block")
+        self.effect = Panel("What the threshold of scale 1 does to the validation images", "png")
+        self.gallery, self.confusion = Gallery(pick, guard), Confusion(pick, guard)
+        self.state, self.sets = widgets.HTML(), [widgets.VBox() for _ in TITLES[2:]]
+        self.start = widgets.Button(description="Evaluate validation set", button_style="primary")
+        self.start.on_click(guard(lambda _: self.worker(self._evaluate(self.loaded))))
+        panels = [self.curve, self.blocks, *self.sets]
+        super().__init__(panels, titles=TITLES, selected_index=0)
+        self.observe(lambda _: refresh(), "selected_index")
+        self.add_class("rams-tabs")
 
-    def use(self, lens: LoadedModel) -> None:
-        """Show what is stored about a lens, or set_options to look."""
-        self.lens, self.survey = lens, read_cached_validation(lens, self.folder)
-        images, total = validation_images(lens)
+    def use(self, loaded: LoadedModel) -> None:
+        """Show what is cached about a model, or offer to evaluate."""
+        self.loaded = loaded
+        self.cached = validation.read_cached_validation(loaded, self.folder)
+        images, total = validation.validation_images(loaded)
         sample = f" (a sample of {total:,})" if total > len(images) else ""
-        self.state.value = small(f"{len(images)} images{sample}, not looked at yet")
+        self.state.value = caption_html(f"{len(images)} images{sample}, not evaluated yet")
         self.start.disabled = images.empty
-        asking, telling = [self.state, self.start], (self.effect, self.gallery, self.confusion)
-        for tab, panel in zip(self.children[2:], telling, strict=True):
-            tab.children = asking if self.survey is None else [panel]
-        if self.survey is not None:
-            self.gallery.use(lens, self.survey)
-            self.confusion.use(lens, self.survey)
+        for tab, part in zip(self.sets, (self.effect, self.gallery, self.confusion), strict=True):
+            tab.children = [self.state, self.start] if self.cached is None else [part]
+        for part in (self.gallery, self.confusion) if self.cached else ():
+            part.use(loaded.classes, self.cached)
 
-    def _look(self, lens: LoadedModel) -> Iterator[Callable]:
-        """CachedValidation the set beside the page."""
+    def _evaluate(self, loaded: LoadedModel) -> Iterator[Callable]:
+        """Evaluate the validation images in the background."""
 
-        def say(text: str) -> None:
-            self.state.value = small(f"{html.escape(text)} …")
+        def log(text: str) -> None:
+            self.state.value = caption_html(f"{html.escape(text)} …")
 
         yield partial(setattr, self.start, "disabled", True)
-        predict_validation(lens, self.folder, say)
-        if lens is self.lens:
-            yield partial(self.use, lens)
+        validation.predict_validation(loaded, self.folder, log)
+        if loaded is self.loaded:
+            yield partial(self.use, loaded)
             yield self.refresh
 
-    def update(
-        self, photo: Photo, seen: RecordedScale, choice: ProposalSettings
-    ) -> Callable | None:
+    def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.
 
         Returns:
-            What remains to be computed beside the page, as `BackgroundWorker` takes it, or None.
+            What remains to be computed, as `BackgroundWorker` takes it, or None.
         """
-        tab, look = self.selected_index or 0, (*choice.read(), choice.proposal)
-        if tab == 0:
-            self.curve.mark(choice.thresholds[0])
-            key = seen, *look, choice.from_source
-            return _missing(self.curve, key, self._explain_photo, self.lens, photo, seen, choice)
-        if tab == 1:
-            key = seen, choice.strength
-            return _missing(self.blocks, key, self._explain_blocks, self.lens, photo, seen, choice)
-        if self.survey is None:
+        tab, functions = TITLES[self.selected_index], settings.functions
+        self.curve.mark(settings.threshold(0))
+        self.effect.mark(settings.threshold(0))
+        if tab == "threshold":
+            key = inspector, functions, settings.from_high_res, settings.upsampling
+            return _missing(self.curve, key, self._draw_curve(key, inspector, settings))
+        if tab == "blocks":
+            key = inspector, functions[0]
+            return _missing(self.blocks, key, self._draw_blocks(key, inspector, settings))
+        if self.cached is None:
             return None
-        if tab > 2:
-            return (self.gallery if tab == 3 else self.confusion).fill()
-        self.effect.mark(choice.thresholds[0])
-        if choice.strength not in self.survey.strengths.maps:
-            self.effect.stale(True, "stored for strengths of all heads only; choose one of those")
-            return None
-        work = _missing(self.effect, (self.survey, *look), self._explain_set, self.survey, choice)
-        if work is None:
-            self._say_effect(choice)
-        return work
+        if tab != "validation set":
+            return (self.gallery if tab == "gallery" else self.confusion).fill()
+        if not validation.has_effect(self.cached, settings):
+            return self.effect.outdated(True, NOT_STORED)
+        key = self.cached, functions, settings.upsampling
+        work = _missing(self.effect, key, self._draw_effect(key, self.cached, settings))
+        return work or self._note_effect(settings)
 
-    def _explain_photo(
-        self,
-        key: tuple,
-        lens: LoadedModel,
-        photo: Photo,
-        seen: RecordedScale,
-        choice: ProposalSettings,
-    ) -> Iterator[Callable]:
-        """Draw the threshold curve; then the probabilities, which take longer, too."""
-        curve = threshold_curve(lens, photo, seen, choice, THRESHOLDS)
-        more = "computing the probability of the true class …" if lens.classes else ""
-        yield self.curve.draw((key, not more), _plot(curve), more)
-        if more:
-            values = []
-            for value in probability_curve(lens, photo, seen, choice, THRESHOLDS):
-                values.append(value)
-                yield _let_newer_work_in
-            curve["probability"] = values
-            yield self.curve.draw((key, True), _plot(curve))
+    def _draw_curve(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
+        """The threshold curve of an image; then with probabilities, which take longer."""
+        curve, chances = inspector.threshold_curve(THRESHOLDS, settings), []
+        note = "computing the probability of the true class …" if self.loaded.classes else ""
+        drawn = draw_curve(curve, note)
+        yield partial(self.curve.show, (key, not note), lambda: drawn)
+        if note:
+            for chance in inspector.probability_curve(THRESHOLDS, settings):
+                chances.append(chance)
+                yield _step
+            curve["probability"] = chances
+            full = draw_curve(curve)
+            yield partial(self.curve.show, (key, True), lambda: full)
 
-    def _explain_blocks(
-        self,
-        key: tuple,
-        lens: LoadedModel,
-        photo: Photo,
-        seen: RecordedScale,
-        choice: ProposalSettings,
-    ) -> Iterator[Callable]:
-        maps = strength_per_block(lens, seen, choice)
-        draw, rows = partial(plot_strength_per_block, maps, photo.pixels), -(-len(maps) // 6)
-        picture = draw_figure(draw, 9, 1.75 * rows, rows, 6)[1]
-        yield partial(self.blocks.show, (key, True), lambda: (picture, BLOCKS))
+    def _draw_blocks(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
+        maps = inspector.strength_per_block(settings)
+        rows = -(-len(maps) // 6)
 
-    def _explain_set(
-        self, key: tuple, survey: CachedValidation, choice: ProposalSettings
-    ) -> Iterator[Callable]:
+        def draw(figure: Figure) -> None:
+            axes = figure.subplots(rows, 6, squeeze=False).flat
+            plots.plot_strength_per_block(maps, inspector.pixels, axes=axes)
+
+        drawn = draw_figure(draw, 9, 1.75 * rows), BLOCKS
+        yield partial(self.blocks.show, (key, True), lambda: drawn)
+
+    def _draw_effect(self, key, cached, settings: ProposalSettings) -> Iterator:
         rows = []
         for threshold in THRESHOLDS:
-            rows.append(threshold_effect(survey, choice.strength, choice.proposal, [threshold]))
-            yield _let_newer_work_in
-        self.of_set = pd.concat(rows, ignore_index=True)
-        accuracy = self._accuracy(choice)
-        yield self.effect.draw((key, True), _plot(self.of_set, accuracy=accuracy))
-        yield partial(self._say_effect, choice)
+            rows.append(validation.threshold_effect(cached, settings, [threshold]))
+            yield _step
+        self.effects = pd.concat(rows, ignore_index=True)
+        is_own = settings.functions == self.loaded.model.settings.functions
+        self.accuracy = cached.accuracy if is_own and len(cached.accuracy) else None
+        drawn = draw_curve(self.effects, accuracy=self.accuracy)
+        yield partial(self.effect.show, (key, True), lambda: drawn)
+        yield partial(self._note_effect, settings)
 
-    def _accuracy(self, choice: ProposalSettings) -> pd.DataFrame | None:
-        """The stored accuracies, if they are of this strength and proposal."""
-        model = self.lens.model
-        own = (model.strength, model.proposal) == (choice.strength, choice.proposal)
-        return self.survey.accuracy if own and len(self.survey.accuracy) else None
-
-    def _say_effect(self, choice: ProposalSettings) -> None:
-        """The numbers of one threshold, below the curve of the set."""
-        threshold, images = choice.thresholds[0], len(self.survey.strengths.table)
-        row = self.of_set.iloc[(self.of_set["threshold"] - threshold).abs().argmin()]
-        words = [f"{100 * row['area']:.0f} % of the image"]
-        if "iou" in row:
-            hit = f"IoU above 0.5 in {100 * row['iou_above_half']:.0f} %"
-            words += [f"mean IoU {row['iou']:.2f}", hit]
-        text = f"threshold {threshold:.2f}, {images} images: {', '.join(words)}"
-        if self._accuracy(choice) is not None:
-            near = nearest_stored_accuracy(self.survey, threshold)
-            stored = near.pop("threshold")
-            scores = ", ".join(f"{name} {value:.1f} %" for name, value in near.items())
-            text += f"<br>accuracy (stored at threshold {stored:.2f}): {scores}"
-        self.effect.say(text)
+    def _note_effect(self, settings: ProposalSettings) -> None:
+        """The numbers of one threshold, below the curve of the validation images."""
+        eta = settings.threshold(0)
+        row = self.effects.iloc[(self.effects["threshold"] - eta).abs().argmin()].drop("threshold")
+        values = ", ".join(f"{value:.2f} {LABELS[name]}" for name, value in row.items())
+        text = f"threshold {eta:.2f}, {len(self.cached.strengths.table)} images: {values}"
+        if self.accuracy is not None:
+            near = validation.nearest_stored_accuracy(self.cached, eta)
+            scores = ", ".join(f"{each.output} {each.top1:.1f}%" for each in near.itertuples())
+            text += f"<br>accuracy (stored at threshold {near['threshold'].iloc[0]:.2f}): {scores}"
+        self.effect.text = text
+        self.effect.outdated(False)
 
 
-def _missing(panel: Panel, key: tuple, explain: Callable, *about) -> Callable | None:
-    """Dim a panel that explains something else; returns the work it lacks, if any."""
-    shown, is_whole = panel.key or (None, False)
-    panel.stale(shown != key)
-    return None if shown == key and is_whole else partial(explain, key, *about)
+def _missing(panel: Panel, key: tuple, work: Iterator) -> Iterator | None:
+    """Dim a panel that shows something else; returns the work if it lacks something."""
+    shown, is_complete = panel.key or (None, False)
+    panel.outdated(shown != key)
+    return None if shown == key and is_complete else work
 
 
-def _plot(curve: pd.DataFrame, **options) -> Callable:
-    return lambda ax: plot_threshold(curve, ax=ax, **options)
+def draw_curve(curve: pd.DataFrame, note: str = "", **options) -> Drawing:
+    """A chart of shares over thresholds, at the place where `Panel.mark` expects it.
+
+    Slow: called without the lock.
+    """
+
+    def draw(figure: Figure) -> None:
+        figure.set_layout_engine("none")
+        plots.plot_threshold(curve, ax=figure.add_axes(CHART), **options).set_xlim(0, TOP)
+
+    return draw_figure(draw, 7, 3.2), note
 
 
-def _let_newer_work_in() -> None:
+def _step() -> None:
     """Between two steps of long work: `BackgroundWorker` may abandon it here."""

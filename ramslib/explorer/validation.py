@@ -1,8 +1,8 @@
-"""A whole set of images through one lens, stored, so that the explorer answers at once.
+"""Validation predictions of a model, cached, so that the explorer answers at once.
 
-`predict_validation` runs the model: predictions of every image, attention strengths of scale 1, and the
-accuracy of scale 2 on a grid of thresholds. `threshold_effect` then says what any threshold does to the
-set, and `sort_images` which photos are worth a look, without the model.
+`predict_validation` runs the model: predictions of every image, attention strengths of scale 1, and
+the accuracy of scale 2 on a grid of thresholds. From what it stored, `threshold_effect` computes
+what a threshold does to all images, and `sort_images` which images are worth a look.
 """
 
 import hashlib
@@ -15,187 +15,185 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ramslib import localization
 from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import predict, score_boxes
-from ramslib.explorer.lenses import LoadedModel
-from ramslib.explorer.looking import SINGLE, strength_names
-from ramslib.localization import (
-    StrengthMaps,
-    accuracy_by_threshold,
-    record_strengths,
-    sweep_thresholds,
-)
+from ramslib.runs.inference import LoadedModel
+from ramslib.inspector import Inspector
+from ramslib.model import ProposalSettings
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # thresholds whose accuracy is stored
-LIMIT = 200  # images; more are sampled, for the waiting
+LIMIT = 200  # images; of more, a sample is predicted
+VALUES = {  # the orders of images, and the value that each sorts by
+    "corrected by scale 2": "change of the true class's probability",
+    "misclassified by scale 2": "change of the true class's probability",
+    "most uncertain": "confidence",
+    "best boxes": "IoU with the annotated box",
+    "worst boxes": "IoU with the annotated box",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class CachedValidation:
-    """What was found out about a set of images.
+    """What is stored about the validation images of a model.
 
     Attributes:
-        predictions: from `evaluation.predict`, with the lens's own thresholds.
-        strengths: of scale 1, every name of the registry that the backbone has.
+        predictions: from `evaluation.predict`, with the model's own settings.
+        strengths: of scale 1: the built-in ones that the backbone has, and the model's own.
         accuracy: from `accuracy_by_threshold`; empty for models that it does not fit.
-        total: how many images the set has; the survey may hold fewer.
+        total: the number of validation images, of which this may be a sample.
+        is_classified: whether the model has a trained classifier.
     """
 
     predictions: pd.DataFrame
-    strengths: StrengthMaps
+    strengths: localization.StrengthMaps
     accuracy: pd.DataFrame
     total: int
+    is_classified: bool
 
 
-def validation_images(lens: LoadedModel) -> tuple[pd.DataFrame, int]:
-    """The validation images of a lens (the test images where it has none), and how many there are.
+def validation_images(loaded: LoadedModel) -> tuple[pd.DataFrame, int]:
+    """The validation images of a model (the test images where it has none), and their number.
 
     Above ``LIMIT`` the table is a sample, always the same.
     """
-    split = "validation" if (lens.table["split"] == "validation").any() else "test"
-    table = lens.table[lens.table["split"] == split]
+    split = "validation" if (loaded.table["split"] == "validation").any() else "test"
+    table = loaded.table[loaded.table["split"] == split]
     sample = table.sample(min(LIMIT, len(table)), random_state=0).sort_index()
     return sample.reset_index(drop=True), len(table)
 
 
-def read_cached_validation(lens: LoadedModel, folder: Path | str) -> CachedValidation | None:
-    """What an earlier `predict_validation` stored below ``folder``, or None."""
-    table, total = validation_images(lens)
-    home = _home(lens, table, folder)
-    try:
-        maps = load_file(home / "strengths.safetensors")
-        sizes = maps.pop("sizes")
-        tables = [pd.read_csv(home / f"{name}.csv") for name in ("predictions", "accuracy")]
-    except (OSError, ValueError, KeyError, SafetensorError):  # none, or damaged: made again
-        return None
-    strengths = StrengthMaps(maps, table, lens.view, sizes, lens.model.image_size)
-    return CachedValidation(tables[0], strengths, tables[1], total)
-
-
 def predict_validation(
-    lens: LoadedModel, folder: Path | str, say: Callable[[str], None] = print
+    loaded: LoadedModel, folder: Path | str, log: Callable[[str], object] = print
 ) -> CachedValidation:
-    """Run the lens over its validation images, or read what an earlier call has stored.
+    """Run a model over its validation images, or read what an earlier call has stored.
 
     Args:
-        lens: the model.
-        folder: where surveys are stored.
-        say: told what is being done.
+        loaded: the model.
+        folder: where results are cached.
+        log: called with what is being done.
 
     Raises:
-        InputError: an image that cannot be read, or none to survey.
+        InputError: an image that cannot be read, or no images.
     """
-    table, _ = validation_images(lens)
+    if (cached := read_cached_validation(loaded, folder)) is None:
+        _evaluate(loaded, folder, log)
+        cached = read_cached_validation(loaded, folder)
+    return cached
+
+
+def read_cached_validation(loaded: LoadedModel, folder: Path | str) -> CachedValidation | None:
+    """What an earlier `predict_validation` stored below ``folder``, or None."""
+    table, total = validation_images(loaded)
+    cache = _cache(loaded, table, folder)
+    try:
+        maps = load_file(cache / "strengths.safetensors")
+        images = table, loaded.transform, maps.pop("sizes"), loaded.model.image_size
+        tables = [pd.read_csv(cache / f"{name}.csv") for name in ("predictions", "accuracy")]
+    except (OSError, ValueError, KeyError, SafetensorError):  # none, or damaged: computed again
+        return None
+    strengths = localization.StrengthMaps(maps, *images)
+    return CachedValidation(tables[0], strengths, tables[1], total, bool(loaded.classes))
+
+
+def _cache(loaded: LoadedModel, table: pd.DataFrame, folder: Path | str) -> Path:
+    """The folder of stored results, named by all that decides them."""
+    text = json.dumps([loaded.key, table["path"].tolist(), table["label"].tolist(), GRID])
+    return Path(folder) / f"validation-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def _evaluate(loaded: LoadedModel, folder: Path | str, log: Callable[[str], object]) -> None:
+    """Compute and store; the last file marks the folder complete."""
+    table, _ = validation_images(loaded)
     if table.empty:
-        raise InputError("no images to survey; choose a data set with a validation split")
-    if read_cached_validation(lens, folder) is None:
-        _run(lens, table, _home(lens, table, folder), say)
-    return read_cached_validation(lens, folder)
-
-
-def _home(lens: LoadedModel, table: pd.DataFrame, folder: Path | str) -> Path:
-    """The folder of a survey, named by all that decides it."""
-    parts = [lens.key, table["path"].tolist(), table["label"].tolist(), GRID]
-    return Path(folder) / f"survey-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]}"
-
-
-def _run(lens: LoadedModel, table: pd.DataFrame, home: Path, say: Callable[[str], None]) -> None:
-    """Fill a survey's folder; its last file marks it complete."""
-    home.mkdir(parents=True, exist_ok=True)
-    count = f"{len(table)} images"
-    say(f"predicting {count}, 1 of 3")
-    write_table(predict(lens.model, table, lens.view), home / "predictions.csv")
+        raise InputError("no images to evaluate; choose a dataset with a validation split")
+    images, cache = (loaded.model, table, loaded.transform), _cache(loaded, table, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    log(f"predicting {len(table)} images, 1 of 3")
+    write_table(predict(*images), cache / "predictions.csv")
     accuracy = pd.DataFrame(columns=["threshold", "output", "top1"])
-    if lens.classes and lens.model.num_scales == 2:
-        say(f"accuracy of {count} at {len(GRID)} thresholds, 2 of 3")
-        accuracy = accuracy_by_threshold(lens.model, table, lens.view, GRID)
-    write_table(accuracy, home / "accuracy.csv")
-    say(f"attention of {count}, 3 of 3")
-    names = [name for name in strength_names(lens) if name not in SINGLE]
-    strengths = record_strengths(lens.model, table, lens.view, names)
-    tensors = {**strengths.maps, "sizes": strengths.sizes}
-    write_atomically(home / "strengths.safetensors", lambda part: save_file(tensors, part))
+    if loaded.classes and loaded.model.num_scales == 2:
+        log(f"accuracy of {len(table)} images at {len(GRID)} thresholds, 2 of 3")
+        accuracy = localization.accuracy_by_threshold(*images, GRID)
+    write_table(accuracy, cache / "accuracy.csv")
+    log(f"attention of {len(table)} images, 3 of 3")
+    names = {*Inspector(loaded.model, loaded.transform).strengths(), loaded.model.settings.strength}
+    maps, _, _, sizes, _ = localization.record_strengths(*images, sorted(names))
+    tensors = {_stored_name(name): each for name, each in maps.items()} | {"sizes": sizes}
+    write_atomically(cache / "strengths.safetensors", lambda part: save_file(tensors, part))
+
+
+def _stored_name(strength: str | Callable) -> str:
+    """The key of a strength: of a run's copy of a file, without the place of the run."""
+    return str(strength).rpartition("/")[2]
+
+
+def has_effect(cached: CachedValidation, settings: ProposalSettings) -> bool:
+    """Whether `threshold_effect` can be computed: nothing but a stored strength is read."""
+    is_stored = _stored_name(settings.strength) in cached.strengths.maps
+    return is_stored and getattr(settings.functions[1], "reads_blocks", None) == 0
 
 
 def threshold_effect(
-    survey: CachedValidation, strength: str, proposal: str, thresholds: Sequence[float]
+    cached: CachedValidation, settings: ProposalSettings, thresholds: Sequence[float]
 ) -> pd.DataFrame:
-    """What thresholds of scale 1 do to the set, from the stored strengths.
+    """What thresholds of scale 1 do to all images, from the stored strengths.
 
     Returns:
         One row per threshold, means over the images: ``threshold, area`` (share of the image) and,
         with annotated boxes, ``iou`` and ``iou_above_half`` (share of images).
     """
-    one = survey.strengths._replace(maps={strength: survey.strengths.maps[strength]})
-    sweep = sweep_thresholds(one, thresholds, [proposal])
+    name = _stored_name(settings.strength)
+    one = cached.strengths._replace(maps={name: cached.strengths.maps[name]})
+    proposals = [settings.proposal], None, settings.upsampling
+    sweep = localization.sweep_thresholds(one, thresholds, *proposals)
     return sweep[["threshold", "area", "iou", "iou_above_half"]].dropna(axis=1)
 
 
-def nearest_stored_accuracy(survey: CachedValidation, threshold: float) -> dict[str, float]:
-    """Accuracy (%) by view name at the stored threshold that is nearest, itself included."""
-    if survey.accuracy.empty:
-        return {}
-    stored = survey.accuracy["threshold"]
-    nearest = stored.loc[(stored - threshold).abs().idxmin()]
-    rows = survey.accuracy[stored == nearest]
-    return {"threshold": float(nearest)} | dict(zip(rows["output"], rows["top1"], strict=True))
+def nearest_stored_accuracy(cached: CachedValidation, threshold: float) -> pd.DataFrame:
+    """Rows of the stored accuracies at the nearest threshold, itself included."""
+    stored = cached.accuracy["threshold"]
+    return cached.accuracy[stored == min(stored, key=lambda eta: abs(eta - threshold), default=0)]
 
 
-CHANGE = "change of the true class's probability"
-UNITS = {  # the orders of a gallery, and what they sort by
-    "repaired by scale 2": CHANGE,
-    "broken by scale 2": CHANGE,
-    "most uncertain": "confidence",
-    "best boxes": "IoU with the annotated box",
-    "worst boxes": "IoU with the annotated box",
-}
-ORDERS = tuple(UNITS)
-
-
-def orders_of(lens: LoadedModel, survey: CachedValidation) -> list[str]:
-    """Those of ``ORDERS`` that this survey can tell."""
-    scales = lens.model.num_scales
-    classified = [bool(lens.classes) and scales > 1] * 2 + [bool(lens.classes)]
-    boxed = scales > 1 and survey.strengths.table["top"].notna().any()
-    return [name for name, has in zip(ORDERS, [*classified, boxed, boxed], strict=True) if has]
-
-
-def sort_images(survey: CachedValidation, order: str) -> pd.DataFrame:
-    """The images that an order of ``ORDERS`` is about, first what it is most about.
+def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
+    """Images worth a look in several orders, those of ``VALUES`` that are known.
 
     Returns:
-        Columns ``path, value``; ``UNITS`` says what the value is.
+        Values by path, the clearest first.
     """
-    if order.endswith("boxes"):
-        scores = score_boxes(survey.predictions, survey.strengths.table)
-        values = scores[scores["output"] == "scale 2"].set_index("path")["iou"].dropna()
-    else:
-        values = _change(survey.predictions, order)
-    ascending = not order.startswith(("repaired", "best"))
-    values = values.sort_values(ascending=ascending, kind="stable")
-    return pd.DataFrame({"path": values.index, "value": values.to_numpy()})
+    rows, orders = cached.predictions.pivot(index="path", columns="output"), {}
+    correct, probability = rows["rank"] == 0, rows["true_probability"]
+    if cached.is_classified and "scale 2" in correct:
+        first, second = correct["scale 1"], correct["scale 2"]
+        change = (probability["scale 2"] - probability["scale 1"]).sort_values(kind="stable")
+        orders["corrected by scale 2"] = change.loc[second & ~first][::-1]
+        orders["misclassified by scale 2"] = change.loc[first & ~second]
+    if cached.is_classified:
+        confidence = rows["confidence"].get("mean softmax", rows["confidence"]["scale 1"])
+        orders["most uncertain"] = confidence.sort_values(kind="stable")
+    if "scale 2" in correct and cached.strengths.table["top"].notna().any():
+        scores = score_boxes(cached.predictions, cached.strengths.table)
+        iou = scores[scores["output"] == "scale 2"].set_index("path")["iou"]
+        orders["worst boxes"] = iou.dropna().sort_values(kind="stable")
+        orders["best boxes"] = orders["worst boxes"][::-1]
+    return {name: orders[name] for name in VALUES if name in orders}
 
 
-def _change(predictions: pd.DataFrame, order: str) -> pd.Series:
-    """The value of an order that predictions tell, by path."""
-    rows = predictions.pivot(index="path", columns="output")
-    if order == "most uncertain":
-        return rows["confidence"]["mean softmax" if "mean softmax" in rows["rank"] else "scale 1"]
-    right, chance = rows["rank"] == 0, rows["true_probability"]
-    first, then = ("scale 2", "scale 1") if order.startswith("repaired") else ("scale 1", "scale 2")
-    return (chance["scale 2"] - chance["scale 1"])[right[first] & ~right[then]]
-
-
-def examples(lens: LoadedModel, survey: CachedValidation, count: int) -> pd.DataFrame:
-    """Photos worth a look, from each order in turn: columns ``why, path, value``."""
-    ranked = [sort_images(survey, name).assign(why=name) for name in orders_of(lens, survey)]
-    if not ranked:  # neither classes nor boxes
-        ranked = [survey.strengths.table[["path"]].assign(why="in order", value=float("nan"))]
-    merged = pd.concat(ranked).sort_index(kind="stable").drop_duplicates("path")
+def example_images(cached: CachedValidation, count: int) -> pd.DataFrame:
+    """Images worth a look, from each order in turn: columns ``why, path, value``."""
+    orders = sort_images(cached)
+    if not orders:  # neither classes nor boxes
+        orders = {"in order": pd.Series(float("nan"), cached.strengths.table["path"])}
+    tables = [
+        values.rename("value").rename_axis("path").reset_index().assign(why=why)
+        for why, values in orders.items()
+    ]
+    merged = pd.concat(tables).sort_index(kind="stable").drop_duplicates("path")
     return merged.head(count)[["why", "path", "value"]].reset_index(drop=True)
 
 
-def images_of(survey: CachedValidation, label: int, prediction: int, scale: str) -> list[str]:
-    """Paths of one cell of the confusion matrix of a view name."""
-    rows = survey.predictions.query("label == @label and prediction == @prediction")
-    return rows.loc[rows["output"] == scale, "path"].tolist()
+def images_of(cached: CachedValidation, label: int, prediction: int, output: str) -> list[str]:
+    """Paths of one cell of the confusion matrix of an output."""
+    rows = cached.predictions.query("label == @label and prediction == @prediction")
+    return rows.loc[rows["output"] == output, "path"].tolist()

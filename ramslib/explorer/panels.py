@@ -1,0 +1,287 @@
+"""Parts of the explorer's page: panels, the row of one proposal, messages, and background work."""
+
+import html
+import io
+import math
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import ipywidgets as widgets
+import pandas as pd
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ramslib.boxes import rescale_boxes
+from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.inspector import Inspector, Region
+from ramslib.model import ProposalSettings
+from ramslib.plots import drawing
+
+SIDE = 420  # pixels of the longer side of an image on the page; shown at two thirds of it or less
+CHART = (0.08, 0.17, 0.54, 0.78)  # left, bottom, width and height of a chart's axes in its figure
+TOP = 4.0  # the largest threshold
+Drawing = tuple[Image.Image, str]  # an image and its note
+
+
+def encode(image: Image.Image, form: str = "jpeg", quality: int = 88) -> bytes:
+    """An image as bytes; JPEG without color subsampling: fast, and sharp lines."""
+    data = io.BytesIO()
+    image.save(data, form, quality=quality, subsampling=0)
+    return data.getvalue()
+
+
+def fit(image: Image.Image) -> Image.Image:
+    """The image with its longer side ``SIDE`` pixels long."""
+    factor = SIDE / max(image.size)
+    size = [max(1, round(length * factor)) for length in image.size]
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+@drawing.styled
+def draw_figure(draw: Callable[[Figure], object], width: float, height: float) -> Image.Image:
+    """The image of a figure without pyplot: any thread may call it, and no figure remains open."""
+    canvas = FigureCanvasAgg(Figure((width, height), dpi=150))
+    draw(canvas.figure)
+    canvas.draw()
+    size = canvas.get_width_height()
+    return Image.frombytes("RGBA", size, canvas.buffer_rgba()).convert("RGB")
+
+
+class Panel(widgets.VBox):
+    """An image with a title and a note; drawn only when what it shows has changed."""
+
+    def __init__(self, title: str, form: str = "jpeg"):
+        self.title = widgets.HTML(f'<div class="rams-title">{html.escape(title)}</div>')
+        self.image = widgets.Image(format=form, layout={"display": "none"})
+        self.marker, self.note = widgets.HTML(), widgets.HTML()
+        self.key, self.text, self.is_outdated = None, "", False
+        super().__init__([self.title, widgets.Box([self.image, self.marker]), self.note])
+        self.add_class("rams-panel")
+
+    def show(self, key: object, draw: Callable[[], Drawing]) -> None:
+        """Show image and note that ``draw()`` gives, unless ``key`` is that of what is shown."""
+        if self.key != key:
+            image, self.text = draw()
+            self.image.value = encode(image, self.image.format)
+            self.image.layout.display, self.key = None, key
+        self.outdated(False)
+
+    def outdated(self, is_outdated: bool = True, why: str = "computing …") -> None:
+        """Dim the image, and say why, while it is not of what the controls say."""
+        if is_outdated != self.is_outdated:
+            (self.add_class if is_outdated else self.remove_class)("rams-outdated")
+        self.is_outdated = is_outdated
+        self.note.value = caption_html(why if is_outdated else self.text)
+
+    def mark(self, threshold: float) -> None:
+        """Put a vertical line at a threshold of a chart, without drawing the chart again."""
+        left, bottom, width, height = (100 * share for share in CHART)
+        left, top = left + width * min(threshold / TOP, 1), 100 - bottom - height
+        style = f"left: {left:.2f}%; top: {top:.2f}%; height: {height:.2f}%"
+        self.marker.value = f'<div class="rams-marker" style="{style}"></div>'
+
+
+class ScaleRow(widgets.VBox):
+    """Input, attention strength, patch mask and crop of one proposal, below its threshold."""
+
+    def __init__(self, scale: int, slider: widgets.Widget):
+        self.scale, self.name = scale, f"scale {scale + 2}"
+        titles = [f"Scale {scale + 1} input" if scale else "Image"]
+        titles += [f"Attention strength, scale {scale + 1}", f"Patch mask, scale {scale + 1}"]
+        self.panels = [Panel(title) for title in (*titles, f"Scale {scale + 2} input")]
+        self.input, self.heat, self.mask, self.crop = self.panels
+        self.base = self.image = None, None  # what is shown, and its image at the page's size
+        super().__init__([slider, widgets.Box(self.panels)])
+        self.add_class("rams-row")
+
+    def draw(
+        self,
+        key: tuple,
+        pixels: Tensor,
+        inspector: Inspector,
+        settings: ProposalSettings,
+        opacity: float,
+    ) -> Region:
+        """Draw what has changed; returns the proposed region.
+
+        Args:
+            key: names the input of this scale.
+            pixels: that input: (3, H, W) uint8 of scale 1, normalized of a further one.
+            inspector: of the image.
+            settings: the controls'.
+            opacity: of the heat map.
+        """
+        if self.base[0] != key:
+            pixels = inspector.model.denormalize(pixels) if self.scale else pixels
+            self.base = key, fit(drawing.to_pil(pixels))
+        base, region = self.base[1], inspector.region(self.scale, settings)
+        stats, (strength, proposal) = inspector.region_stats(region), settings.functions
+        look, eta = (key, strength), settings.threshold(self.scale)
+        crop = key, settings.from_high_res, *region.boxes.flatten().tolist()
+        mask = partial(draw_mask, base, region, self.name, stats, eta)
+        self.heat.show((*look, opacity), partial(draw_heat, base, region, opacity))
+        self.mask.show((*look, proposal, settings.upsampling, eta), mask)
+        self.crop.show(crop, partial(draw_crops, inspector, region, stats))
+        if self.scale:
+            frame = torch.tensor([0.0, 0.0, base.height, base.width])
+            boxes = region.proposal.patch_boxes[0].reshape(-1, 4)
+            boxes = rescale_boxes(boxes, region.strength.shape[1:], frame)
+            self.input.show(crop, partial(draw_boxes, base, {self.name: boxes}, ""))
+        return region
+
+    def draw_image(self, key: tuple, inspector: Inspector, boxes: dict[str, Tensor]) -> None:
+        """Draw the whole image with the boxes (R, 4) of each scale, in its pixels."""
+        if self.image[0] != key:
+            self.image = key, fit(inspector.picture)
+        height, width = inspector.size[0].tolist()
+        factor = self.image[1].height / height
+        boxes = {name: each * factor for name, each in boxes.items()}
+        key = key, *(tuple(each.flatten().tolist()) for each in boxes.values())
+        note = f"{height} × {width} px (height × width)"
+        self.input.show(key, partial(draw_boxes, self.image[1], boxes, note))
+
+    def outdated(self) -> None:
+        """Dim all images of a further scale until they are drawn again."""
+        for panel in self.panels:
+            panel.outdated()
+
+
+def draw_boxes(image: Image.Image, boxes: dict[str, Tensor], note: str) -> Drawing:
+    """An image with the boxes (R, 4) of each scale, annotated ones dashed; a note and a legend."""
+    legend = []
+    for name, places in boxes.items():
+        is_annotated = name == "annotated"
+        color = drawing.ANNOTATION_COLOR if is_annotated else drawing.output_color(name)
+        legend.append(f'<span class="rams-mark" style="border-color:{color}"></span>{name}')
+        for box in places.tolist():
+            image = drawing.draw_box(image, box, color, dashed=is_annotated)
+    return image, f"{note}<br>{' '.join(legend)}"
+
+
+def draw_heat(base: Image.Image, region: Region, opacity: float) -> Drawing:
+    """Attention strength over the input; its color scale, in multiples of the mean."""
+    strength = region.strength[0]
+    largest = float(drawing.relative_strength(strength).max())
+    note = f'0 <span class="rams-scale"></span> {largest:.1f} × mean'
+    return drawing.draw_strength(base, strength, opacity), note
+
+
+def draw_mask(base: Image.Image, region: Region, name: str, stats: dict, eta: float) -> Drawing:
+    """The patch mask over the input; what the threshold left, and what was kept of it."""
+    mask, component, _ = (each[0] for each in region.proposal)
+    unit = "patches" if mask.shape == region.strength.shape[1:] else "cells"
+    left = f"{stats['patches']} of {mask.numel()} {unit} above {eta:.2f} × mean"
+    count = stats["components"]
+    kept = f"{count} component{'s' * (count != 1)}, {stats['kept']} {unit} kept"
+    image = drawing.draw_mask(base, mask, component, drawing.output_color(name))
+    return image, f"{left}<br>{kept}"
+
+
+def draw_crops(inspector: Inspector, region: Region, stats: dict) -> Drawing:
+    """The next scale's input, of several regions a grid; where the first is in the image."""
+    crops = inspector.model.denormalize(region.crop)
+    first = f"first of {len(crops)}: " if len(crops) > 1 else ""
+    top, left, bottom, right = (f"{stats[side]:.0f}" for side in BOX_COLUMNS)
+    iou = "" if math.isnan(stats["iou"]) else f", IoU {stats['iou']:.2f}"
+    note = f"{first}y {top}–{bottom}, x {left}–{right} px<br>{stats['area']:.0%} of the image{iou}"
+    grid = make_grid(crops, math.ceil(len(crops) ** 0.5), padding=0)
+    return fit(drawing.to_pil(grid)), note
+
+
+def caption_html(text: str) -> str:
+    """HTML as small text."""
+    return f'<div class="rams-note">{text}</div>'
+
+
+def probability_bars(table: pd.DataFrame) -> str:
+    """Class probabilities as HTML: a card of bars per class.
+
+    Args:
+        table: a row per class and a column per output, see `plots.images.top_classes`.
+    """
+    bar = '<span class="rams-bar" style="width:{:.0f}px; background:{}"></span>{}'
+    colors, cards = {output: drawing.output_color(output) for output in table}, []
+    for name, row in table.iterrows():
+        bars = (bar.format(1 + 90 * p, colors[output], f"{p:.3f}") for output, p in row.items())
+        cards.append(f"<div><b>{html.escape(str(name))}</b><br>{'<br>'.join(bars)}</div>")
+    legend = " &ensp; ".join(bar.format(10, color, output) for output, color in colors.items())
+    return f"<div class='rams-cards'>{''.join(cards)}</div>{caption_html(legend)}"
+
+
+def set_options(menu: widgets.Widget, options: Sequence[tuple], chosen: object = None) -> None:
+    """Give a menu or list new options; ``chosen``, or else its old choice, is kept if offered."""
+    values, chosen = [value for _, value in options], chosen or menu.value
+    menu.index = None
+    menu.options = tuple(options)
+    menu.index = (values.index(chosen) if chosen in values else 0) if values else None
+
+
+class Messages(widgets.VBox):
+    """A line per topic, until it is cleared or its button is pressed."""
+
+    def show(self, topic: str, text: str, is_error: bool = True) -> None:
+        """Show a line about a topic in place of the one before; an empty one removes it."""
+        lines = {line.topic: line for line in self.children if line.topic != topic}
+        if text:
+            kind = "rams-error" if is_error else ""
+            message = f'<div class="rams-message {kind}" role="status">{html.escape(text)}</div>'
+            button = widgets.Button(description="Close")
+            button.on_click(lambda _: self.show(topic, ""))
+            line = widgets.HBox([widgets.HTML(message), button]).add_class("rams-line")
+            line.topic, lines[topic] = topic, line
+        self.children = tuple(lines.values())
+
+
+class BackgroundWorker:
+    """Slow work beside the page: it starts when controls rest, and newer work replaces older.
+
+    Work is an iterator of functions that change the page; they are called under ``lock``, the work
+    between them is not. It is abandoned at the next step as soon as there is newer work. The thread
+    ends with its worker, and never keeps the process alive.
+    """
+
+    def __init__(self, lock: threading.RLock, report: Callable[[Exception], None], delay=0.15):
+        self.lock, self.report, self.delay, self.ticket = lock, report, delay, 0
+        self.threads = torch.get_num_threads()
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=_run_jobs, args=(self.jobs,), daemon=True).start()
+        weakref.finalize(self, self.jobs.put, None)
+
+    def __call__(self, work: Iterator[Callable]) -> None:
+        """Do this work when no other has come for ``delay`` seconds."""
+        self.ticket += 1
+        self.jobs.put(partial(self._work, self.ticket, work))
+
+    @torch.inference_mode()
+    def _work(self, ticket: int, work: Iterator[Callable]) -> None:
+        torch.set_num_threads(self.threads)  # each thread has its own number
+        try:
+            if ticket == self.ticket:
+                time.sleep(self.delay)
+            for change_page in work if ticket == self.ticket else ():
+                with self.lock:
+                    if ticket != self.ticket:
+                        return
+                    change_page()
+        except Exception as error:
+            self.report(error)
+
+    def wait(self) -> None:
+        """Wait until all work is done."""
+        done = threading.Event()
+        self.jobs.put(done.set)
+        done.wait()
+
+
+def _run_jobs(jobs: queue.SimpleQueue) -> None:
+    while job := jobs.get():
+        job()
+        del job  # it holds the worker
