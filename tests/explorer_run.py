@@ -1,15 +1,15 @@
 """What the tests of the explorer look at: small photos, and a finished run with random weights."""
 
-import pandas as pd
 import torch
 from tiny import draw_photos, tiny_config
 
 from ramslib.data.datasets import read_table
 from ramslib.data.transforms import ImageTransform, temporary_seed
-from ramslib.evaluation import predict, score
+from ramslib.evaluation import predict
 from ramslib.model import build_model
 from ramslib.runs.checkpoint import TrainState, save_checkpoint
 from ramslib.runs.folder import init_run
+from ramslib.runs.results import write_results
 
 
 def shake(model, seed=0):
@@ -37,7 +37,7 @@ def make_run(root, run, **changes):
         save_checkpoint(run / f"{name}.safetensors", TrainState(), model)
     test = table[table["split"] == "test"].reset_index(drop=True)
     transform = ImageTransform(config.highres_size, config.crop_fraction)
-    scores = score(predict(model, test, transform)).assign(split="test")
-    results = pd.concat([scores.assign(checkpoint=name) for name in ("best", "last")])
-    results.to_csv(run / "results.csv", index=False)
+    predictions = dict.fromkeys(("best", "last"), predict(model, test, transform))
+    columns = {"epochs": 3, "best_epoch": 2, "processes": 1, "train_seconds": 1.0}
+    write_results(run, predictions, columns)
     return run

@@ -22,8 +22,8 @@ import pytest
 from explorer_run import make_run
 from tiny import ROOT
 
-from ramslib.runs.inference import load_model
 from ramslib.inspector import Inspector
+from ramslib.runs.inference import load_model
 
 SCREENSHOTS = ROOT / "runs" / "screenshots"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -53,6 +53,13 @@ def broken(strength, threshold, recorded):
 """
 
 
+@pytest.fixture(autouse=True)
+def trusted(monkeypatch, tmp_path):
+    """A list of trusted code that is not the person's."""
+    monkeypatch.setattr("ramslib.extensions.TRUSTED", tmp_path / "trusted")
+    return tmp_path / "trusted"
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Photos, and a folder with a finished run of two scales and one of a single scale."""
@@ -578,7 +585,7 @@ def test_wrong_functions_are_messages_and_others_work(places, ideas):
 
 
 def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_path):
-    run = make_run(places / "photos", tmp_path / "runs" / "own", proposal=f"{ideas}:upper_half")
+    make_run(places / "photos", tmp_path / "runs" / "own", proposal=f"{ideas}:upper_half")
     page = open_explorer("folder", places / "photos", tmp_path / "runs")
     assert page.loaded.name == "own" and messages_of(page) == ""
     assert page.controls.proposal.label == "upper_half"
@@ -589,7 +596,17 @@ def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_
     page.worker.wait()
     assert messages_of(page) == "" and page.tabs.cached is not None
     assert "reads no more" in text_of(page.tabs.effect.note), "it reads the recorded scale"
-    assert run.exists()
+    assert page.models.label.startswith("own (2 scales, last_class,")
+
+
+def test_a_run_whose_code_is_not_trusted_is_not_offered(places, ideas, tmp_path, trusted):
+    run = make_run(places / "photos", tmp_path / "runs" / "own", proposal=f"{ideas}:upper_half")
+    trusted.write_text("")
+    page = Explorer("folder", places / "photos", tmp_path / "runs", model=places / "runs" / "one")
+    assert len(page.models.options) == 1 and messages_of(page) == ""
+    assert f"ramslib trust {run}" in text_of(page.notice)
+    page.other.value = str(run)
+    assert f"ramslib trust {run}" in messages_of(page)
 
 
 # threads
@@ -803,5 +820,5 @@ def test_settings_of_the_controls_are_those_of_the_model(explorer):
 def test_the_app_ends_idle_kernels_and_takes_large_uploads():
     command = " ".join(app_command(["--no-browser"]))
     assert "cull_idle_timeout=" in command and "cull_interval=" in command
-    size = int(re.search(r"websocket_max_message_size=(\d+)", command)[1])
+    size = int(re.search(r"websocket_max_message_size': (\d+)", command)[1])
     assert size >= 100 * 2**20 and command.endswith("--no-browser")

@@ -272,7 +272,9 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
 
 
 def test_links_pictures_and_equations_are_right_in_a_page_elsewhere(tmp_path):
-    text = "See [next](01_data_preparation.ipynb), [method](../docs/method.md#x), [web](https://x.y)"
+    text = (
+        "See [next](01_data_preparation.ipynb), [method](../docs/method.md#x), [web](https://x.y)"
+    )
     text += "\n\n![the method](../docs/method.svg)\n\n$$a = \\frac{1}{2} b_i$$\n\nInline $x > y$, "
     text += "$\\nosuchcommand$"
     notebook = new_notebook(cells=[new_markdown_cell(text)])

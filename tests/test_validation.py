@@ -16,7 +16,6 @@ from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import confusion_matrix, predict, score
 from ramslib.explorer import validation
-from ramslib.runs.inference import LoadedModel, load_backbone
 from ramslib.explorer.page import describe_run, find_runs
 from ramslib.explorer.validation import (
     example_images,
@@ -29,6 +28,7 @@ from ramslib.explorer.validation import (
 )
 from ramslib.inspector import Inspector
 from ramslib.model import build_model
+from ramslib.runs.inference import LoadedModel, load_backbone
 
 BOX = ["top", "left", "bottom", "right"]
 

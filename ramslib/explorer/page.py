@@ -31,13 +31,13 @@ from ramslib.errors import InputError, one_line
 from ramslib.evaluation import probabilities
 from ramslib.explorer import panels
 from ramslib.explorer.controls import Controls, ImageBrowser
-from ramslib.runs.inference import LoadedModel, load_backbone, load_model
 from ramslib.explorer.tabs import AnalysisTabs
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.plots.images import top_classes
-from ramslib.runs.results import read_results
 from ramslib.runs.folder import is_finished, read_run
+from ramslib.runs.inference import LoadedModel, load_backbone, load_model
+from ramslib.runs.results import read_results
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
@@ -45,7 +45,7 @@ PATIENCE = 4  # seconds that the app's server may take to end
 VOILA = {  # kernels of pages that were left are ended; uploads above 10 MiB are taken
     "MappingKernelManager.cull_idle_timeout": 600,
     "MappingKernelManager.cull_interval": 60,
-    "Voila.tornado_settings": f"websocket_max_message_size={2**29}",
+    "Voila.tornado_settings": {"websocket_max_message_size": 2**29},
 }
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def describe_run(run: Path, folder: Path) -> str:
     best = read_results(run).query("checkpoint == 'best'").iloc[-1]
     name = run.relative_to(folder) if run.is_relative_to(folder) else run
     scales = f"{config.scales} scale{'s' * (config.scales > 1)}"
-    score = f"{best['top1']:.1f}% at {best['output']}"
+    score = f"{best['top1']:.1f}% at {best['output']}, best checkpoint"
     return f"{name} ({scales}, {strength.__name__}, {score}, seed {config.seed})"
 
 
@@ -267,9 +267,8 @@ def load_run(run: Path | str, root: Path) -> LoadedModel:
     if not isinstance(loaded.model, RAMSTrans):
         kind = type(loaded.model).__name__
         raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {kind}")
-    if len(loaded.table) and not Path(loaded.table["path"].iloc[0]).exists():
-        loaded = replace(loaded, table=read_run(run, root)[2])
-    return loaded
+    has_images = any(map(os.path.exists, loaded.table["path"]))
+    return loaded if has_images else replace(loaded, table=read_run(run, root)[2])
 
 
 def app_command(options: Sequence[str]) -> list[str]:

@@ -13,7 +13,6 @@ from ramslib import plots
 from ramslib.explorer import validation
 from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Gallery
-from ramslib.runs.inference import LoadedModel
 from ramslib.explorer.panels import (
     CHART,
     TOP,
@@ -26,6 +25,7 @@ from ramslib.explorer.panels import (
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.plots.figures import LABELS
+from ramslib.runs.inference import LoadedModel
 
 TITLES = ("threshold", "blocks", "validation set", "gallery", "confusion")
 BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"

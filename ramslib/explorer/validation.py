@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from ramslib import localization
 from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import predict, score_boxes
-from ramslib.runs.inference import LoadedModel
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
+from ramslib.runs.inference import LoadedModel
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # thresholds whose accuracy is stored
 LIMIT = 200  # images; of more, a sample is predicted
