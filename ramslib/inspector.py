@@ -149,6 +149,12 @@ class Inspector:
         """Run one scale and record all of it; scales beyond the trained ones run as the last."""
         return _Scale(inputs, *self.model.run_scale(inputs, scale, blocks=None, tokens=True))
 
+    def _run_before(self, scale: int) -> _Scale:
+        if scale >= len(self._scales):
+            missing = "outputs()" if self._scales else "set_image()"
+            raise InputError(f"scale {scale + 1} was not run; call {missing} first")
+        return self._scales[scale]
+
     def changed(self, settings: ProposalSettings | None = None, **changes) -> ProposalSettings:
         """Settings with some changed; ``threshold`` is one number for all proposals."""
         if "threshold" in changes:
@@ -163,8 +169,11 @@ class Inspector:
             scale: from 0.
             settings: other ones than the model's.
             **changes: see `changed`.
+
+        Raises:
+            InputError: no image is set, or the scale was not run.
         """
-        settings, run = self.changed(settings, **changes), self._scales[scale]
+        settings, run = self.changed(settings, **changes), self._run_before(scale)
         strength, proposal = settings.functions
         values, eta = run.strength(strength), settings.threshold(scale)
         proposed = propose(values, eta, _steady(proposal), run.recorded, settings.upsampling)
@@ -176,6 +185,7 @@ class Inspector:
     def outputs(self, settings: ProposalSettings | None = None, **changes) -> list[ScaleOutput]:
         """All scales; those whose input is as before are not run again."""
         settings, runs = self.changed(settings, **changes), []
+        self._run_before(0)
         strength, proposal = settings.functions
 
         def known_strength(_) -> Tensor:  # equal to the last digit to what `region` computes
@@ -264,7 +274,7 @@ class Inspector:
         per different crop.
         """
         settings, known = self.changed(settings, **changes), {}
-        label = self._scales[0].logits[0].argmax() if self.label is None else self.label
+        label = self._run_before(0).logits[0].argmax() if self.label is None else self.label
         for threshold in thresholds:
             region = self.region(0, settings, threshold=threshold)
             key = tuple(region.boxes.flatten().tolist())
@@ -282,7 +292,7 @@ class Inspector:
         """
         strength, recorded = (
             self.changed(settings, **changes).functions[0],
-            self._scales[0].recorded,
+            self._run_before(0).recorded,
         )
         numbers = range(1, len(recorded.blocks) + 1)
         if getattr(strength, "is_single", False):

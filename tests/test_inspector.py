@@ -371,6 +371,15 @@ def test_images_that_cannot_be_read_are_one_line_and_leave_the_inspector_as_it_w
         assert torch.equal(inspector.outputs()[1].logits, before[0][1].logits)
 
 
+def test_what_was_not_run_says_what_to_call(inspector):
+    with pytest.raises(InputError, match=r"scale 2 was not run; call outputs\(\) first"):
+        inspector.region(1)
+    bare = Inspector(inspector.model, inspector.transform)
+    for call in (bare.region, bare.outputs, bare.strength_per_block):
+        with pytest.raises(InputError, match=r"call set_image\(\) first"):
+            call()
+
+
 def test_unknown_names_are_one_line(inspector):
     for changes in ({"strength": "rolout"}, {"proposal": "atention"}):
         (kind,) = changes
