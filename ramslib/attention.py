@@ -13,7 +13,6 @@ ever used, so no matrix product is formed: ``u <- u G_l``, from the last block t
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -95,17 +94,8 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (a verb: with record_at
             self._keep(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _keep(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
+    def _keep(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+              scale=None, enable_gqa=False) -> None:  # fmt: skip
         """Append one attention call, with the arguments of torch's function."""
         query, key = query.detach(), key.detach()
         tokens = query.shape[-2]
@@ -249,27 +239,6 @@ STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
     "token_contrast": token_contrast,
 }
 CLASS_STRENGTHS = [function for function in STRENGTHS.values() if function is not rollout_mean]
-
-
-@lru_cache
-def single_block(number: int, head: int | None = None, class_token: bool = True) -> Callable:
-    """The strength that reads one block, or one head of it, alone.
-
-    Args:
-        number: of the block, from 1.
-        head: from 1; None averages over heads.
-        class_token: read the class token's row; otherwise the mean of all rows.
-    """
-
-    @reads(blocks=None)
-    def strength(recorded: RecordedScale) -> Tensor:
-        block = recorded.blocks[number - 1]
-        if head is not None:
-            block = acceleration.heads_of(block, (slice(None), slice(head - 1, head)))
-        return (last_class if class_token else rollout_mean)(recorded._replace(blocks=[block]))
-
-    strength.is_single = True
-    return strength
 
 
 def attention_strength(recorded: RecordedScale, strength: str | Callable = "last_class") -> Tensor:

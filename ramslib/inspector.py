@@ -13,7 +13,7 @@ recursion itself is the model's: an inspector gives it other settings and rememb
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +23,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from ramslib.acceleration import heads_of
 from ramslib.attention import (
     CLASS_STRENGTHS,
     STRENGTHS,
     RecordedScale,
     attention_strength,
-    single_block,
+    last_class,
+    rollout_mean,
 )
 from ramslib.backbone import count_class_tokens
 from ramslib.boxes import box_area, box_iou, full_image_boxes
@@ -38,9 +40,31 @@ from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.dppm import Proposal, label_components, propose, seed_random_proposals
 from ramslib.errors import InputError
 from ramslib.evaluation import probabilities
+from ramslib.extensions import reads
 from ramslib.model import ProposalSettings, RAMSTrans
 
 DISPLAY = 900  # pixels; the longer side of the copy of an image that is kept to show
+
+
+@lru_cache
+def single_block(number: int, head: int | None = None, class_token: bool = True) -> Callable:
+    """The strength that reads one block, or one head of it, alone.
+
+    Args:
+        number: of the block, from 1.
+        head: from 1; None averages over heads.
+        class_token: read the class token's row; otherwise the mean of all rows.
+    """
+
+    @reads(blocks=None)
+    def strength(recorded: RecordedScale) -> Tensor:
+        block = recorded.blocks[number - 1]
+        if head is not None:
+            block = heads_of(block, (slice(None), slice(head - 1, head)))
+        return (last_class if class_token else rollout_mean)(recorded._replace(blocks=[block]))
+
+    strength.is_single = True
+    return strength
 
 
 class Region(NamedTuple):

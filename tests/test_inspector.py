@@ -14,7 +14,6 @@ from ramslib.attention import (
     attention_probabilities,
     attention_strength,
     record_attention,
-    single_block,
 )
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import load_table
@@ -23,7 +22,7 @@ from ramslib.dppm import PROPOSALS, attention_proposal, propose
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
 from ramslib.extensions import reads
-from ramslib.inspector import Inspector
+from ramslib.inspector import Inspector, single_block
 from ramslib.model import ProposalSettings, RAMSTrans
 
 BOX = [5.0, 8.0, 30.0, 40.0]  # top, left, bottom, right in pixels of a photo

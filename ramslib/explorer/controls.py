@@ -9,11 +9,10 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from ramslib.attention import single_block
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import PROPOSALS
 from ramslib.explorer.panels import TOP, caption_html, set_options
-from ramslib.inspector import Inspector
+from ramslib.inspector import Inspector, single_block
 from ramslib.model import ProposalSettings
 from ramslib.plots.drawing import clean_class_name
 from ramslib.runs.inference import find_images
