@@ -63,7 +63,7 @@ class Controls(widgets.VBox):
         set_options(self.strength, _labeled(strengths), settings.strength)
         set_options(self.proposal, _labeled(proposals), settings.proposal)
         size = " × ".join(map(str, inspector.transform.size))
-        crops = [(f"high resolution, {size} px", True), ("previous input", False)]
+        crops = [(f"high resolution ({size})", True), ("previous input", False)]
         set_options(self.from_high_res, crops if settings.from_high_res else crops[1:])
         blocks = inspector.model.backbone.blocks
         self.block.max, self.head.max = len(blocks), blocks[0].attn.num_heads

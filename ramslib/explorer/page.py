@@ -41,7 +41,7 @@ from ramslib.runs.results import read_results
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
-PATIENCE = 4  # seconds that the app's server may take to end
+PATIENCE = 5  # seconds that the app's server may take to end
 VOILA = {  # kernels of pages that were left are ended; uploads above 10 MiB are taken
     "MappingKernelManager.cull_idle_timeout": 600,
     "MappingKernelManager.cull_interval": 60,
