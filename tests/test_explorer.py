@@ -27,9 +27,8 @@ from ramslib.explorer.controls import ALL
 from ramslib.explorer.gallery import PAGE
 from ramslib.explorer.page import app_command
 from ramslib.explorer.panels import BackgroundWorker, Panel, probability_bars
-from ramslib.explorer.tabs import draw_chart
+from ramslib.explorer.tabs import draw_curve
 from ramslib.explorer.validation import images_of, sort_images
-from ramslib.plots import plot_threshold
 
 IDEAS = """
 import torch
@@ -124,7 +123,7 @@ def test_opens_a_run_of_several_scales_at_its_first_validation_image(explorer):
     assert explorer.inspector.path == table[table["split"] == "validation"]["path"].iloc[0]
     assert len(explorer.stage.children) == 1 and not explorer.rows[0].crop.is_outdated
     labels = [label for label, _ in explorer.models.options]
-    assert any("1 scale," in label for label in labels) and "pre-trained" in labels[-1]
+    assert any("scales=1" in label for label in labels) and "pre-trained" in labels[-1]
 
 
 def test_the_menu_reports_the_best_checkpoint_at_its_last_output(places):
@@ -353,7 +352,7 @@ def test_another_model_shows_the_same_image(explorer):
     explorer.browser.split.value = "test"
     explorer.browser.list.index = 3
     path = explorer.inspector.path
-    explorer.models.value = next(v for label, v in explorer.models.options if "(1 scale," in label)
+    explorer.models.value = next(v for label, v in explorer.models.options if "scales=1" in label)
     explorer.worker.wait()
     assert explorer.loaded.model.num_scales == 1 and explorer.inspector.path == path
     assert "scale 2" in text_of(explorer.rows[0].input.note)
@@ -410,11 +409,10 @@ def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
 
 def test_the_marker_is_at_its_threshold():
     curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
-    panel, plain = Panel("", "png"), draw_chart(lambda ax: plot_threshold(curve, ax=ax))
+    panel, plain = Panel("", "png"), np.asarray(draw_curve(curve)[0])
     for value in (0, 1.5, 4):
         panel.mark(value)
-        marked = draw_chart(lambda ax, x=value: plot_threshold(curve, mark=x, ax=ax))
-        changed = np.asarray(plain) != np.asarray(marked)
+        changed = plain != np.asarray(draw_curve(curve, mark=value)[0])
         columns = np.nonzero(changed.any(axis=(0, 2)))[0]
         assert abs(columns.mean() / changed.shape[1] - marker(panel)) < 0.003
 
@@ -596,7 +594,7 @@ def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_
     page.worker.wait()
     assert messages_of(page) == "" and page.tabs.cached is not None
     assert "reads no more" in text_of(page.tabs.effect.note), "it reads the recorded scale"
-    assert page.models.label.startswith("own (2 scales, last_class,")
+    assert page.models.label.startswith("own (scales=2, strength=last_class,")
 
 
 def test_a_run_whose_code_is_not_trusted_is_not_offered(places, ideas, tmp_path, trusted):

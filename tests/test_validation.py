@@ -61,7 +61,9 @@ def test_finished_runs_are_found_and_described(tmp_path):
     (tmp_path / "runs" / "unfinished" / "config.json").write_text("{}")
     assert find_runs(tmp_path / "runs") == [run] and find_runs(tmp_path / "none") == []
     line = describe_run(run, tmp_path / "runs")
-    assert line.startswith("deep/one (2 scales, last_class, ") and "% at mean logits" in line
+    assert (
+        line.startswith("deep/one (scales=2, strength=last_class, ") and "% at mean logits" in line
+    )
 
 
 def test_it_is_of_the_validation_images_and_runs_once(loaded, cached, tmp_path, monkeypatch):

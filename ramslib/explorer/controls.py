@@ -81,14 +81,9 @@ class Controls(widgets.VBox):
         if strength in SINGLE:
             head = self.head.value if strength == "single_head" else None
             strength = single_block(self.block.value, head, self.inspector.has_class_token)
-        return ProposalSettings(
-            tuple(slider.value for slider in self.thresholds),
-            strength,
-            self.proposal.value,
-            self.scales.value,
-            self.from_high_res.value,
-            self.upsampling.value,
-        )
+        thresholds = tuple(slider.value for slider in self.thresholds)
+        others = self.proposal, self.scales, self.from_high_res, self.upsampling
+        return ProposalSettings(thresholds, strength, *(control.value for control in others))
 
     def _changed(self, _=None) -> None:
         self.block.layout.display = None if self.strength.value in SINGLE else "none"
@@ -109,8 +104,9 @@ class ImageBrowser(widgets.VBox):
     wraps handlers.
     """
 
-    def __init__(self, table: pd.DataFrame, pick: Callable[[pd.Series], None], guard: Callable):
-        self.table, self.pick, self.shown, self.quiet = table, pick, table, False
+    def __init__(self, pick: Callable[[pd.Series], None], guard: Callable):
+        self.pick, self.quiet = pick, False
+        self.table = self.shown = _rows_of([])
         self.uploads = tempfile.TemporaryDirectory(prefix="ramslib-")
         self.split, self.class_name = (widgets.Dropdown(description=d) for d in ("split", "class"))
         self.search = widgets.Text(description="search", placeholder="part of a name")

@@ -24,7 +24,6 @@ import ipywidgets as widgets
 import pandas as pd
 import torch
 
-from ramslib.boxes import full_image_boxes
 from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
@@ -64,20 +63,14 @@ class Explorer:
     """
 
     def __init__(
-        self,
-        data="diagnostic",
-        root="data/diagnostic",
-        out="runs",
-        model=None,
-        strengths=(),
-        proposals=(),
+        self, data="diagnostic", root="data/diagnostic", out="runs", model=None, **functions
     ):
         self.root, self.out = Path(root).expanduser(), Path(out).expanduser()
         self.lock, self.threads = threading.RLock(), torch.get_num_threads()
         self.loaded, self.inspector, self.table = None, None, pd.DataFrame(columns=TABLE_COLUMNS)
         self.worker = panels.BackgroundWorker(self.lock, self.report)
         self.messages, self.moved = panels.Messages(), self.guard(self._moved, "controls")
-        self._build(Controls(self.moved, strengths, proposals))
+        self._build(Controls(self.moved, **functions))
         self.guard(self._read_table, "dataset")(data)
         self.guard(self._offer_models, "model")(model)
         self.guard(self._load, "model")(model or self.models.value)
@@ -95,11 +88,8 @@ class Explorer:
         self.controls, self.stage = controls, widgets.VBox()
         self.rows = [panels.ScaleRow(*each) for each in enumerate(controls.thresholds)]
         self.notice, self.scores = widgets.HTML(), widgets.HTML()
-        guard = partial(self.guard, topic="image")
-        self.browser = ImageBrowser(self.table, self._pick, guard)
-        evaluator = panels.BackgroundWorker(self.lock, partial(self.report, topic="validation"), 0)
-        folder, pick = self.out / "explorer", self.browser.pick_path
-        self.tabs = AnalysisTabs(folder, evaluator, pick, guard, self.moved)
+        self.browser = ImageBrowser(self._pick, partial(self.guard, topic="image"))
+        self.tabs = AnalysisTabs(self)
         main = widgets.VBox([controls, self.stage, self.scores, self.tabs]).add_class("rams-main")
         style = widgets.HTML(f"<style>{Path(__file__).with_name('style.css').read_text()}</style>")
         head = widgets.HBox([self.models, self.other]).add_class("rams-head")
@@ -140,10 +130,9 @@ class Explorer:
         self.notice.value = panels.caption_html("<br>".join(refused))
         options += [(f"{name}, pre-trained, no classes", name) for name in BACKBONES]
         panels.set_options(self.models, options)
-        several = [value for text, value in options if "(1 scale," not in text]
-        known = [
-            value for _, value in options if Path(value).absolute() == Path(str(first)).absolute()
-        ]
+        several = [value for text, value in options if "scales=1" not in text]
+        given = Path(str(first)).absolute()
+        known = [value for _, value in options if Path(value).absolute() == given]
         self.models.value = next(iter(known), None if first else several[0])
 
     def _chosen(self, change: dict) -> None:
@@ -159,12 +148,12 @@ class Explorer:
         if not isinstance(model, LoadedModel):
             name = str(model).strip()
             self.messages.show("model", f"loading {name} …", is_error=False)
-            is_run = "/" in name or Path(name).is_dir()
+            is_run = "/" in name and ":" not in name or Path(name).is_dir()  # hf-hub:timm/vit
             model = load_run(name, self.root) if is_run else load_backbone(name, self.table)
         self.loaded, self.inspector = model, None
         self.models.tooltip = model.origin
         self.controls.fit(self._new_inspector())
-        self.guard(self.tabs.use, "validation")(model)
+        self.guard(self.tabs.use, "validation")()
         self.guard(self.browser.use, "image")(model.table if len(model.table) else self.table)
 
     def _new_inspector(self) -> Inspector:
@@ -201,13 +190,10 @@ class Explorer:
     @torch.inference_mode()
     def _draw(self, settings: ProposalSettings) -> bool:
         """Draw all that is known by now; returns whether all scales are."""
-        inspector, known = (
-            copy(self.inspector),
-            1,
-        )  # the worker may replace the scales that were run
+        inspector, known = copy(self.inspector), 1  # work beside the page may replace its scales
         key, pixels = (self.inspector,), inspector.pixels
-        whole = full_image_boxes(inspector.pixels.new_empty(1, *inspector.model.image_size))
         boxes = {} if inspector.box.isnan().any() else {"annotated": inspector.box}
+        whole = torch.tensor([[0, 0, *inspector.model.image_size]])
         boxes["scale 1"] = inspector.image_boxes(whole)
         for row in self.stage.children:
             if row.scale >= known:
@@ -247,13 +233,12 @@ def describe_run(run: Path, folder: Path) -> str:
     config, _, _ = read_run(run)
     if config.model == "transfg":
         raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {config.model}")
-    settings = ProposalSettings(strength=config.strength, proposal=config.proposal)
-    strength, _ = settings.functions  # raises where they are not trusted
+    strength, proposal = config.strength, config.proposal
+    strength, _ = ProposalSettings(strength=strength, proposal=proposal).functions  # are trusted
     best = read_results(run).query("checkpoint == 'best'").iloc[-1]
-    name = run.relative_to(folder) if run.is_relative_to(folder) else run
-    scales = f"{config.scales} scale{'s' * (config.scales > 1)}"
+    settings = f"scales={config.scales}, strength={strength.__name__}, seed={config.seed}"
     score = f"{best['top1']:.1f}% at {best['output']}, best checkpoint"
-    return f"{name} ({scales}, {strength.__name__}, {score}, seed {config.seed})"
+    return f"{run.relative_to(folder)} ({settings}; {score})"
 
 
 def load_run(run: Path | str, root: Path) -> LoadedModel:

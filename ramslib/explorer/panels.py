@@ -103,12 +103,7 @@ class ScaleRow(widgets.VBox):
         self.add_class("rams-row")
 
     def draw(
-        self,
-        key: tuple,
-        pixels: Tensor,
-        inspector: Inspector,
-        settings: ProposalSettings,
-        opacity: float,
+        self, key: tuple, pixels: Tensor, inspector: Inspector, settings: ProposalSettings, opacity
     ) -> Region:
         """Draw what has changed; returns the proposed region.
 

@@ -3,25 +3,16 @@
 import html
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ramslib import plots
-from ramslib.explorer import validation
+from ramslib.explorer import panels, validation
 from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Gallery
-from ramslib.explorer.panels import (
-    CHART,
-    TOP,
-    BackgroundWorker,
-    Drawing,
-    Panel,
-    caption_html,
-    draw_figure,
-)
+from ramslib.explorer.panels import Panel, caption_html
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.plots.figures import LABELS
@@ -29,44 +20,43 @@ from ramslib.runs.inference import LoadedModel
 
 TITLES = ("threshold", "blocks", "validation set", "gallery", "confusion")
 BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"
-NOT_STORED = (
-    "stored: strengths of all heads; choose one of those, and a proposal that reads no more"
-)
+NOT_STORED = "stored: strengths of all heads; choose one, and a proposal that reads no more"
+EVALUATE = "Evaluate validation set"
 
 
 class AnalysisTabs(widgets.Tab):
-    """Threshold curve and blocks of one image; threshold curve, gallery and confusion of all.
+    """Analyses for an `Explorer`: of its image, and of all validation images of its model.
 
-    ``pick(path)`` opens an image, ``guard`` wraps handlers, ``worker`` evaluates; results are
-    cached in ``folder``, and ``refresh()`` redraws the page when they are there. The key of a panel
-    is what it explains, and whether it is complete.
+    The key of a panel is what it explains, and whether it is complete.
     """
 
-    def __init__(self, folder: Path, worker: BackgroundWorker, pick, guard, refresh: Callable):
-        self.folder, self.worker, self.refresh = folder, worker, refresh
-        self.loaded, self.cached, self.effects, self.accuracy = None, None, None, None
+    def __init__(self, explorer):
+        self.explorer, self.cached, self.effects, self.accuracy = explorer, None, None, None
+        guard = partial(explorer.guard, topic="image")
+        report = partial(explorer.report, topic="validation")
+        self.worker = panels.BackgroundWorker(explorer.lock, report, delay=0)
         self.curve = Panel("What the threshold of scale 1 does to this image", "png")
         self.blocks = Panel("Attention strength, block by block")
         self.effect = Panel("What the threshold of scale 1 does to the validation images", "png")
+        pick = explorer.browser.pick_path
         self.gallery, self.confusion = Gallery(pick, guard), Confusion(pick, guard)
-        self.state, self.sets = widgets.HTML(), [widgets.VBox() for _ in TITLES[2:]]
-        self.start = widgets.Button(description="Evaluate validation set", button_style="primary")
-        self.start.on_click(guard(lambda _: self.worker(self._evaluate(self.loaded))))
-        panels = [self.curve, self.blocks, *self.sets]
-        super().__init__(panels, titles=TITLES, selected_index=0)
-        self.observe(lambda _: refresh(), "selected_index")
+        self.state, self.start = widgets.HTML(), widgets.Button(description=EVALUATE)
+        self.start.on_click(guard(lambda _: self.worker(self._evaluate(explorer.loaded))))
+        self.sets = [widgets.VBox() for _ in TITLES[2:]]
+        tabs = [self.curve, self.blocks, *self.sets]
+        super().__init__(tabs, titles=TITLES, selected_index=0)
+        self.observe(lambda _: explorer.moved(), "selected_index")
         self.add_class("rams-tabs")
 
-    def use(self, loaded: LoadedModel) -> None:
-        """Show what is cached about a model, or offer to evaluate."""
-        self.loaded = loaded
-        self.cached = validation.read_cached_validation(loaded, self.folder)
+    def use(self) -> None:
+        """Show what is cached about the explorer's model, or offer to evaluate."""
+        loaded = self.explorer.loaded
+        self.cached = validation.read_cached_validation(loaded, self.explorer.out / "explorer")
         images, total = validation.validation_images(loaded)
-        sample = f" (a sample of {total:,})" if total > len(images) else ""
-        self.state.value = caption_html(f"{len(images)} images{sample}, not evaluated yet")
+        self.state.value = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
         self.start.disabled = images.empty
         for tab, part in zip(self.sets, (self.effect, self.gallery, self.confusion), strict=True):
-            tab.children = [self.state, self.start] if self.cached is None else [part]
+            tab.children = [part] if self.cached else [self.state, self.start]
         for part in (self.gallery, self.confusion) if self.cached else ():
             part.use(loaded.classes, self.cached)
 
@@ -77,10 +67,10 @@ class AnalysisTabs(widgets.Tab):
             self.state.value = caption_html(f"{html.escape(text)} …")
 
         yield partial(setattr, self.start, "disabled", True)
-        validation.predict_validation(loaded, self.folder, log)
-        if loaded is self.loaded:
-            yield partial(self.use, loaded)
-            yield self.refresh
+        validation.predict_validation(loaded, self.explorer.out / "explorer", log)
+        if loaded is self.explorer.loaded:
+            yield self.use
+            yield self.explorer.moved
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.
@@ -110,7 +100,9 @@ class AnalysisTabs(widgets.Tab):
     def _draw_curve(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
         """The threshold curve of an image; then with probabilities, which take longer."""
         curve, chances = inspector.threshold_curve(THRESHOLDS, settings), []
-        note = "computing the probability of the true class …" if self.loaded.classes else ""
+        note = (
+            "computing the probability of the true class …" if self.explorer.loaded.classes else ""
+        )
         drawn = draw_curve(curve, note)
         yield partial(self.curve.show, (key, not note), lambda: drawn)
         if note:
@@ -129,7 +121,7 @@ class AnalysisTabs(widgets.Tab):
             axes = figure.subplots(rows, 6, squeeze=False).flat
             plots.plot_strength_per_block(maps, inspector.pixels, axes=axes)
 
-        drawn = draw_figure(draw, 9, 1.75 * rows), BLOCKS
+        drawn = panels.draw_figure(draw, 9, 1.75 * rows), BLOCKS
         yield partial(self.blocks.show, (key, True), lambda: drawn)
 
     def _draw_effect(self, key, cached, settings: ProposalSettings) -> Iterator:
@@ -138,7 +130,7 @@ class AnalysisTabs(widgets.Tab):
             rows.append(validation.threshold_effect(cached, settings, [threshold]))
             yield _step
         self.effects = pd.concat(rows, ignore_index=True)
-        is_own = settings.functions == self.loaded.model.settings.functions
+        is_own = settings.functions == self.explorer.loaded.model.settings.functions
         self.accuracy = cached.accuracy if is_own and len(cached.accuracy) else None
         drawn = draw_curve(self.effects, accuracy=self.accuracy)
         yield partial(self.effect.show, (key, True), lambda: drawn)
@@ -153,7 +145,7 @@ class AnalysisTabs(widgets.Tab):
         if self.accuracy is not None:
             near = validation.nearest_stored_accuracy(self.cached, eta)
             scores = ", ".join(f"{each.output} {each.top1:.1f}%" for each in near.itertuples())
-            text += f"<br>accuracy (stored at threshold {near['threshold'].iloc[0]:.2f}): {scores}"
+            text += f"<br>accuracy (stored at threshold {near['threshold'].max():.2f}): {scores}"
         self.effect.text = text
         self.effect.outdated(False)
 
@@ -165,7 +157,7 @@ def _missing(panel: Panel, key: tuple, work: Iterator) -> Iterator | None:
     return None if shown == key and is_complete else work
 
 
-def draw_curve(curve: pd.DataFrame, note: str = "", **options) -> Drawing:
+def draw_curve(curve: pd.DataFrame, note: str = "", **options) -> panels.Drawing:
     """A chart of shares over thresholds, at the place where `Panel.mark` expects it.
 
     Slow: called without the lock.
@@ -173,9 +165,10 @@ def draw_curve(curve: pd.DataFrame, note: str = "", **options) -> Drawing:
 
     def draw(figure: Figure) -> None:
         figure.set_layout_engine("none")
-        plots.plot_threshold(curve, ax=figure.add_axes(CHART), **options).set_xlim(0, TOP)
+        axes = plots.plot_threshold(curve, ax=figure.add_axes(panels.CHART), **options)
+        axes.set_xlim(0, panels.TOP)
 
-    return draw_figure(draw, 7, 3.2), note
+    return panels.draw_figure(draw, 7, 3.2), note
 
 
 def _step() -> None:
