@@ -183,6 +183,7 @@ def test_bad_requests_are_refused_before_anything_runs(folder, monkeypatch):
         ("processes", "many", "processes='many'", "2"),
         ("processes", "True", "processes=True", "2"),
         ("processes", "2.5", "processes=2.5", "2"),
+        ("processes", "[2]", "processes=[2]", "2"),
         ("halves", "0.5", "halves=0.5", "[0.5]"),
         ("halves", "[[[", "halves='[[['"),
         ("data", 3, "data=3", "'diagnostic'"),

@@ -1,1 +1,1 @@
-"""Many runs: ablations, and the road of notebooks over them."""
+"""Many runs: sweeps, comparisons, and the notebooks over them."""

@@ -131,9 +131,10 @@ def read_value(name: str, value: object, default: object) -> object:
     """
     if not isinstance(default, str):
         value = _read_literal(value)
-    if isinstance(value, list) and not any(isinstance(item, str) for item in default or ()):
-        value = [_read_literal(item) for item in value]  # to YAML, 1e0 is text
     kind = next(kind for kind in KINDS if isinstance(default, kind))
+    if isinstance(value, list) and isinstance(default, list):
+        if not any(isinstance(item, str) for item in default):
+            value = [_read_literal(item) for item in value]  # to YAML, 1e0 is text
     number_for_bool = isinstance(value, bool) != isinstance(default, bool)
     if not isinstance(value, kind) or number_for_bool or value == "":
         raise InputError(f"{name}={value!r}: give a value like {default!r}")
