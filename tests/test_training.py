@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,9 +29,11 @@ from tiny import (
     tiny_config,
 )
 
+from ramslib import extensions
 from ramslib.errors import InputError
 from ramslib.runs import folder
-from ramslib.runs.inference import load
+from ramslib.runs.inference import load, predict
+from ramslib.runs.results import read_results
 from ramslib.training import optimization
 from ramslib.training.launch import command, overrides, progress_line
 from ramslib.training.trainer import train
@@ -116,6 +119,84 @@ def test_early_stopping_keeps_the_best(photos, tmp_path):
     assert set(results["epochs"]) == {best + 2} and set(results["best_epoch"]) == {best}
     last, first = (pd.read_csv(run / f"predictions_{name}.csv") for name in ("last", "best"))
     assert not last.equals(first)
+
+
+def test_equal_epochs_are_decided_for_the_later_one(photos, tmp_path):
+    config = tiny_config(photos, epochs=3, learning_rate=1e-12)
+    run = train(config, tmp_path / "run")
+    rows = [row for row in read_log(run) if row.get("output") == "mean logits"]
+    assert len({row["nll"] for row in rows}) == 1
+    results = read_results(run)
+    assert set(results["best_epoch"]) == {3}
+    assert results["checkpoint"].tolist() == ["best"] * 4 + ["last"] * 4
+
+
+def test_without_a_validation_split_the_last_epoch_counts(photos, tmp_path):
+    run = train(tiny_config(photos, epochs=3, validation_fraction=0), tmp_path / "run")
+    assert set(read_results(run)["best_epoch"]) == {3}
+    assert "the last: no validation" in (run / "README.md").read_text()
+
+
+@pytest.mark.parametrize("save_every", [-5, float("nan"), float("inf")])
+def test_seconds_between_checkpoints_are_a_number(photos, tmp_path, save_every):
+    with pytest.raises(InputError, match="save_every is .*; give seconds, 0 or more"):
+        train(tiny_config(photos), tmp_path / "run", save_every)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_its_configuration_is_not_resumed_with_another(photos, tmp_path):
+    run = train(tiny_config(photos, epochs=1), tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(InputError, match="holds files .* but no run's config.json"):
+        train(tiny_config(photos, epochs=1, seed=5), run)
+    other = train(tiny_config(photos, epochs=1, seed=5), tmp_path / "other")
+    (other / "results.csv").unlink()
+    shutil.copy(run / "last.safetensors", other)
+    for use in (
+        lambda: train(tiny_config(photos, epochs=1, seed=5), other),
+        lambda: load(other, "last"),
+    ):
+        with pytest.raises(InputError, match="last.safetensors: a checkpoint of other settings"):
+            use()
+
+
+def test_a_finished_run_whose_checkpoint_is_lost_says_so(photos, tmp_path):
+    config = tiny_config(photos, epochs=1)
+    run = train(config, tmp_path / "run")
+    (run / "best.safetensors").unlink()
+    with pytest.raises(
+        InputError, match="best.safetensors: .*restore the file, or train in another"
+    ):
+        train(config, run)
+
+
+IDEAS = '''
+import ramslib
+import torch
+
+@ramslib.reads(blocks=0)
+def corner(strength, threshold, recorded):
+    """The upper left quarter, whatever the strength."""
+    rows, columns = strength.shape[-2:]
+    return torch.tensor([[0, 0, rows // 2, columns // 2]]).expand(len(strength), 4)
+'''
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_proposal_of_ones_own_is_trained_kept_and_used(photos, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(extensions, "TRUSTED", tmp_path / ".config" / "ramslib" / "trusted_sources")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ideas, run = tmp_path / "ideas.py", tmp_path / "run"
+    ideas.write_text(IDEAS)
+    config = tiny_config(photos, epochs=1, proposal=f"{ideas}:corner")
+    code, output = finish_training(config, run, processes)
+    assert code == 0, output
+    ideas.unlink()
+    found = predict(run, [photos / "test"]).query("output == 'scale 2'")
+    assert found["top"].max() < 5 and found["bottom"].max() < 25
+    ideas.write_text(IDEAS.replace("// 2", "// 1"))
+    with pytest.raises(InputError, match="the source of 'proposal' differs: ideas.py was changed"):
+        train(config, run)
 
 
 @pytest.mark.parametrize("changes", [{"validation_fraction": 0}, {"scales": 1, "loss": "last"}])
@@ -276,6 +357,7 @@ BAD = {
 
 @pytest.mark.parametrize("changes", BAD.values(), ids=BAD.keys())
 def test_what_two_processes_refuse_is_one_line_and_exit_code_2(photos, tmp_path, changes):
-    code, output = finish_training(tiny_config(photos, **changes), tmp_path / "run", 2)
+    code, output = finish_training(tiny_config(photos).replace(**changes), tmp_path / "run", 2)
     assert code == 2
     assert output.count("\n") == output.count("error: ") == 1, output
+    assert not (tmp_path / "run" / "config.json").exists(), "other settings may follow"

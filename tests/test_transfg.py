@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import draw_photos, finish_training, read_log, same_run, tiny_config, tiny_model
 
-import ramslib.training.trainer
+import ramslib.distributed
 from ramslib.attention import QueryKey, attention_probabilities, record_attention
 from ramslib.backbone import overlap_patches, patch_grid
 from ramslib.config import Config
@@ -23,6 +23,7 @@ from ramslib.data.transforms import ImageTransform
 from ramslib.errors import InputError
 from ramslib.evaluation import predict
 from ramslib.model import MODELS, build_model
+from ramslib.runs.folder import read_run
 from ramslib.runs.inference import NamedOutputs, export_model, load
 from ramslib.training.optimization import backward_scales, create_optimizer
 from ramslib.training.trainer import train
@@ -288,7 +289,7 @@ def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
     config = tiny_config(photos, model="transfg", patch_stride=8, epochs=2, ema_decay=0.9)
     run = train(config, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(ramslib.training.trainer, "stop_request", asked_to_stop)
+        patch.setattr(ramslib.distributed, "stop_request", asked_to_stop)
         assert "at step 1 of 6" in refused(train, config, tmp_path / "cut")
     same_run(run, train(config, tmp_path / "cut"))
     stored = pd.read_csv(run / "predictions_last.csv")
@@ -296,7 +297,7 @@ def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
     assert stored[["top", "left"]].notna().all().all()
     model = load(run, "last")
     assert isinstance(model, TransFG) and not model.training
-    table = pd.read_csv(run / "table.csv").query("split == 'test'").reset_index(drop=True)
+    table = read_run(run)[2].query("split == 'test'").reset_index(drop=True)
     again = predict(model, table, ImageTransform(48, config.crop_fraction), batch_size=4)
     assert again["prediction"].tolist() == stored["prediction"].tolist()
     assert "TransFG on folder" in (run / "README.md").read_text()

@@ -71,13 +71,11 @@ class Trainer:
         )
 
     def _build(self) -> None:
-        """Model, optimizer, schedule and their state; a new run is described in its folder."""
+        """Model, optimizer, schedule and their state; then a new run is described in its folder."""
         config, resuming = self.config, self.last.exists()
         torch.manual_seed(config.seed)
         initial = config.replace(pretrained="none") if resuming else config
         self.model = build_model(initial, int(self.table["label"].max()) + 1)
-        if self.processes.is_first:
-            folder.init_run(self.run, config, self.table, self.model.origin)
         optimization.freeze(self.model, config.frozen_blocks)
         self.model.to(self.processes.device)
         self.optimizer = optimization.create_optimizer(self.model, config)
@@ -88,6 +86,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device, enabled=config.amp == "fp16")
         self.ema = ModelEmaV3(self.model, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else None
+        if self.processes.is_first:
+            folder.init_run(self.run, config, self.table, self.model.origin)
         self.state = checkpoint.TrainState(key=folder.read_metadata(self.run)[1].get("key", ""))
         if resuming:
             self._resume()
