@@ -260,7 +260,7 @@ def test_results_of_an_image_do_not_depend_on_its_batch(model_of, images):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_an_image_that_is_not_finite_is_looked_at_whole(strength, poison, model_of, images):
+def test_of_an_image_that_is_not_finite_every_scale_is_the_whole(strength, poison, model_of, images):
     model, batch = model_of(scales=3, strength=strength), images(3)
     clean = model.forward_preprocessed(batch)
     batch[1, 0, 5, 5] = poison
@@ -272,7 +272,7 @@ def test_an_image_that_is_not_finite_is_looked_at_whole(strength, poison, model_
         torch.testing.assert_close(output.logits[scale][others], clean.logits[scale][others])
 
 
-def test_constant_images_are_looked_at(model_of):
+def test_constant_images_give_finite_logits(model_of):
     output = model_of(scales=3)(torch.zeros(2, 3, 24, 32))
     assert all(logits.isfinite().all() for logits in output.logits)
 
@@ -364,7 +364,7 @@ def test_no_gradient_flows_through_a_crop(model_of, images):
     assert not outputs[0].strength.requires_grad
 
 
-def test_looking_for_regions_changes_no_gradient_of_scale_one(model_of, images):
+def test_proposing_regions_changes_no_gradient_of_scale_one(model_of, images):
     gradients = []
     for scales in (2, 1):
         model = model_of("siglip", scales, per_scale_token=False, strength="rollout_mean")
