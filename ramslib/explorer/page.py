@@ -57,7 +57,8 @@ class Explorer:
         root: folder of the dataset; images of other folders and uploads work without one.
         out: folder below which finished runs are found and validation predictions are cached.
         model: what to show first: a `LoadedModel`, a run's folder or timm's name of a backbone; by
-            default the newest run of several scales, or else a pre-trained backbone.
+            default the run of several scales with the highest accuracy, or else a pre-trained
+            backbone.
         strengths: further ones to offer, as functions or ``path/to/file.py:name``.
         proposals: likewise.
     """
@@ -120,11 +121,12 @@ class Explorer:
         self.table = read_table(data, self.root)
 
     def _offer_models(self, first: LoadedModel | Path | str | None) -> None:
-        """List the finished runs, newest first, and pre-trained backbones; choose the first."""
-        options, refused = [], []
+        """List the finished runs, newest first, and pre-trained backbones; choose the best run."""
+        options, refused, top1 = [], [], {}
         for run in find_runs(self.out):
             try:
                 options.append((describe_run(run, self.out), str(run)))
+                top1[str(run)] = best_result(run)["top1"]
             except InputError as error:
                 refused.append(f"not offered: {html.escape(str(error))}")
         self.notice.value = panels.caption_html("<br>".join(refused))
@@ -133,7 +135,8 @@ class Explorer:
         several = [value for text, value in options if "scales=1" not in text]
         given = Path(str(first)).absolute()
         known = [value for _, value in options if Path(value).absolute() == given]
-        self.models.value = next(iter(known), None if first else several[0])
+        best = max(several, key=lambda value: top1.get(value, -1))  # of equal ones the newest
+        self.models.value = next(iter(known), None if first else best)
 
     def _chosen(self, change: dict) -> None:
         """Load what was chosen or typed; what was typed is not the menu's choice."""
@@ -223,6 +226,11 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(runs, key=lambda run: (run / "results.csv").stat().st_mtime, reverse=True)
 
 
+def best_result(run: Path) -> pd.Series:
+    """The scores of a finished run's best checkpoint at its last output."""
+    return read_results(run).query("checkpoint == 'best'").iloc[-1]
+
+
 def describe_run(run: Path, folder: Path) -> str:
     """One line about a finished run: its place, settings, and the score of its best checkpoint.
 
@@ -235,7 +243,7 @@ def describe_run(run: Path, folder: Path) -> str:
         raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {config.model}")
     strength, proposal = config.strength, config.proposal
     strength, _ = ProposalSettings(strength=strength, proposal=proposal).functions  # are trusted
-    best = read_results(run).query("checkpoint == 'best'").iloc[-1]
+    best = best_result(run)
     settings = f"scales={config.scales}, strength={strength.__name__}, seed={config.seed}"
     score = f"{best['top1']:.1f}% at {best['output']}, best checkpoint"
     return f"{run.relative_to(folder)} ({settings}; {score})"
