@@ -119,7 +119,7 @@ def test_more_scales_than_trained_read_the_last_token(inspector):
     assert torch.allclose(inspector.probabilities(outputs)["mean softmax"], mean)
 
 
-def test_a_model_of_one_scale_proposes_where_it_would_look(table):
+def test_a_model_of_one_scale_proposes_regions_too(table):
     model = tiny_model(3, scales=1)
     inspector = Inspector(model, ImageTransform(32)).set_image(table["path"][0])
     assert len(inspector.outputs()) == 1

@@ -260,7 +260,7 @@ def test_results_of_an_image_do_not_depend_on_its_batch(model_of, images):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_of_an_image_that_is_not_finite_every_scale_is_the_whole(strength, poison, model_of, images):
+def test_an_image_that_is_not_finite_is_not_cropped(strength, poison, model_of, images):
     model, batch = model_of(scales=3, strength=strength), images(3)
     clean = model.forward_preprocessed(batch)
     batch[1, 0, 5, 5] = poison
