@@ -220,6 +220,9 @@ def _export(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     _config(options)  # before the slow imports: typos are answered at once
+    table = options.out / "results.csv"
+    if table.exists() and not any(options.out.glob("*/config.json")):
+        raise InputError(f"{table}: made by somebody else; choose another folder")
     from ramslib.errors import write_table
     from ramslib.experiments.comparison import collect, grid
     from ramslib.experiments.sweep import train_all
@@ -230,7 +233,7 @@ def _sweep(options: argparse.Namespace) -> None:
     axes = _axes(options.settings)
     configs = grid(_base(options), **axes)
     results = collect(train_all(configs, options.out, processes, storage=options.storage))
-    write_table(results, options.out / "results.csv")
+    write_table(results, table)
     varied = [name for name, values in axes.items() if len(values) > 1]
     scores = ["output", "images", "top1", "standard_error", "checkpoint", "run"]
     print(results[[*varied, *scores]].to_string())

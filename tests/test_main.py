@@ -356,6 +356,13 @@ EMPTY = [
 ]
 
 
+def test_a_sweep_replaces_no_table_of_somebody_else(refused, tmp_path):
+    (tmp_path / "results.csv").write_text("my own")
+    line = refused("sweep", "--out", tmp_path, "data=folder", f"root={tmp_path}")
+    assert str(tmp_path / "results.csv") in line and "another folder" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
 @pytest.mark.parametrize("words", EMPTY, ids=" ".join)
 def test_an_empty_path_is_refused(words, refused, tmp_path, monkeypatch):
     """An unset variable of the shell would name the current folder."""
