@@ -16,6 +16,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 import mimetypes
 import os
 import re
@@ -349,12 +350,13 @@ def check_executed(notebook: NotebookNode) -> None:
 
 def write_page(notebook: NotebookNode, path: Path, title: str, **options: object) -> None:
     """Write an executed notebook as a page that needs no network; ``options`` are nbconvert's."""
-    exporter = HTMLExporter(raw_template=_template("page"), embed_images=True, **options)
+    quiet = logging.Logger("pages", logging.ERROR)  # not a warning for each figure without a text
+    options |= {"raw_template": _template("page"), "embed_images": True, "log": quiet}
     notebook = deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(partial(_link, path.parent), EQUATION.sub(_draw, cell.source))
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
+    page, _ = HTMLExporter(**options).from_notebook_node(notebook, {"metadata": {"name": title}})
     _write_text(path, page)
 
 
