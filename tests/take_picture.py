@@ -25,7 +25,7 @@ def take_picture(path, data, root, out):
         page.set_default_timeout(PATIENCE)
         with serve(command, f"{address}voila/static/", Path(folder)):
             page.goto(address)
-            page.wait_for_selector(".rams-chart img[src]")
+            page.wait_for_selector(".rams-png img[src]")
             rest = "() => !document.querySelector('.rams').innerText.includes('computing')"
             page.wait_for_function(rest)
             page.wait_for_timeout(1000)

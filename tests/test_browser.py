@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +17,11 @@ import urllib.error
 import urllib.request
 
 import nbformat
+import numpy as np
+import psutil
 import pytest
 from explorer_run import make_run
+from PIL import Image
 from tiny import ROOT
 
 from ramslib.inspector import Inspector
@@ -98,12 +100,14 @@ def serve(command, address, folder):
             time.sleep(0.3)
         yield
     finally:
+        processes = psutil.Process(server.pid).children(recursive=True)
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(30)
-        still_there = answers(address)
-        os.killpg(server.pid, signal.SIGKILL) if still_there else None
-    assert not still_there, "the server outlives its command"
+            server.wait(15)
+        remaining = psutil.wait_procs(processes, timeout=15)[1]
+        for process in remaining:
+            process.kill()
+    assert not remaining and not answers(address), "the server or a kernel outlives its command"
 
 
 def answers(address):
@@ -209,7 +213,7 @@ def move_the_threshold(reader, page, name):
 
 
 def visit_the_tabs(page, name):
-    """Every tab fills."""
+    """Every tab fills; a thumbnail and a cell of the confusion matrix lead to images."""
     for number, tab in enumerate(("blocks", "validation set", "gallery", "confusion"), start=4):
         page.get_by_role("tab", name=tab, exact=True).click()
         button = page.get_by_role("button", name="Evaluate validation set")
@@ -220,9 +224,10 @@ def visit_the_tabs(page, name):
             page.wait_for_function("() => !document.querySelector('.rams-outdated')")
         if tab == "gallery":
             page.locator(".rams select", has_text="most uncertain").select_option("most uncertain")
-            page.locator(".rams-thumbnail img").first.wait_for()
+            page.locator(".rams-thumbnail img").first.click()
         if tab == "confusion":
-            page.locator(".rams-class").first.wait_for()
+            page.locator(".rams-matrix button:enabled").first.click()
+            page.locator(".rams-note", has_text="predicted as").first.wait_for()
         page.wait_for_timeout(1000)
         page.screenshot(path=SCREENSHOTS / f"{name}_{number}_{tab.replace(' ', '_')}.png")
 
@@ -272,3 +277,14 @@ def test_app_serves_the_explorer_without_code(page, places, tmp_path):
         assert "from ramslib" not in page.content()
         move_the_threshold(reader, page, "app")
         visit_the_tabs(page, "app")
+        upload_a_large_photo(page, tmp_path / "large.png")
+
+
+def upload_a_large_photo(page, path):
+    """More than the 10 MiB of a websocket message by default."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (2400, 2500, 3), np.uint8)).save(path)
+    assert path.stat().st_size > 15 * 2**20
+    page.get_by_role("button", name="upload", exact=True).click()
+    page.locator(".rams-browser input[type=file]").set_input_files(path)
+    page.locator(".rams-note", has_text="2400 × 2500 px").first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "app_8_upload.png")

@@ -445,8 +445,8 @@ def test_the_threshold_of_the_validation_set_answers_at_once(evaluated):
     evaluated.controls.strength.value = "rollout_mean"
     assert "computing" in text_of(tabs.effect.note)
     evaluated.worker.wait()
-    assert "mean IoU" not in text_of(tabs.effect.note), "these photos have no boxes"
-    assert "% of the image" in text_of(tabs.effect.note)
+    assert "IoU" not in text_of(tabs.effect.note), "these photos have no boxes"
+    assert "share of the image" in text_of(tabs.effect.note)
     assert "accuracy" not in text_of(tabs.effect.note), "stored for the run's own strength"
 
 

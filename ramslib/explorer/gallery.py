@@ -110,7 +110,8 @@ class Gallery(ValidationImages):
         values = sort_images(self.cached)[order]
         names = self.cached.strengths.table.set_index("path")["class_name"].map(clean_class_name)
         captions = [f"{value:.2f}, {html.escape(names[path])}" for path, value in values.items()]
-        self.images.show(values.index.tolist(), captions, f"the number is the {VALUES[order]}")
+        meaning = f"the number is the {VALUES[order]}" if len(values) else "no images"
+        self.images.show(values.index.tolist(), captions, meaning)
 
 
 class Confusion(ValidationImages):

@@ -72,7 +72,7 @@ class Explorer:
         self.worker = panels.BackgroundWorker(self.lock, self.report)
         self.messages, self.moved = panels.Messages(), self.guard(self._moved, "controls")
         self._build(Controls(self.moved, **functions))
-        self.guard(self._read_table, "dataset")(data)
+        self.guard(lambda: setattr(self, "table", read_table(data, self.root)), "dataset")()
         self.guard(self._offer_models, "model")(model)
         self.guard(self._load, "model")(model or self.models.value)
         for chooser in (self.models, self.other):
@@ -116,9 +116,6 @@ class Explorer:
         log.debug("in the explorer", exc_info=error)
         with self.lock:
             self.messages.show(topic, one_line(error))
-
-    def _read_table(self, data: str) -> None:
-        self.table = read_table(data, self.root)
 
     def _offer_models(self, first: LoadedModel | Path | str | None) -> None:
         """List the finished runs, newest first, and pre-trained backbones; choose the best run."""

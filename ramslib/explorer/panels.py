@@ -64,7 +64,7 @@ class Panel(widgets.VBox):
         self.marker, self.note = widgets.HTML(), widgets.HTML()
         self.key, self.text, self.is_outdated = None, "", False
         super().__init__([self.title, widgets.Box([self.image, self.marker]), self.note])
-        self.add_class("rams-panel")
+        self.add_class("rams-panel").add_class(f"rams-{form}")
 
     def show(self, key: object, draw: Callable[[], Drawing]) -> None:
         """Show image and note that ``draw()`` gives, unless ``key`` is that of what is shown."""
@@ -95,7 +95,7 @@ class ScaleRow(widgets.VBox):
     def __init__(self, scale: int, slider: widgets.Widget):
         self.scale, self.name = scale, f"scale {scale + 2}"
         titles = [f"Scale {scale + 1} input" if scale else "Image"]
-        titles += [f"Attention strength, scale {scale + 1}", f"Patch mask, scale {scale + 1}"]
+        titles += [f"Strength, scale {scale + 1}", f"Mask, scale {scale + 1}"]
         self.panels = [Panel(title) for title in (*titles, f"Scale {scale + 2} input")]
         self.input, self.heat, self.mask, self.crop = self.panels
         self.base = self.image = None, None  # what is shown, and its image at the page's size

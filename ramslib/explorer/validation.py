@@ -182,15 +182,12 @@ def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
 
 def example_images(cached: CachedValidation, count: int) -> pd.DataFrame:
     """Images worth a look, from each order in turn: columns ``why, path, value``."""
-    orders = sort_images(cached)
-    if not orders:  # neither classes nor boxes
-        orders = {"in order": pd.Series(float("nan"), cached.strengths.table["path"])}
-    tables = [
-        values.rename("value").rename_axis("path").reset_index().assign(why=why)
-        for why, values in orders.items()
-    ]
-    merged = pd.concat(tables).sort_index(kind="stable").drop_duplicates("path")
-    return merged.head(count)[["why", "path", "value"]].reset_index(drop=True)
+    unknown = pd.Series(float("nan"), cached.strengths.table["path"])
+    orders = sort_images(cached) or {"in order": unknown}  # neither classes nor boxes
+    rows = pd.concat(orders, names=["why", "path"]).rename("value").reset_index()
+    in_turn = rows.assign(turn=rows.groupby("why").cumcount()).sort_values("turn", kind="stable")
+    chosen = in_turn.drop_duplicates("path").head(count)
+    return chosen[["why", "path", "value"]].reset_index(drop=True)
 
 
 def images_of(cached: CachedValidation, label: int, prediction: int, output: str) -> list[str]:
