@@ -97,14 +97,15 @@ def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30
         for rank in map(str, range(processes)):
             place = {"RANK": rank, "LOCAL_RANK": rank}
             ranks.append(subprocess.Popen(command(arguments), env=environment | place))
-        code, deadline = 0, None
+        code, asked, failed = 0, False, float("inf")
         while None in (codes := [rank.poll() for rank in ranks]):
             code = code or next(filter(None, codes), 0)
-            if deadline is None and (code or stop.is_set()):
-                deadline = time.monotonic() + (grace if code else float("inf"))
-                _signal(ranks, signal.SIGTERM)
-            elif deadline is not None and time.monotonic() > deadline:
+            failed = min(failed, time.monotonic()) if code else failed
+            if time.monotonic() > failed + grace:
                 _signal(ranks, signal.SIGKILL)
+            elif (code or stop.is_set()) and not asked:
+                asked = True
+                _signal(ranks, signal.SIGTERM)
             time.sleep(0.05)
         code = code or next(filter(None, codes), 0)
     if code < 0:
