@@ -99,10 +99,12 @@ def growth(options: SimpleNamespace) -> Iterator[dict]:
         other = plain(options.backbones[0], size).eval()
         images, (height, width) = torch.randn(1, 3, size, size), other.patch_embed.grid_size
         with torch.inference_mode(), record_attention(other) as blocks:
-            other.forward_features(images)
+            tokens = other.forward_features(images)
+        patches = tokens[:, -height * width :].unflatten(1, (height, width))
+        recorded = RecordedScale(blocks, (height, width), tokens=patches)
         for name in STRENGTHS:
             both = (
-                partial(attention_strength, RecordedScale(blocks, (height, width)), name),
+                partial(attention_strength, recorded, name),
                 partial(other, images),
             )
             with torch.inference_mode():

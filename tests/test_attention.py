@@ -24,9 +24,9 @@ from ramslib.attention import (
     multiply_rows,
     record_attention,
     rollout_rows,
-    single_block,
 )
 from ramslib.errors import InputError
+from ramslib.inspector import single_block
 
 # --- recording ---------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     table = main([*TINY, "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
-    assert len(table) == 12 + 3 + 4 + 2 + 6 + 2 + 2
+    assert len(table) == 20 + 5 + 4 + 2 + 10 + 2 + 2
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 14
     assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()

@@ -70,7 +70,7 @@ def test_it_builds_and_is_accepted_by_the_command_line(data, preset):
     started = _parse(["train", "--run", "x", *overrides(preset)])
     assert _config(started) == preset
     with torch.device("meta"):
-        model, _ = build_model(preset.replace(pretrained="none"), 7)
+        model = build_model(preset.replace(pretrained="none"), 7)
     assert model.grid == (preset.image_size // 16,) * 2
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
     dropped = {name for name in rates if ".mlp." in name or name == "backbone.pos_drop"}

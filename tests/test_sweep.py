@@ -23,6 +23,7 @@ from ramslib.training.trainer import train
 
 FORK = multiprocessing.get_context("fork")
 SCORES = ["images", "top1", "standard_error", "top5", "mean_per_class_accuracy", "ece", "nll"]
+SCORES += ["best_epoch", "epochs"]
 RESULTS = pd.DataFrame(
     [("best", "scale 1", 30.0), ("best", "mean logits", 50.0), ("last", "mean logits", 40.0)],
     columns=["checkpoint", "output", "top1"],
