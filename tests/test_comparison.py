@@ -205,6 +205,19 @@ def test_one_at_a_time_is_the_base_and_each_single_change_once():
     assert describe(base.replace(threshold=1.2, scales=3), base) == "scales=3, threshold=1.2"
 
 
+def test_ideas_are_described_by_their_files_content(tmp_path):
+    ideas, copy = tmp_path / "ideas.py", tmp_path / "sources" / "ideas.py"
+    copy.parent.mkdir()
+    for file in (ideas, copy):
+        file.write_text("def window(strength, threshold, recorded): ...")
+    base = Config().replace(proposal=f"{ideas}:window")
+    mine = base.replace(proposal=f"{copy}:window")
+    assert describe(mine, base) == "base"
+    assert describe(mine, Config()) == "proposal=ideas.py:window"
+    copy.write_text("def window(strength, threshold, recorded): pass")
+    assert describe(mine, base) == "proposal=ideas.py:window"
+
+
 def test_every_named_axis_is_an_ablation_of_every_preset():
     for preset in ("small", "tiny", "paper-cub"):
         base = Config.preset(preset)

@@ -12,6 +12,7 @@ difference of two accuracies with an uncertainty each.
 import itertools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
 from ramslib.experiments.sweep import run_folder, train_all
+from ramslib.extensions import is_reference, key_values
 from ramslib.runs.folder import NON_RESULT_SETTINGS, read_run
 from ramslib.runs.results import read_predictions, read_results
 
@@ -69,11 +71,18 @@ def one_at_a_time(base: Config, **axes: Sequence) -> list[Config]:
 
 
 def describe(config: Config, base: Config) -> str:
-    """What a configuration changes, except the seed: ``scales=3, threshold=1.2``, or ``base``."""
-    names = [name for name in Config.names() if name not in ("seed", *NON_RESULT_SETTINGS)]
-    pairs = [(name, getattr(config, name)) for name in names]
-    changed = [f"{name}={value}" for name, value in pairs if value != getattr(base, name)]
-    return ", ".join(changed) or "base"
+    """What a configuration changes, except the seed: ``scales=3, threshold=1.2``, or ``base``.
+
+    Files of one's own are compared by their content, wherever they are, and named without folder.
+    """
+    here, there = (key_values(asdict(each)) for each in (config, base))
+    changed = {
+        name: getattr(config, name)
+        for name in Config.names()
+        if name not in ("seed", *NON_RESULT_SETTINGS) and here[name] != there[name]
+    }
+    named = {k: v.rpartition("/")[2] if is_reference(v) else v for k, v in changed.items()}
+    return ", ".join(f"{name}={value}" for name, value in named.items()) or "base"
 
 
 def scale_training(config: Config, factor: float) -> Config:
