@@ -143,7 +143,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    flat = sum_over_processes(flat, processes) / processes.world
+    flat = sum_over_processes(flat, processes).div_(processes.world)
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
