@@ -126,7 +126,7 @@ def _listening(processes):
 
 
 def _attach_elsewhere(run, answer):
-    answer.put(find_job(run).pid)
+    answer.put(find_job(run).process.pid)
 
 
 def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
@@ -135,7 +135,7 @@ def test_a_training_is_followed_interrupted_found_again_and_finished(tmp_path):
 
     def interrupt(metrics):
         if len(metrics):
-            pids.append(find_job(run).pid)
+            pids.append(find_job(run).process.pid)
             answer = multiprocessing.Queue()
             other = multiprocessing.Process(target=_attach_elsewhere, args=(run, answer))
             other.start()
@@ -164,18 +164,19 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
     config = tiny_config(draw_photos(tmp_path / "photos"), epochs=200, workers=1)
     run = tmp_path / "run"
     job = start(run, ["train", "--run", run, *overrides(config)], 2)
-    assert start(run, ["train"], 2).pid == job.pid, "it runs already"
+    assert start(run, ["train"], 2).process.pid == job.process.pid, "it runs already"
     deadline = time.monotonic() + 120
     while read_metrics(run).empty and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = Job(run, job.pid)
+    found = find_job(run)
     assert _listening(_working_on(run)), "two processes meet at a port"
     assert len(_working_on(run)) >= 3
     found.stop()
     assert not found.is_running() and find_job(run) is None
     assert "stopped as asked, at step" in job.output(200)
     time.sleep(0.5)
-    assert _in_session(job.pid) == ([], []) and _working_on(run) == []  # so they hold no port
+    assert _in_session(job.process.pid) == ([], [])
+    assert _working_on(run) == []  # so they hold no port
 
 
 def test_a_slow_picture_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
@@ -183,12 +184,13 @@ def test_a_slow_picture_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
     clock = {"monotonic": lambda: now[0], "sleep": lambda seconds: now.append(now.pop() + seconds)}
     monkeypatch.setattr(ramslib.training.launch, "time", SimpleNamespace(**clock))
     monkeypatch.setattr(Job, "is_running", lambda job: now[0] < 600)
+    monkeypatch.setattr(Job, "_end", lambda job: None)
 
     def show():
         shown.append(now[0])
         clock["sleep"](3.0)
 
-    Job(tmp_path, -1).watch(show, every=4.0)
+    Job(tmp_path, None).watch(show, every=4.0)
     assert len(shown) == 11, "at 0, 63, 126 .. 567 seconds and at the end"
     assert min(b - a for a, b in zip(shown, shown[1:-1], strict=False)) >= 63
 
@@ -201,9 +203,9 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path, victim):
     deadline = time.monotonic() + 120
     while read_metrics(run).empty and time.monotonic() < deadline:
         time.sleep(0.1)
-    ranks = psutil.Process(job.pid).children()
+    ranks = job.process.children()
     assert len(ranks) == 2
-    (ranks[1] if victim == "rank" else psutil.Process(job.pid)).kill()
+    (ranks[1] if victim == "rank" else job.process).kill()
     if victim == "rank":
         with pytest.raises(InputError, match="killed by signal 9 .* the same command resumes"):
             job.watch()
@@ -227,7 +229,7 @@ def test_a_failure_is_reported_as_the_command_reported_it(tmp_path):
     job = start(tmp_path, ["train", "--run", tmp_path, "epoks=3"])
     with pytest.raises(InputError, match=r"^unknown setting 'epoks'; .*; see .*output.log$"):
         job.watch(every=0.1)
-    assert ramslib.training.launch._CHILDREN == {} and find_job(tmp_path) is None
+    assert find_job(tmp_path) is None
 
 
 def test_a_job_file_of_the_past_is_no_job(tmp_path):

@@ -121,24 +121,22 @@ def _signal(ranks: Sequence[subprocess.Popen], number: int) -> None:
         rank.send_signal(number)  # does nothing where it has ended
 
 
-_CHILDREN: dict[int, subprocess.Popen] = {}  # started by this process, which must reap them
-
-
 class Job:
     """A process group that works on a folder, started here or found running there.
 
     Attributes:
         folder: where it works; its output is in ``output.log`` there.
-        pid: its process group.
+        process: the leader of the group.
     """
 
-    def __init__(self, folder: Path, pid: int):
-        self.folder, self.pid = folder, pid
+    def __init__(self, folder: Path, process: psutil.Process | psutil.Popen):
+        self.folder, self.process = folder, process
 
     def is_running(self) -> bool:
         """Whether the leader of the group is alive."""
-        child = _CHILDREN.get(self.pid)
-        return child.poll() is None if child else _start_time(self.pid) is not None
+        with suppress(psutil.NoSuchProcess):
+            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        return False
 
     def output(self, lines: int = 20) -> str:
         """The last lines that the job printed."""
@@ -169,10 +167,9 @@ class Job:
             self.stop()
             raise
         show()
-        (self.folder / "job.json").unlink(missing_ok=True)
-        child, message = _CHILDREN.pop(self.pid, None), self._error()
-        if message or (child and child.returncode):
-            message = message or f"the training ended with exit code {child.returncode}"
+        code, message = self._end(), self._error()
+        if message or code:
+            message = message or f"the training ended with exit code {code}"
             raise InputError(f"{message}; see {self.folder}/output.log")
 
     def _error(self) -> str:
@@ -188,12 +185,18 @@ class Job:
         for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
             with suppress(ProcessLookupError):
                 if self.is_running():
-                    os.killpg(self.pid, number)
+                    os.killpg(self.process.pid, number)
             deadline = time.monotonic() + wait
             while self.is_running() and time.monotonic() < deadline:
                 time.sleep(0.1)
-        _CHILDREN.pop(self.pid, None)
+        self._end()
+
+    def _end(self) -> int | None:
+        """Forget the job; returns its exit code where it was started by this process."""
         (self.folder / "job.json").unlink(missing_ok=True)
+        with suppress(psutil.Error):
+            return self.process.wait(timeout=1)
+        return None
 
 
 def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> Job:
@@ -219,7 +222,7 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
     with log:
         log.write(f"$ {shlex.join(parts)}\n")
         log.flush()
-        child = subprocess.Popen(
+        child = psutil.Popen(
             parts,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -227,32 +230,19 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    text = json.dumps({"pid": child.pid, "started": _start_time(child.pid)})
+    text = json.dumps({"pid": child.pid, "started": child.create_time()})
     write_atomically(folder / "job.json", lambda part: part.write_text(text))
-    _CHILDREN[child.pid] = child
-    return Job(folder, child.pid)
+    return Job(folder, child)
 
 
 def find_job(folder: Path | str) -> Job | None:
     """The job that runs on a folder, whoever started it; None when there is none."""
     try:
         found = json.loads((Path(folder) / "job.json").read_text())
-        pid, started = int(found["pid"]), float(found["started"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    now = _start_time(pid)
-    return Job(Path(folder), pid) if now is not None and abs(now - started) < 1 else None
-
-
-def _start_time(pid: int) -> float | None:
-    """When a process started, which distinguishes it from a later one of the same number.
-
-    Seconds since 1970; None for a process that has ended, also where nobody reaped it.
-    """
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.Error, ValueError):
+        job = Job(Path(folder), psutil.Process(int(found["pid"])))
+        started = job.process.create_time()  # a later process may have the number of a dead one
+        return job if job.is_running() and abs(started - float(found["started"])) < 1 else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 
 
