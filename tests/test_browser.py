@@ -219,12 +219,12 @@ def visit_the_tabs(page, name):
         button = page.get_by_role("button", name="Evaluate validation set")
         if tab == "validation set" and button.count():
             button.first.click()
-            page.locator(".rams-note", has_text="mean softmax").first.wait_for()
+            page.locator(".rams-note", has_text="stored at threshold").first.wait_for()
         if tab in ("blocks", "validation set"):
             page.wait_for_function("() => !document.querySelector('.rams-outdated')")
         if tab == "gallery":
             page.locator(".rams select", has_text="most uncertain").select_option("most uncertain")
-            page.locator(".rams-thumbnail img").first.click()
+            page.locator(".rams-thumbnail button").first.click()
         if tab == "confusion":
             page.locator(".rams-matrix button:enabled").first.click()
             page.locator(".rams-note", has_text="predicted as").first.wait_for()
@@ -235,10 +235,8 @@ def visit_the_tabs(page, name):
 def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "05_attention_explorer.ipynb", 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-    cell.source = (
-        f"data = 'folder'\nroot = {str(places / 'photos')!r}\n"
-        f"out = {str(places / 'runs')!r}\npreset = 'tiny'"
-    )
+    cell.source += f"\ndata, root = 'folder', {str(places / 'photos')!r}"
+    cell.source += f"\nout, preset = {str(places / 'runs')!r}, 'tiny'"
     (tmp_path / "books").mkdir()
     nbformat.write(notebook, tmp_path / "books" / "05.ipynb")
     port, token = free_port(), secrets.token_hex(16)
