@@ -1,5 +1,6 @@
 """The page, without a browser: widget values go in, images and messages come out."""
 
+import dataclasses
 import gc
 import html
 import io
@@ -225,6 +226,21 @@ def test_proposal_crop_source_and_opacity(explorer):
     assert row.crop.image.value != sharp
     explorer.controls.opacity.value = 0
     assert np.abs(pixels(row.heat).astype(int) - np.asarray(row.base[1])).mean() < 3
+
+
+def test_annotated_boxes_are_drawn_and_scored(explorer, places):
+    table = explorer.loaded.table.assign(top=20.0, left=30.0, bottom=70.0, right=90.0)
+    boxed = dataclasses.replace(explorer.loaded, table=table, key="boxed")
+    page = open_explorer("folder", places / "photos", places / "runs", boxed)
+    numbers, _ = numbers_of(page)
+    assert f"IoU {numbers['iou']:.2f}" in text_of(page.rows[0].crop.note)
+    assert "annotated" in text_of(page.rows[0].input.note)
+    plain = pixels(explorer.rows[0].input).astype(int)
+    changed = np.abs(pixels(page.rows[0].input).astype(int) - plain).max(axis=2) > 60
+    scale = plain.shape[0] / 90
+    rows, columns = np.nonzero(changed)
+    found = rows.min() / scale, columns.min() / scale, rows.max() / scale, columns.max() / scale
+    assert found == pytest.approx((20, 30, 70, 90), abs=2)
 
 
 def test_a_trained_threshold_beyond_the_slider_is_shown(places, tmp_path):
@@ -694,20 +710,24 @@ def test_the_worker_does_the_newest_work_and_reports_errors():
     assert threading.active_count() < threads, "the thread ends with its worker"
 
 
-def test_work_in_the_background_does_not_keep_the_process_alive():
-    code = """
-import threading, time
+@pytest.mark.parametrize("step", ["time.sleep(600)", "x = torch.rand(500, 500) @ x"])
+def test_work_in_the_background_does_not_keep_the_process_alive(step):
+    code = f"""
+import threading, time, torch
 from ramslib.explorer.panels import BackgroundWorker
 worker, started = BackgroundWorker(threading.RLock(), print, 0), threading.Event()
 def work():
-    started.set()
-    time.sleep(600)
-    yield
+    x = torch.rand(500, 500)
+    while True:
+        started.set()
+        {step}
+        yield lambda: None
 worker(work())
 started.wait()
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert done.returncode == 0
 
 
 # parts

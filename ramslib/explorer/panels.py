@@ -239,31 +239,35 @@ class BackgroundWorker:
     """Slow work beside the page: it starts when controls rest, and newer work replaces older.
 
     Work is an iterator of functions that change the page; they are called under ``lock``, the work
-    between them is not. It is abandoned at the next step as soon as there is newer work. The thread
-    ends with its worker, and never keeps the process alive.
+    between them is not. It is abandoned at the next step when there is newer work or the process
+    ends. The thread ends with its worker, and never keeps the process alive.
     """
 
     def __init__(self, lock: threading.RLock, report: Callable[[Exception], None], delay=0.15):
         self.lock, self.report, self.delay, self.ticket = lock, report, delay, 0
+        self.jobs, self.stopped = queue.SimpleQueue(), threading.Event()
         self.threads = torch.get_num_threads()
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_run_jobs, args=(self.jobs,), daemon=True).start()
-        weakref.finalize(self, self.jobs.put, None)
+        thread = threading.Thread(target=_run_jobs, args=(self.jobs,), daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self.jobs, self.stopped, thread)
 
     def __call__(self, work: Iterator[Callable]) -> None:
         """Do this work when no other has come for ``delay`` seconds."""
         self.ticket += 1
         self.jobs.put(partial(self._work, self.ticket, work))
 
+    def _is_old(self, ticket: int) -> bool:
+        return ticket != self.ticket or self.stopped.is_set()
+
     @torch.inference_mode()
     def _work(self, ticket: int, work: Iterator[Callable]) -> None:
         torch.set_num_threads(self.threads)  # each thread has its own number
         try:
-            if ticket == self.ticket:
+            if not self._is_old(ticket):
                 time.sleep(self.delay)
-            for change_page in work if ticket == self.ticket else ():
+            for change_page in () if self._is_old(ticket) else work:
                 with self.lock:
-                    if ticket != self.ticket:
+                    if self._is_old(ticket):
                         return
                     change_page()
         except Exception as error:
@@ -280,3 +284,11 @@ def _run_jobs(jobs: queue.SimpleQueue) -> None:
     while job := jobs.get():
         job()
         del job  # it holds the worker
+
+
+def _stop(jobs: queue.SimpleQueue, stopped: threading.Event, thread: threading.Thread) -> None:
+    """End a worker's thread; Python aborts where torch still computes in one when it exits."""
+    stopped.set()
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join(timeout=2)
