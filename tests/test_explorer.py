@@ -4,13 +4,9 @@ import dataclasses
 import gc
 import html
 import io
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,10 +22,9 @@ from ramslib.__main__ import main
 from ramslib.explorer import Explorer
 from ramslib.explorer.controls import ALL
 from ramslib.explorer.gallery import PAGE
-from ramslib.explorer.page import app_command
-from ramslib.explorer.panels import BackgroundWorker, Panel, probability_bars
-from ramslib.explorer.tabs import draw_curve
 from ramslib.explorer.validation import images_of, sort_images
+
+pytestmark = pytest.mark.slow
 
 IDEAS = """
 import torch
@@ -111,11 +106,6 @@ def numbers_of(explorer):
 def pixels(panel):
     """The image that a panel shows."""
     return np.asarray(Image.open(io.BytesIO(panel.image.value)))
-
-
-def inputs_of(explorer, scale):
-    """What a scale was run on."""
-    return explorer.inspector.outputs(explorer.controls.settings())[scale].input
 
 
 def test_opens_a_run_of_several_scales_at_its_first_validation_image(explorer):
@@ -423,16 +413,6 @@ def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
     assert not blocks.is_outdated
 
 
-def test_the_marker_is_at_its_threshold():
-    curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
-    panel, plain = Panel("", "png"), np.asarray(draw_curve(curve)[0])
-    for value in (0, 1.5, 4):
-        panel.mark(value)
-        changed = plain != np.asarray(draw_curve(curve, mark=value)[0])
-        columns = np.nonzero(changed.any(axis=(0, 2)))[0]
-        assert abs(columns.mean() / changed.shape[1] - marker(panel)) < 0.003
-
-
 @pytest.fixture
 def evaluated(explorer):
     """The explorer after evaluating the validation set."""
@@ -445,6 +425,23 @@ def evaluated(explorer):
         explorer.worker.wait()
     assert explorer.tabs.cached is not None and messages_of(explorer) == ""
     return explorer
+
+
+def test_an_evaluation_that_fails_can_be_started_again(explorer, tmp_path):
+    explorer.out = tmp_path
+    explorer.tabs.use()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    sound = explorer.loaded
+    table = sound.table.assign(path=str(broken))
+    explorer.loaded = dataclasses.replace(sound, table=table)
+    explorer.tabs.start.click()
+    explorer.tabs.worker.wait()
+    assert "broken.png" in messages_of(explorer) and not explorer.tabs.start.disabled
+    explorer.loaded = sound
+    explorer.tabs.start.click()
+    explorer.tabs.worker.wait()
+    assert messages_of(explorer) == "" and explorer.tabs.cached is not None
 
 
 def test_the_threshold_of_the_validation_set_answers_at_once(evaluated):
@@ -673,88 +670,6 @@ def test_work_on_the_image_before_does_not_reach_the_new_one(explorer):
     assert new.has_run(1, region.crop) and messages_of(explorer) == ""
 
 
-def test_the_worker_does_the_newest_work_and_reports_errors():
-    done, errors = [], []
-    worker = BackgroundWorker(threading.RLock(), errors.append, delay=0.05)
-
-    def work(name):
-        assert torch.is_inference_mode_enabled()
-        yield lambda: done.append(name)
-        time.sleep(0.05)
-        yield lambda: done.append(name + " again")
-
-    for name in "abc":
-        worker(work(name))
-    worker.wait()
-    assert done == ["c", "c again"]
-    worker(work("d"))
-    while "d" not in done:
-        time.sleep(0.005)
-    worker(work("e"))
-    worker.wait()
-    assert done[2:] == ["d", "e", "e again"], "abandoned between two steps"
-
-    def fail():
-        yield lambda: 1 / 0
-
-    worker(fail())
-    worker.wait()
-    assert [type(error) for error in errors] == [ZeroDivisionError]
-    errors.clear()  # an error's traceback holds the worker
-    threads = threading.active_count()
-    del worker
-    gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() == threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() < threads, "the thread ends with its worker"
-
-
-@pytest.mark.parametrize("step", ["time.sleep(600)", "x = torch.rand(500, 500) @ x"])
-def test_work_in_the_background_does_not_keep_the_process_alive(step):
-    code = f"""
-import threading, time, torch
-from ramslib.explorer.panels import BackgroundWorker
-worker, started = BackgroundWorker(threading.RLock(), print, 0), threading.Event()
-def work():
-    x = torch.rand(500, 500)
-    while True:
-        started.set()
-        {step}
-        yield lambda: None
-worker(work())
-started.wait()
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
-    assert done.returncode == 0
-
-
-# parts
-
-
-def test_a_panel_draws_only_what_has_changed():
-    panel, drawn = Panel("a <title>"), []
-    assert "&lt;title&gt;" in panel.title.value
-
-    def draw():
-        drawn.append(1)
-        return Image.new("RGB", (8, 8)), "text"
-
-    panel.show(1, draw)
-    panel.outdated()
-    assert "computing" in panel.note.value
-    panel.show(1, draw)
-    assert "text" in panel.note.value and drawn == [1]
-    panel.show(2, draw)
-    assert drawn == [1, 1]
-
-
-def test_bars_escape_class_names():
-    table = pd.DataFrame({"scale 1": [0.25]}, index=["<b>"])
-    assert "&lt;b&gt;" in probability_bars(table) and "0.250" in probability_bars(table)
-
-
 # runs
 
 
@@ -833,10 +748,3 @@ def test_settings_of_the_controls_are_those_of_the_model(explorer):
     shown = explorer.controls.settings()
     assert isinstance(shown, ProposalSettings) and shown.functions == trained.functions
     assert shown.threshold(0) == trained.threshold(0) and shown.scales == trained.scales
-
-
-def test_the_app_ends_idle_kernels_and_takes_large_uploads():
-    command = " ".join(app_command(["--no-browser"]))
-    assert "cull_idle_timeout=" in command and "cull_interval=" in command
-    size = int(re.search(r"websocket_max_message_size': (\d+)", command)[1])
-    assert size >= 100 * 2**20 and command.endswith("--no-browser")

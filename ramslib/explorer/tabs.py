@@ -66,10 +66,13 @@ class AnalysisTabs(widgets.Tab):
         def log(text: str) -> None:
             self.state.value = caption_html(f"{html.escape(text)} …")
 
-        yield partial(setattr, self.start, "disabled", True)
-        validation.predict_validation(loaded, self.explorer.out / "explorer", log)
+        self.start.disabled = True
+        try:
+            validation.predict_validation(loaded, self.explorer.out / "explorer", log)
+        finally:
+            self.start.disabled = False
         if loaded is self.explorer.loaded:
-            yield self.use
+            yield self.explorer.guard(self.use, "validation")
             yield self.explorer.moved
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
