@@ -222,13 +222,40 @@ def token_contrast(recorded: RecordedScale) -> Tensor:
     """
     tokens, weights = F.normalize(recorded.tokens.float(), dim=-1), last_blocks_mean(recorded)
     attended = (tokens * weights[..., None]).sum(dim=(1, 2))
-    inner = tokens[:, 1:-1, 1:-1].sum(dim=(1, 2))
     cosines = [
         F.cosine_similarity(tokens, mean[:, None, None], dim=-1)
-        for mean in (attended, tokens.sum(dim=(1, 2)) - inner)
+        for mean in (attended, _border_sum(tokens))
     ]
     contrast = cosines[0] - cosines[1]
     return contrast - contrast.amin(dim=(1, 2), keepdim=True)
+
+
+def _border_sum(values: Tensor) -> Tensor:
+    """Sum over the patches at the border of a map: (B, h, w, ...) -> (B, ...)."""
+    return values.sum(dim=(1, 2)) - values[:, 1:-1, 1:-1].sum(dim=(1, 2))
+
+
+def principal_components(tokens: Tensor, count: int = 1) -> Tensor:
+    """Each token's value on the first principal components: (B, n, D) -> (B, n, count).
+
+    Their signs are arbitrary; an image with a token that is not finite has NaN.
+    """
+    centered = tokens.float() - tokens.float().mean(dim=1, keepdim=True)
+    left, sizes, _ = torch.linalg.svd(centered.nan_to_num(), full_matrices=False)
+    return (left * sizes[:, None])[..., :count] + 0 * centered.sum(dim=(1, 2), keepdim=True)
+
+
+@reads(blocks=0, tokens=True)
+def token_pca(recorded: RecordedScale) -> Tensor:
+    """The first principal component of an image's unit patch tokens, where it is positive.
+
+    Of its two signs the one that is negative on average over the image's border (Oquab et al.,
+    "DINOv2", 2023, tell foreground from background by that component).
+    """
+    tokens = F.normalize(recorded.tokens.float(), dim=-1).flatten(1, 2)
+    values = principal_components(tokens).unflatten(1, recorded.grid)[..., 0]
+    is_inside_out = (_border_sum(values) > 0)[:, None, None]
+    return torch.where(is_inside_out, -values, values).clamp(min=0)
 
 
 STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
@@ -237,8 +264,9 @@ STRENGTHS: dict[str, Callable[[RecordedScale], Tensor]] = {
     "last_class": last_class,
     "last_blocks_mean": last_blocks_mean,
     "token_contrast": token_contrast,
+    "token_pca": token_pca,
 }
-CLASS_STRENGTHS = [function for function in STRENGTHS.values() if function is not rollout_mean]
+CLASS_STRENGTHS = (rollout_class, last_class, last_blocks_mean, token_contrast)
 
 
 def attention_strength(recorded: RecordedScale, strength: str | Callable = "last_class") -> Tensor:

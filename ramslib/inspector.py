@@ -9,9 +9,11 @@ recursion itself is the model's: an inspector gives it other settings and rememb
     inspector.set_image("heron.jpg")
     region = inspector.region(threshold=0.8)  # no forward pass
     outputs = inspector.outputs(threshold=0.8)  # scale 2 on the new crop
+    rows = inspector.attention_rows(12, (3, 5))  # what this patch attends to, by head
+    outputs = inspector.outputs(proposal=inspector.by_hand([40, 60, 200, 240]))  # scale 2 there
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -28,12 +31,14 @@ from ramslib.attention import (
     CLASS_STRENGTHS,
     STRENGTHS,
     RecordedScale,
+    attention_probabilities,
     attention_strength,
     last_class,
+    on_grid,
     rollout_mean,
 )
 from ramslib.backbone import count_class_tokens
-from ramslib.boxes import box_area, box_iou, full_image_boxes
+from ramslib.boxes import box_area, box_iou, full_image_boxes, rescale_boxes
 from ramslib.classifier import ScaleOutput
 from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.transforms import ImageTransform, open_image
@@ -43,6 +48,7 @@ from ramslib.evaluation import probabilities
 from ramslib.extensions import reads
 from ramslib.model import ProposalSettings, RAMSTrans
 
+Token = str | tuple[int, int]  # a name of `Inspector.prefix_tokens`, or a patch: row, column from 0
 DISPLAY = 900  # pixels; the longer side of the copy of an image that is kept to show
 
 
@@ -65,6 +71,17 @@ def single_block(number: int, head: int | None = None, class_token: bool = True)
 
     strength.is_single = True
     return strength
+
+
+@lru_cache
+def fixed_box(*patch_box: float) -> Callable:
+    """The proposal of one box ``(top, left, bottom, right)`` in patches, whatever the strength."""
+
+    @reads(blocks=0)
+    def by_hand(strength: Tensor, threshold: float, recorded: RecordedScale | None) -> Tensor:
+        return torch.tensor(patch_box).expand(len(strength), 4)
+
+    return by_hand
 
 
 class Region(NamedTuple):
@@ -297,10 +314,21 @@ class Inspector:
         Where the true class is unknown, that of the class which scale 1 predicts. One forward pass
         per different crop.
         """
-        settings, known = self.changed(settings, **changes), {}
-        label = self._run_before(0).logits[0].argmax() if self.label is None else self.label
-        for threshold in thresholds:
-            region = self.region(0, settings, threshold=threshold)
+        settings = self.changed(settings, **changes)
+        return self._chances(self.region(0, settings, threshold=eta) for eta in thresholds)
+
+    def probability_elsewhere(
+        self, boxes: Tensor, settings: ProposalSettings | None = None, **changes
+    ) -> Iterator[float]:
+        """Like `probability_curve`, for boxes (n, 4) in pixels of the upright image."""
+        settings = self.changed(settings, **changes)
+        places = (self.by_hand(box) for box in boxes.tolist())
+        return self._chances(self.region(0, settings, proposal=place) for place in places)
+
+    def _chances(self, regions: Iterable[Region]) -> Iterator[float]:
+        known, label = {}, self.label
+        label = self._run_before(0).logits[0].argmax() if label is None else label
+        for region in regions:
             key = tuple(region.boxes.flatten().tolist())
             if key not in known:
                 with torch.inference_mode():
@@ -327,6 +355,107 @@ class Inspector:
         return torch.cat(maps)
 
     @property
+    def prefix_tokens(self) -> list[str]:
+        """The tokens before the patches: ``class 1``, ..., then ``register 1``, ..."""
+        patches = self.model.grid[0] * self.model.grid[1]
+        count = self._run_before(0).recorded.blocks[0].query.shape[2] - patches
+        classes = count_class_tokens(self.model.backbone)
+        names = [f"class {number}" for number in range(1, classes + 1)]
+        return names + [f"register {number}" for number in range(1, count - classes + 1)]
+
+    def token_index(self, token: Token) -> int:
+        """Where a token is in the sequence.
+
+        Args:
+            token: a name of `prefix_tokens`, or a patch as (row, column) from 0.
+
+        Raises:
+            InputError: there is none.
+        """
+        names, (height, width) = self.prefix_tokens, self.model.grid
+        if isinstance(token, str):
+            if token not in names:
+                raise InputError(f"no token {token!r}; choose one of {names} or (row, column)")
+            return names.index(token)
+        row = _checked("row", token[0], 0, height - 1)
+        return len(names) + width * row + _checked("column", token[1], 0, width - 1)
+
+    @torch.inference_mode()
+    def attention_rows(
+        self, block: int, token: Token, head: int | None = None, scale: int = 0
+    ) -> Tensor:
+        """What one token attends to: its row of a block's attention probabilities, by head.
+
+        Args:
+            block: from 1.
+            token: the one that reads, see `token_index`.
+            head: from 1; None gives all.
+            scale: from 0, one that was run; of several regions, the first.
+
+        Returns:
+            (A, N), or (1, N) of one head; each row sums to 1. `attention.on_grid` gives the
+            patches' part as maps.
+
+        Raises:
+            InputError: no such block, head or token.
+        """
+        blocks, index = self._run_before(scale).recorded.blocks, self.token_index(token)
+        chosen = blocks[_checked("block", block, 1, len(blocks)) - 1]
+        rows = attention_probabilities(chosen, slice(index, index + 1))[0, :, 0]
+        return rows if head is None else rows[[_checked("head", head, 1, len(rows)) - 1]]
+
+    def disagreement(
+        self, block: int, patch: Token, head: int | None = None, scale: int = 0
+    ) -> Tensor:
+        """Where class token and patch disagree: (h, w), positive where the class token looks more.
+
+        The difference of what each gives to every patch, mean over heads, as shares of what it
+        gives to all patches; the arguments are those of `attention_rows`.
+        """
+        if not self.has_class_token:
+            raise InputError("this backbone has no class token; use attention_rows")
+        asked = self.prefix_tokens[self._run_before(scale).recorded.class_index], patch
+        rows = [self.attention_rows(block, token, head, scale).mean(dim=0) for token in asked]
+        maps = on_grid(torch.stack(rows), self.model.grid)
+        first, second = maps / maps.sum(dim=(1, 2), keepdim=True)
+        return first - second
+
+    @torch.inference_mode()
+    def patch_similarity(self, patch: tuple[int, int], scale: int = 0) -> Tensor:
+        """Cosine of a patch's token after the last block to those of all patches: (h, w)."""
+        tokens = self._run_before(scale).recorded.tokens[0]
+        index = self.token_index(patch) - len(self.prefix_tokens)
+        return F.cosine_similarity(tokens, tokens.flatten(0, 1)[index], dim=-1)
+
+    def by_hand(self, box: Sequence[float]) -> Callable:
+        """The proposal of one box for scale 2, whatever the attention is.
+
+        Args:
+            box: ``(top, left, bottom, right)`` in pixels of the upright image.
+
+        Raises:
+            InputError: the model sees nothing of it.
+        """
+        given = torch.as_tensor([list(box)], dtype=torch.float64)
+        inside = self.transform.boxes_to_input(given, self.size, self.model.image_size)
+        if not (inside[:, 2:] > inside[:, :2]).all():
+            seen = self.image_boxes(full_image_boxes(self._images[0]))[0].round().int().tolist()
+            raise InputError(
+                f"box {list(box)}: the model sees nothing of it; give (top, left, bottom, right) "
+                f"in pixels, within {seen}"
+            )
+        whole = torch.tensor([0.0, 0.0, *self.model.grid])
+        return fixed_box(*rescale_boxes(inside[0], self.model.image_size, whole).tolist())
+
+    def sliding_boxes(self, box: Sequence[float], steps: int = 8) -> Tensor:
+        """A box (4,) slid over what the model sees: (steps * steps, 4), row by row."""
+        seen, box = self.image_boxes(full_image_boxes(self._images[0]))[0], torch.as_tensor(box)
+        size = (box[2:] - box[:2]).minimum(seen[2:] - seen[:2])
+        ways = seen[:2] + torch.linspace(0, 1, steps)[:, None] * (seen[2:] - size - seen[:2])
+        corners = torch.cartesian_prod(*ways.T)
+        return torch.cat([corners, corners + size], dim=1)
+
+    @property
     def has_class_token(self) -> bool:
         """Whether the backbone has a class token."""
         return count_class_tokens(self.model.backbone) > 0
@@ -335,6 +464,12 @@ class Inspector:
         """The built-in strengths that this backbone has: those of a class token need one."""
         hidden = () if self.has_class_token else CLASS_STRENGTHS
         return [name for name, function in STRENGTHS.items() if function not in hidden]
+
+
+def _checked(name: str, number: int, first: int, last: int) -> int:
+    if not first <= number <= last:
+        raise InputError(f"{name} {number}: there is none; give one of {first} to {last}")
+    return number
 
 
 def _steady(proposal: Callable) -> Callable:

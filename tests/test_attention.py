@@ -484,6 +484,26 @@ def test_token_contrast_equals_the_loops(grid):
         np.testing.assert_allclose(found[image], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("grid", [(3, 4), (5, 5), (6, 3)])
+def test_token_pca_is_the_first_component_without_the_border(grid):
+    tokens = torch.randn(2, *grid, 8, generator=torch.Generator().manual_seed(1))
+    tokens[:, 1:-1, 1:-1] += 3 * torch.eye(8)[0]  # inner patches are alike
+    found = attention_strength(RecordedScale([], grid, 0, tokens, tokens), "token_pca")
+    assert STRENGTHS["token_pca"].reads_blocks == 0
+    for image in range(2):
+        flat = tokens[image].flatten(0, 1).double().numpy()
+        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        centered = unit - unit.mean(axis=0)
+        values = (centered @ np.linalg.eigh(centered.T @ centered)[1][:, -1]).reshape(grid)
+        border = values.sum() - values[1:-1, 1:-1].sum()
+        expected = np.maximum(-values if border > 0 else values, 0)
+        np.testing.assert_allclose(found[image], expected, atol=1e-5)
+        assert expected[1:-1, 1:-1].mean() > expected.mean() and (expected == 0).any()
+    same = torch.ones(1, *grid, 8)
+    flat = attention_strength(RecordedScale([], grid, 0, same, same), "token_pca")
+    assert torch.equal(flat, torch.zeros(1, *grid))
+
+
 # --- the plain path, single blocks, and strengths of one's own ---------------------------------
 
 

@@ -156,12 +156,113 @@ def test_models_without_class_token_and_with_bias_can_be_inspected(family, backb
     model = RAMSTrans(backbone_of(family), 3, settings).eval()
     inspector = Inspector(model, ImageTransform((24, 32))).set_image(table["path"][0])
     names = inspector.strengths()
-    assert names == (["rollout_mean"] if family == "average" else list(STRENGTHS))
+    assert names == (["rollout_mean", "token_pca"] if family == "average" else list(STRENGTHS))
     singles = [single_block(2, None, inspector.has_class_token), single_block(2, 2)]
     for strength in (*names, *singles):
         region = inspector.region(strength=strength)
         assert region.strength.isfinite().all() and region.strength.shape == (1, 3, 4)
         assert inspector.strength_per_block(strength=strength).shape == (3, 3, 4)
+
+
+# --- any token, and boxes by hand --------------------------------------------------------------
+
+PREFIXES = {
+    "average": [],
+    "vit": ["class 1"],
+    "eva02": ["class 1"],
+    "dinov3": ["class 1", *(f"register {number}" for number in range(1, 5))],
+    "dinov2_registers": ["class 1", *(f"register {number}" for number in range(1, 5))],
+}
+
+
+def unfused(backbone, images):
+    """The (A, N, N) probabilities of each block as timm's own unfused attention forms them."""
+    formed = []
+    for block in backbone.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, given: formed.append(given[0][0]))
+    with torch.no_grad():
+        backbone.forward_features(images)
+    return formed
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+def test_rows_of_any_token_are_those_of_unfused_attention(family, backbone_of, table):
+    backbone = backbone_of(family)
+    model = RAMSTrans(backbone, 3, ProposalSettings((), "rollout_mean", scales=1)).eval()
+    inspector = Inspector(model, ImageTransform((24, 32))).set_image(table["path"][0])
+    names = inspector.prefix_tokens
+    assert names == PREFIXES[family]
+    expected = unfused(backbone, inspector.outputs()[0].input)
+    assert len(expected) == 3 and expected[0].shape[-1] == len(names) + 12
+    patches = [(row, column) for row in range(3) for column in range(4)]
+    for block in (1, 3):
+        for index, token in enumerate([*names, *patches]):
+            rows = inspector.attention_rows(block, token)
+            assert torch.allclose(rows, expected[block - 1][:, index], atol=1e-6)
+            one = inspector.attention_rows(block, token, head=2)
+            assert torch.equal(one, rows[1:])
+    if names:
+        first, second = (expected[2][:, index, -12:].mean(0) for index in (0, len(names) + 6))
+        difference = (first / first.sum() - second / second.sum()).view(3, 4)
+        assert torch.allclose(inspector.disagreement(3, (1, 2)), difference, atol=1e-6)
+    else:
+        with pytest.raises(InputError, match="no class token; use attention_rows"):
+            inspector.disagreement(3, (1, 2))
+
+
+def test_similarity_is_the_cosine_of_the_tokens(inspector):
+    with torch.no_grad():
+        tokens = inspector.model.backbone.forward_features(inspector.outputs()[0].input)[0, -16:]
+    found = inspector.patch_similarity((2, 1))
+    for place, other in enumerate(tokens):
+        cosine = float(tokens[9] @ other / (tokens[9].norm() * other.norm()))
+        assert float(found.flatten()[place]) == pytest.approx(cosine, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0, "class 1"), "block 0: there is none; give one of 1 to 6"),
+        ((1, "class 1", 9), "head 9: there is none"),
+        ((1, (4, 0)), "row 4: there is none; give one of 0 to 3"),
+        ((1, (0, -1)), "column -1"),
+        ((1, "class 3"), "no token 'class 3'; choose one of"),
+    ],
+)
+def test_tokens_that_there_are_not(inspector, arguments, words):
+    with pytest.raises(InputError, match=words):
+        inspector.attention_rows(*arguments)
+
+
+def test_a_box_by_hand_is_where_scale_2_looks(inspector, forwards):
+    outputs = inspector.outputs(proposal=inspector.by_hand(BOX))
+    assert inspector.image_boxes(outputs[1].boxes)[0].tolist() == pytest.approx(BOX, abs=1e-3)
+    box = inspector.transform.boxes_to_input(inspector.box, inspector.size, (96, 96))
+    top, left, bottom, right = box[0].round().int().tolist()
+    crop = inspector.model.preprocess(inspector.pixels[None])[1][..., top:bottom, left:right]
+    size = {"size": (64, 64), "mode": "bilinear"}
+    expected = torch.nn.functional.interpolate(crop, **size)
+    assert torch.allclose(outputs[1].input, expected, atol=1e-5)
+    with torch.no_grad():
+        logits = inspector.model.run_scale(expected, 1)[0]
+    assert torch.allclose(outputs[1].logits, logits, atol=1e-4)
+    stats = inspector.region_stats(inspector.region(proposal=inspector.by_hand(BOX)))
+    assert stats["iou"] == pytest.approx(1, abs=1e-3)
+    with pytest.raises(InputError, match="the model sees nothing of it"):
+        inspector.by_hand([10, 0, 10, 40])
+
+
+def test_probabilities_elsewhere_are_those_of_the_boxes(inspector):
+    boxes = inspector.sliding_boxes(inspector.box[0], steps=3)
+    seen = inspector.image_boxes(torch.tensor([[0, 0, 64, 64]]))[0]
+    assert boxes.shape == (9, 4)
+    assert torch.allclose(boxes[0, :2], seen[:2]) and torch.allclose(boxes[-1, 2:], seen[2:])
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    assert torch.allclose(sizes, torch.tensor([[25.0, 32.0]]).double().expand(9, 2))
+    for box, chance in zip(boxes, inspector.probability_elsewhere(boxes), strict=True):
+        outputs = inspector.outputs(proposal=inspector.by_hand(box))
+        assert chance == pytest.approx(float(outputs[1].logits[0].softmax(0)[1]), abs=1e-6)
 
 
 # --- what runs again ---------------------------------------------------------------------------
