@@ -6,6 +6,8 @@ tokens through the parameters that it has anyway, so every timm feature keeps wo
 """
 
 import difflib
+import math
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -21,6 +23,7 @@ def create_backbone(
     name: str,
     image_size: int | tuple[int, int],
     class_tokens: int = 1,
+    further_sizes: Sequence[tuple[int, int]] = (),
     patch_stride: int | None = None,
     pretrained: str = "none",
     drop_path: float = 0.0,
@@ -34,6 +37,8 @@ def create_backbone(
         image_size: pixels, one number or (height, width); multiples of the patch size.
         class_tokens: class tokens in the sequence, each starting from the pretrained one and its
             position. 1 leaves the model as timm builds it.
+        further_sizes: other sizes of images that it will be given, none larger than ``image_size``;
+            positions are resampled to each of them in every forward pass.
         patch_stride: pixels from one patch to the next, see `overlap_patches`; None: they tile.
         pretrained: where weights come from, see `ramslib.weights`.
         drop_path: stochastic depth rate of the last block, growing linearly from the first.
@@ -48,7 +53,7 @@ def create_backbone(
             size that the patches do not tile, a stride that does not fit, or weights that cannot be
             had.
     """
-    backbone = _build(name, _pair(image_size), drop_path)
+    backbone = _build(name, (_pair(image_size), *further_sizes), drop_path)
     set_dropout(backbone, dropout)
     if patch_stride is not None:
         overlap_patches(backbone, patch_stride)
@@ -58,7 +63,7 @@ def create_backbone(
     return backbone
 
 
-def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Module:
+def _build(name: str, sizes: Sequence[tuple[int, int]], drop_path: float) -> nn.Module:
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0.0))
         raise InputError(f"timm has no model named {name!r}; the nearest are {near}")
@@ -70,12 +75,17 @@ def _build(name: str, image_size: tuple[int, int], drop_path: float) -> nn.Modul
         raise InputError(
             f"{name} is not a Vision Transformer with one grid of patches; choose another"
         )
-    _check_size(name, image_size, embed.feat_ratio(as_scalar=False))
-    options["img_size"] = image_size
+    for size in sizes:
+        _check_size(name, size, embed.feat_ratio(as_scalar=False))
+    options["img_size"] = sizes[0]
+    if len(set(sizes)) > 1:
+        options["dynamic_img_size"] = True
     if count_class_tokens(sketch):
         options["global_pool"] = "token"
     with torch.device("meta"):
-        _check_attention(name, _create(name, options).eval())
+        sketch = _create(name, options).eval()
+        for size in dict.fromkeys(sizes):
+            _check_attention(name, sketch, size)
     return _create(name, options)
 
 
@@ -89,15 +99,16 @@ def _check_size(name: str, image_size: tuple[int, int], patch: tuple[int, int]) 
         )
 
 
-def _check_attention(name: str, sketch: nn.Module) -> None:
+def _check_attention(name: str, sketch: nn.Module, size: tuple[int, int]) -> None:
     """Encode an image on the meta device, which costs no arithmetic, and refuse what is unusual.
 
     Raises:
         InputError: windowed attention, two attentions per block, attention that is not torch's,
             tokens that are no sequence, or a model without `forward_head`.
     """
-    count = getattr(sketch, "num_prefix_tokens", 0) + sketch.patch_embed.num_patches
-    image = torch.zeros(1, 3, *image_size(sketch), device="meta")
+    patches = math.prod(sketch.patch_embed.dynamic_feat_size(size))
+    count = getattr(sketch, "num_prefix_tokens", 0) + patches
+    image = torch.zeros(1, 3, *size, device="meta")
     try:
         with torch.no_grad(), record_attention(sketch) as blocks:
             tokens = sketch.forward_features(image)
@@ -115,6 +126,9 @@ def _create(name: str, options: dict) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, **options)
     except TypeError as error:
+        if "dynamic_img_size" in options:
+            message = f"{name} takes images of one size; leave region_size at none"
+            raise InputError(message) from None
         raise InputError(f"{name} is not a Vision Transformer that fits here: {error}") from None
 
 

@@ -69,6 +69,30 @@ def _whole_pixels(first: int, last: int, limit: int) -> slice:
     return slice(start, max(min(last, limit), start + 1))
 
 
+def grow_boxes(
+    boxes: Tensor, size: tuple[int, int], margin: float = 0.0, keep_aspect: bool = False
+) -> Tensor:
+    """Boxes with more around them, moved where they would leave their image.
+
+    Args:
+        boxes: (..., 4) in units in which the image measures ``size``.
+        size: (height, width) of the image.
+        margin: added on each side, a share of the box's own side.
+        keep_aspect: the shorter side grows until the box has the shape of the image, so that its
+            content is not distorted when it is resized to the size of an image.
+
+    Returns:
+        (..., 4) float32, inside the image.
+    """
+    limit = torch.tensor(size, device=boxes.device)
+    extent = (boxes[..., 2:] - boxes[..., :2]) * (1 + 2 * margin)
+    if keep_aspect:
+        extent = (extent / limit).amax(dim=-1, keepdim=True) * limit
+    extent = extent.minimum(limit)
+    start = ((boxes[..., :2] + boxes[..., 2:] - extent) / 2).clamp(min=0).minimum(limit - extent)
+    return torch.cat([start, start + extent], dim=-1)
+
+
 def box_area(boxes: Tensor) -> Tensor:
     """Area of each box: (..., 4) -> (...); empty boxes have area 0."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)

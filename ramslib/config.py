@@ -38,7 +38,9 @@ class Config:
     # data
     data: str = "diagnostic"  # a key of datasets.READERS, or a reader of your own
     root: str = "data/diagnostic"  # folder of that dataset
-    image_size: Pixels = within(112, 1, 8192)  # input of every scale
+    image_size: Pixels = within(112, 1, 8192)  # input of scale 1
+    # input of further scales: one side, or one per proposal; None: image_size
+    region_size: int | tuple[int, ...] | None = within(None, 1, 8192)
     highres_size: Pixels | None = within(336, 1, 8192)  # crops are cut here; None: previous crop
     crop_fraction: float = within(0.875, 0.1, 1)  # random and center crop; the paper's is 448/600
     augment: str = "flip"  # none, flip, autoaugment, or a timm string such as rand-m9-mstd0.5
@@ -59,6 +61,8 @@ class Config:
     threshold: float | tuple[float, ...] = within(1.0, -1e6, 1e6)  # eta, or one per proposal
     proposal: str = "attention"  # a key of dppm.PROPOSALS, or your own
     upsampling: int = within(1, 1, 16)  # of the strength before threshold and box
+    margin: float = within(0.0, 0, 10)  # around the box, a share of its sides
+    keep_aspect: bool = False  # the box grows to the shape of the image
     class_token: Literal["shared", "per_scale"] = "shared"  # paper: per_scale, slow when frozen
     legacy_boxes: bool = False  # shift boxes as the released code does
     align_corners: bool = False  # of the crop's resize; the release has True
@@ -150,6 +154,15 @@ class Config:
         count = self.scales - 1
         given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * count
         return given[:count]
+
+    def input_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of the input of each scale."""
+        first, sides = self.image_size, self.region_size
+        first = (first, first) if isinstance(first, int) else first
+        if not isinstance(sides, tuple):
+            sides = (sides,) * (self.scales - 1)
+        further = [first if side is None else (side, side) for side in sides]
+        return (first, *further[: self.scales - 1])
 
 
 def _read_toml(name: str) -> dict:
@@ -274,6 +287,7 @@ def _check_combinations(config: Config) -> None:
                 "your own as path/to/file.py:name"
             )
     _check_count("threshold", config.threshold, config.scales - 1, "proposals")
+    _check_count("region_size", config.region_size, config.scales - 1, "proposals")
     _check_count("loss", config.loss, config.scales, "scales")
     if isinstance(config.loss, tuple) and max(config.loss[: config.scales]) == 0:
         raise InputError(f"setting 'loss' is {config.loss}; one of the weights must be above 0")

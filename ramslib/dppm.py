@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ramslib import acceleration
 from ramslib.attention import RecordedScale
-from ramslib.boxes import full_image_boxes
+from ramslib.boxes import full_image_boxes, grow_boxes
 from ramslib.errors import InputError
 from ramslib.extensions import reads, resolve
 
@@ -227,6 +227,8 @@ def propose(
     proposal: str | Callable = "attention",
     recorded: RecordedScale | None = None,
     upsampling: int = 1,
+    margin: float = 0.0,
+    keep_aspect: bool = False,
 ) -> Proposal:
     """Propose a region for the next scale.
 
@@ -238,6 +240,8 @@ def propose(
         recorded: what the scale left; read by proposals of your own.
         upsampling: the strength is interpolated to so many times the grid first (bilinear), so that
             boxes need not end between two patches; masks are then of the finer grid.
+        margin: added around each box, a share of its sides; see `boxes.grow_boxes`.
+        keep_aspect: boxes grow to the shape of the image; likewise.
 
     Raises:
         InputError: unknown name, or a function that gives something else.
@@ -249,6 +253,7 @@ def propose(
             f"proposal {name!r} may read the recorded scale, which is not at hand here; mark it "
             "with @ramslib.reads(blocks=0) if it reads the strength alone"
         )
+    grid = tuple(strength.shape[1:])
     with torch.no_grad():
         if upsampling > 1:
             strength = upsample(strength, upsampling)
@@ -257,6 +262,9 @@ def propose(
         found = _check(found, strength, threshold, name)
     if upsampling > 1:
         found = found._replace(patch_boxes=found.patch_boxes / upsampling)
+    if margin or keep_aspect:
+        grown = grow_boxes(found.patch_boxes, grid, margin, keep_aspect)
+        found = found._replace(patch_boxes=grown)
     return found
 
 

@@ -42,7 +42,7 @@ from ramslib.boxes import box_area, box_iou, full_image_boxes, rescale_boxes
 from ramslib.classifier import ScaleOutput
 from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.transforms import ImageTransform, open_image
-from ramslib.dppm import Proposal, label_components, propose, seed_random_proposals
+from ramslib.dppm import Proposal, label_components, seed_random_proposals
 from ramslib.errors import InputError
 from ramslib.evaluation import probabilities
 from ramslib.extensions import reads
@@ -216,10 +216,11 @@ class Inspector:
         """
         settings, run = self.changed(settings, **changes), self._run_before(scale)
         strength, proposal = settings.functions
-        values, eta = run.strength(strength), settings.threshold(scale)
-        proposed = propose(values, eta, _steady(proposal), run.recorded, settings.upsampling)
+        values, steady = run.strength(strength), replace(settings, proposal=_steady(proposal))
+        proposed = steady.propose(values, scale, run.recorded)
         source = self._images[1] if settings.from_high_res else None
-        crop, boxes = self.model.crop_region(run.inputs, source, run.boxes, proposed.patch_boxes)
+        given = run.inputs, source, run.boxes, proposed.patch_boxes, scale + 1
+        crop, boxes = self.model.crop_region(*given)
         return Region(values, proposed, crop, boxes)
 
     @torch.inference_mode()

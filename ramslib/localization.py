@@ -5,7 +5,7 @@ once per image and its strengths are kept, so a sweep over thresholds, strengths
 no further forward pass; only accuracies of scale 2 do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from ramslib.attention import attention_strength
 from ramslib.boxes import box_area, box_iou, full_image_boxes, rescale_boxes
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import ImageTransform
-from ramslib.dppm import propose, seed_random_proposals
+from ramslib.dppm import seed_random_proposals
 from ramslib.errors import InputError
 from ramslib.evaluation import fuse, iterate_batches, output_names
-from ramslib.model import RAMSTrans
+from ramslib.model import ProposalSettings, RAMSTrans
 
 
 class StrengthMaps(NamedTuple):
@@ -75,20 +75,18 @@ def record_strengths(
     return StrengthMaps(joined, table, transform, torch.cat(sizes), model.image_size)
 
 
-def propose_boxes(
-    strengths: StrengthMaps,
-    name: str,
-    threshold: float,
-    proposal: str | Callable,
-    upsampling: int = 1,
-) -> Tensor:
+def propose_boxes(strengths: StrengthMaps, settings: ProposalSettings) -> Tensor:
     """The proposed region of every image: (n, 4) in pixels of the upright images.
 
     Random ones are those that `evaluation.predict` uses.
+
+    Args:
+        strengths: they hold the strength of the settings, by its name.
+        settings: how scale 1 proposes.
     """
-    strength = strengths.maps[name]
+    strength = strengths.maps[settings.strength]
     with seed_random_proposals(range(len(strength))):
-        patch_boxes = propose(strength, threshold, proposal, None, upsampling).patch_boxes
+        patch_boxes = settings.propose(strength, 0, None).patch_boxes
     patch_boxes = patch_boxes[:, 0] if patch_boxes.ndim == 3 else patch_boxes
     whole = torch.tensor([0.0, 0.0, *strengths.image_size])
     boxes = rescale_boxes(patch_boxes, strength.shape[1:], whole)
@@ -143,9 +141,16 @@ def sweep_thresholds(
     thresholds: Sequence[float],
     proposals: Sequence[str] = ("attention",),
     parts: pd.DataFrame | None = None,
-    upsampling: int = 1,
+    settings: ProposalSettings = ProposalSettings(),  # noqa: B008 (frozen)
 ) -> pd.DataFrame:
     """Scores of the proposed regions for every strength, proposal and threshold.
+
+    Args:
+        strengths: from `record_strengths`.
+        thresholds: of scale 1.
+        proposals: keys of ``PROPOSALS``, or your own that read the strength alone.
+        parts: see `score_regions`.
+        settings: what is the same for all: upsampling, and margin and aspect of the boxes.
 
     Returns:
         One row per combination: ``strength, proposal, threshold, iou`` (mean), ``iou_above_half``
@@ -153,7 +158,8 @@ def sweep_thresholds(
     """
     rows = []
     for name, proposal, threshold in product(strengths.maps, proposals, thresholds):
-        boxes = propose_boxes(strengths, name, threshold, proposal, upsampling)
+        each = {"strength": name, "proposal": proposal, "thresholds": (threshold,)}
+        boxes = propose_boxes(strengths, replace(settings, **each))
         scores = score_regions(boxes, strengths, parts)
         row = {"strength": name, "proposal": proposal, "threshold": threshold}
         row["iou_above_half"] = (scores["iou"].dropna() > 0.5).mean()

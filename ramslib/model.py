@@ -11,7 +11,8 @@ one before the next runs, and inference can stop early.
 ``MODELS`` is the registry of models. RAMS-Trans with one scale is the plain Vision Transformer.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from ramslib.attention import (
     attention_strength,
     record_attention,
 )
-from ramslib.backbone import count_class_tokens, create_backbone
+from ramslib.backbone import count_class_tokens, create_backbone, image_size, patch_grid
 from ramslib.boxes import crop_and_resize, full_image_boxes, rescale_boxes
 from ramslib.classifier import ImageClassifier, ScaleOutput, Scales
 from ramslib.config import Config
@@ -49,6 +50,8 @@ class ProposalSettings:
         scales: the number of scales.
         from_high_res: crop from the high-resolution pixels, else from the previous input.
         upsampling: of the strength before threshold and box, see `dppm.propose`.
+        margin: around each box, a share of its sides.
+        keep_aspect: boxes grow to the shape of the image.
     """
 
     thresholds: tuple[float, ...] = (1.0,)
@@ -57,6 +60,8 @@ class ProposalSettings:
     scales: int = 2
     from_high_res: bool = True
     upsampling: int = 1
+    margin: float = 0.0
+    keep_aspect: bool = False
 
     @cached_property
     def functions(self) -> tuple[Callable, Callable]:
@@ -79,6 +84,11 @@ class ProposalSettings:
         """Eta for the proposal of a scale, counted from 0."""
         return self.thresholds[min(scale, len(self.thresholds) - 1)]
 
+    def propose(self, strength: Tensor, scale: int, recorded: RecordedScale | None) -> Proposal:
+        """`dppm.propose` with these settings, for the strength (B, h, w) of a scale from 0."""
+        shape = self.upsampling, self.margin, self.keep_aspect
+        return propose(strength, self.threshold(scale), self.proposal, recorded, *shape)
+
 
 class RAMSTrans(ImageClassifier):
     """Recurrent attention multi-scale transformer over any timm Vision Transformer.
@@ -93,6 +103,9 @@ class RAMSTrans(ImageClassifier):
             released code does.
         align_corners: resize crops with coinciding corner pixels, as the released code does.
         mean_std: see `ImageClassifier`.
+        image_sizes: (H, W) of the input of each scale; the last one also counts for further scales.
+            By default all have the backbone's. A backbone for several sizes is built with
+            ``further_sizes``.
     """
 
     def __init__(
@@ -104,10 +117,14 @@ class RAMSTrans(ImageClassifier):
         legacy_boxes: bool = False,
         align_corners: bool = False,
         mean_std: tuple | None = None,
+        image_sizes: Sequence[tuple[int, int]] = (),
     ):
         _check_settings(backbone, settings, per_scale_token)
         super().__init__(backbone, num_classes, mean_std)
         self.settings = settings
+        self.image_sizes = tuple(image_sizes) or (self.image_size,)
+        self.image_size = self.image_sizes[0]
+        self.grid = self.grid_of(self.image_size)
         self.per_scale_token = per_scale_token and settings.scales > 1
         self.legacy_boxes = legacy_boxes
         self.align_corners = align_corners
@@ -116,6 +133,15 @@ class RAMSTrans(ImageClassifier):
     def num_scales(self) -> int:
         """S, the number of scales."""
         return self.settings.scales
+
+    def input_size(self, scale: int) -> tuple[int, int]:
+        """(H, W) of the input of a scale, counted from 0."""
+        return self.image_sizes[min(scale, len(self.image_sizes) - 1)]
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, int]:
+        """(h, w) patches of an input of (H, W) pixels."""
+        whole, grid = image_size(self.backbone), patch_grid(self.backbone)
+        return tuple(a * count // b for a, b, count in zip(size, whole, grid, strict=True))
 
     def iterate_scales(
         self,
@@ -153,7 +179,8 @@ class RAMSTrans(ImageClassifier):
                 keep_random_proposals(kept)
             regions *= proposal.patch_boxes.shape[1:-1].numel()  # 1 for boxes (B, 4)
             source = high_res if settings.from_high_res else None
-            inputs, boxes = self.crop_region(inputs, source, boxes, proposal.patch_boxes)
+            given = inputs, source, boxes, proposal.patch_boxes, scale + 1
+            inputs, boxes = self.crop_region(*given)
 
     def run_scale(
         self, inputs: Tensor, scale: int, blocks: int | None = 0, tokens: bool = False
@@ -175,23 +202,26 @@ class RAMSTrans(ImageClassifier):
         with accelerated, record as recorded:
             features = self.backbone.forward_features(inputs)
         feature = self.backbone.forward_head(features[:, token:], pre_logits=True)
-        patches = features[:, -self.grid[0] * self.grid[1] :].detach()
-        patches = patches.unflatten(1, self.grid) if tokens else None
-        recorded = RecordedScale(recorded or [], self.grid, token, inputs, patches)
+        grid = self.grid_of(inputs.shape[-2:])
+        patches = features[:, -math.prod(grid) :].detach().unflatten(1, grid) if tokens else None
+        recorded = RecordedScale(recorded or [], grid, token, inputs, patches)
         return self.classifier(feature), feature, recorded
 
     def propose(
         self, recorded: RecordedScale, settings: ProposalSettings, scale: int
     ) -> tuple[Tensor, Proposal]:
         """Attention strength (B, h, w) and proposal of a recorded scale: no forward pass."""
-        strength_function, proposal_function = settings.functions
-        strength, eta = attention_strength(recorded, strength_function), settings.threshold(scale)
-        finer = settings.upsampling
-        return strength, propose(strength, eta, proposal_function, recorded, finer)
+        strength = attention_strength(recorded, settings.functions[0])
+        return strength, settings.propose(strength, scale, recorded)
 
     @torch.no_grad()
     def crop_region(
-        self, inputs: Tensor, high_res: Tensor | None, boxes: Tensor, patch_boxes: Tensor
+        self,
+        inputs: Tensor,
+        high_res: Tensor | None,
+        boxes: Tensor,
+        patch_boxes: Tensor,
+        scale: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Region amplification: the next scale's input (no gradient) and where it lies.
 
@@ -200,22 +230,23 @@ class RAMSTrans(ImageClassifier):
             high_res: (B' , 3, Hs, Ws) or None; B is a multiple of B'.
             boxes: (B, 4) where the inputs lie, in pixels of the input of scale 1.
             patch_boxes: (B, 4) or (B, R, 4) the proposed regions, in patches of the inputs.
+            scale: the next one, from 0: what size its inputs have.
 
         Returns:
-            The next inputs (B * R, 3, H, W) and their boxes (B * R, 4).
+            The next inputs (B * R, 3, H', W') and their boxes (B * R, 4).
         """
         boxes = boxes.repeat_interleave(patch_boxes.shape[1:-1].numel(), dim=0)
-        whole = full_image_boxes(inputs[:1])
-        inside = rescale_boxes(patch_boxes.reshape(-1, 4), self.grid, whole)
+        whole, size = full_image_boxes(inputs[:1]), tuple(inputs.shape[-2:])
+        inside = rescale_boxes(patch_boxes.reshape(-1, 4), self.grid_of(size), whole)
         if self.legacy_boxes:
             inside = torch.cat([(inside[:, :2] - 1).clamp(min=0), inside[:, 2:]], dim=1)
-        places = rescale_boxes(inside, self.image_size, boxes)
+        places = rescale_boxes(inside, size, boxes)
         pixels = inputs if high_res is None else high_res
         if high_res is not None:
             inside = rescale_boxes(places, self.image_size, full_image_boxes(high_res[:1]))
         if pixels.shape[0] != inside.shape[0]:
             pixels = pixels.repeat_interleave(inside.shape[0] // pixels.shape[0], dim=0)
-        return crop_and_resize(pixels, inside, self.image_size, self.align_corners), places
+        return crop_and_resize(pixels, inside, self.input_size(scale), self.align_corners), places
 
 
 def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: bool) -> None:
@@ -240,10 +271,13 @@ def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: 
 def build_rams(config: Config, num_classes: int) -> RAMSTrans:
     """RAMS-Trans, or with one scale a plain Vision Transformer, as configured."""
     per_scale = config.class_token == "per_scale"
-    backbone = build_backbone(config, class_tokens=config.scales if per_scale else 1)
+    sizes = config.input_sizes()
+    backbone = build_backbone(config, sizes, config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.grad_checkpointing)
     chosen = config.strength, config.proposal, config.scales
-    settings = ProposalSettings(config.thresholds(), *chosen, upsampling=config.upsampling)
+    shape = {"margin": config.margin, "keep_aspect": config.keep_aspect}
+    upsampling = config.upsampling
+    settings = ProposalSettings(config.thresholds(), *chosen, upsampling=upsampling, **shape)
     return RAMSTrans(
         backbone,
         num_classes,
@@ -252,6 +286,7 @@ def build_rams(config: Config, num_classes: int) -> RAMSTrans:
         legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
         mean_std=configured_mean_std(config),
+        image_sizes=sizes,
     )
 
 
@@ -262,15 +297,22 @@ def build_transfg(config: Config, num_classes: int) -> ImageClassifier:
             "model transfg exchanges tokens between blocks; use grad_checkpointing=False"
         )
     options = config.contrastive_weight, config.contrastive_margin, configured_mean_std(config)
-    return TransFG(build_backbone(config), num_classes, *options)
+    return TransFG(build_backbone(config, config.input_sizes()), num_classes, *options)
 
 
-def build_backbone(config: Config, class_tokens: int = 1) -> nn.Module:
-    """The backbone that a configuration describes, with its pre-trained weights."""
+def build_backbone(
+    config: Config, sizes: Sequence[tuple[int, int]], class_tokens: int = 1
+) -> nn.Module:
+    """The backbone that a configuration describes, with its pre-trained weights.
+
+    It is built for the largest of the sizes: positions lose least when they are resampled.
+    """
+    largest, *others = sorted(sizes, key=math.prod, reverse=True)
     return create_backbone(
         config.backbone,
-        config.image_size,
+        largest,
         class_tokens=class_tokens,
+        further_sizes=others,
         patch_stride=config.patch_stride,
         pretrained=config.pretrained,
         drop_path=config.drop_path,

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramslib.boxes import box_area, box_iou, crop_and_resize, full_image_boxes, rescale_boxes
+from ramslib.boxes import (
+    box_area,
+    box_iou,
+    crop_and_resize,
+    full_image_boxes,
+    grow_boxes,
+    rescale_boxes,
+)
 
 # --- geometry ----------------------------------------------------------------------------------
 
@@ -34,6 +41,29 @@ def test_patch_boxes_are_whole_pixels(grid, size):
     rescaled = rescale_boxes(boxes, grid, torch.tensor([0.0, 0.0, *size]))
     steps = torch.tensor([size[0] // grid[0], size[1] // grid[1]] * 2)
     assert torch.equal(rescaled, (boxes * steps).float())
+
+
+GRIDS = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@given(GRIDS, st.data(), st.floats(0, 2), st.booleans())
+def test_grown_boxes_hold_what_they_held_and_stay_inside(grid, data, margin, keep_aspect):
+    starts = [data.draw(st.integers(0, side - 1)) for side in grid]
+    ends = [data.draw(st.integers(a + 1, side)) for a, side in zip(starts, grid, strict=True)]
+    box = torch.tensor([[*starts, *ends]])
+    grown = grow_boxes(box, grid, margin, keep_aspect)[0].double().numpy()
+    wanted = [(end - start) * (1 + 2 * margin) for start, end in zip(starts, ends, strict=True)]
+    if keep_aspect:
+        share = max(side / whole for side, whole in zip(wanted, grid, strict=True))
+        wanted = [share * whole for whole in grid]
+    for axis in range(2):
+        side, whole = grown[axis + 2] - grown[axis], grid[axis]
+        assert side == pytest.approx(min(wanted[axis], whole), rel=1e-5)
+        assert grown[axis] <= starts[axis] + 1e-5 and grown[axis + 2] >= ends[axis] - 1e-5
+        assert grown[axis] >= 0 and grown[axis + 2] <= whole + 1e-5
+        middle = (starts[axis] + ends[axis]) / 2
+        if side / 2 <= middle <= whole - side / 2:
+            assert (grown[axis] + grown[axis + 2]) / 2 == pytest.approx(middle, abs=1e-4)
 
 
 @given(COORDINATES, COORDINATES)

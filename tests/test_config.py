@@ -65,6 +65,21 @@ def test_one_threshold_per_proposal(scales, threshold, expected):
     assert Config().replace(scales=scales, threshold=threshold).thresholds() == expected
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, [(32, 48)] * 3),
+        ({"region_size": "64"}, [(32, 48), (64, 64), (64, 64)]),
+        ({"region_size": "64,96,128"}, [(32, 48), (64, 64), (96, 96)]),
+        ({"region_size": (64, 96), "image_size": 16}, [(16, 16), (64, 64), (96, 96)]),
+        ({"region_size": 64, "scales": 1}, [(32, 48)]),
+    ],
+)
+def test_one_input_size_per_scale(given, expected):
+    config = Config().replace(**{"image_size": (32, 48), "scales": 3} | given)
+    assert list(config.input_sizes()) == expected
+
+
 def test_models_that_look_once_settle_the_scales():
     assert Config().replace(model="transfg").scales == 1
     plain = Config().replace(model="vit")

@@ -23,6 +23,7 @@ from ramslib.localization import (
     score_regions,
     sweep_thresholds,
 )
+from ramslib.model import ProposalSettings
 
 GRID, INPUT = (4, 5), (32, 40)
 TRANSFORM = ImageTransform((64, 80), 0.8)  # resized to 80 x 100, margins 8 and 10
@@ -60,6 +61,11 @@ def parts(strengths):
     return pd.DataFrame(rows, columns=["path", "part", "y", "x"])
 
 
+def settings(threshold, proposal="attention", strength="a"):
+    """How scale 1 proposes, from the stored strength of that name."""
+    return ProposalSettings((threshold,), strength, proposal)
+
+
 def region_by_hand(strength, threshold, size):
     """Patch box to pixels of the image: margins, and the resize before the crop."""
     top, left, bottom, right = reference.propose(strength.numpy(), threshold)
@@ -83,7 +89,7 @@ def iou_by_hand(one, other):
 
 @pytest.mark.parametrize("threshold", [0.5, 1.1, 2.5])
 def test_scores_equal_the_loops(strengths, parts, threshold):
-    boxes = propose_boxes(strengths, "a", threshold, "attention")
+    boxes = propose_boxes(strengths, settings(threshold))
     scores = score_regions(boxes, strengths, parts)
     assert scores.columns.tolist() == ["path", "iou", "area", "parts_inside"]
     for number, size in enumerate(SIZES):
@@ -113,7 +119,9 @@ def test_a_sweep_has_the_means_of_every_combination(strengths, parts):
     assert len(swept) == 2 * 3 * 2
     keys = swept[["strength", "proposal", "threshold"]].itertuples(index=False, name=None)
     for key, row in zip(keys, swept.to_dict("records"), strict=True):
-        scores = score_regions(propose_boxes(strengths, key[0], key[2], key[1]), strengths, parts)
+        scores = score_regions(
+            propose_boxes(strengths, settings(key[2], key[1], key[0])), strengths, parts
+        )
         iou = [value for value in scores["iou"] if value == value]
         assert row["iou"] == pytest.approx(sum(iou) / 4)
         assert row["iou_above_half"] == sum(value > 0.5 for value in iou) / 4
@@ -136,13 +144,13 @@ def test_without_boxes_there_is_no_overlap(strengths):
 
 def test_random_regions_are_those_of_the_image_and_leave_the_generator_alone(strengths):
     state = torch.get_rng_state()
-    first = propose_boxes(strengths, "a", 1.2, "random")
-    assert propose_boxes(strengths, "a", 1.2, "random").equal(first)
+    first = propose_boxes(strengths, settings(1.2, "random"))
+    assert propose_boxes(strengths, settings(1.2, "random")).equal(first)
     assert torch.get_rng_state().equal(state)
     few = StrengthMaps(
         {"a": strengths.maps["a"][:2]}, strengths.table[:2], TRANSFORM, strengths.sizes[:2], INPUT
     )
-    assert propose_boxes(few, "a", 1.2, "random").equal(first[:2])
+    assert propose_boxes(few, settings(1.2, "random")).equal(first[:2])
 
 
 def test_best_median_and_worst():
@@ -189,7 +197,7 @@ def test_recorded_regions_and_accuracies_are_those_that_the_model_makes(
     predictions = predict(model, photos, transform, batch_size=4)
     strengths = record_strengths(model, photos, transform, [strength], batch_size=5)
     shown = predictions.query("output == 'scale 2'")[BOX_COLUMNS].to_numpy()
-    found = propose_boxes(strengths, strength, 1.1, proposal)
+    found = propose_boxes(strengths, settings(1.1, proposal, strength))
     np.testing.assert_allclose(found, shown, rtol=1e-4, atol=1e-3)
     accuracy = accuracy_by_threshold(model, photos, transform, [0.5, 1.1], batch_size=7)
     for row in accuracy.query("threshold == 1.1").itertuples():
@@ -218,7 +226,7 @@ def test_a_proposal_that_reads_more_than_the_strength_is_not_swept(strengths):
         def mine(strength, threshold, recorded):
             return recorded.tokens
 
-        propose_boxes(strengths, "a", 1.0, mine)
+        propose_boxes(strengths, settings(1.0, mine))
 
 
 def test_accuracies_by_threshold_need_two_scales(photos):

@@ -7,8 +7,10 @@ from itertools import cycle, product
 import numpy as np
 import pytest
 import reference
+import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ramslib.attention import STRENGTHS
@@ -285,6 +287,67 @@ def test_upsampled_strength_gives_finer_boxes(upsampling, model_of, images):
     torch.testing.assert_close(in_patches, output.proposals[0].patch_boxes.float())
     assert torch.equal(upsampling * in_patches, (upsampling * in_patches).round())
     assert (in_patches % 1 != 0).any() == (upsampling > 1)
+
+
+FAMILIES = ["test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+
+
+@pytest.mark.parametrize("class_token", ["shared", "per_scale"])
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("patches", [(4, 6, 8), (8, 6, 2)])
+def test_every_scale_has_its_own_size(patches, name, class_token, images):
+    """Each scale equals a timm model that was built for its size."""
+    patch = 14 if "patch14" in name else 16
+    first, *others = (patch * count for count in patches)
+    sizes = {"image_size": first, "region_size": tuple(others), "highres_size": 2 * first}
+    choice = {"class_token": class_token, "backbone": name, "scales": 3}
+    model = build_model(tiny(**sizes, **choice), CLASSES).eval()
+    with torch.no_grad():
+        for parameter in (*model.classifier.parameters(), model.backbone.cls_token):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        outputs = list(model.forward_scales(images(2, (2 * first, 2 * first)).sigmoid()))
+    largest = max(patches)
+    for scale, (count, output) in enumerate(zip(patches, outputs, strict=True)):
+        assert output.input.shape == (2, 3, patch * count, patch * count)
+        assert scale == 2 or output.strength.shape == (2, count, count)
+        alone = timm.create_model(name, img_size=patch * count, num_classes=0, global_pool="token")
+        tokens = model.backbone.cls_token.shape[1]
+        state = dict(model.backbone.state_dict())
+        state["cls_token"] = state["cls_token"][:, min(scale, tokens - 1), None]
+        if "pos_embed" in state:
+            prefix = state["pos_embed"].shape[1] - largest**2
+            grids = [count, count], [largest, largest]
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], *grids, prefix)
+            state["pos_embed"] = state["pos_embed"][:, max(0, prefix - 1) :]
+        alone.load_state_dict(state)
+        if class_token == "per_scale":  # the other scales' tokens are in the sequence, too
+            extend_class_tokens(alone, 3)
+            alone.cls_token.data.copy_(model.backbone.cls_token)
+        features = alone.eval().forward_features(output.input)[:, min(scale, tokens - 1)]
+        expected = model.classifier(features)
+        torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_regions_of_another_size_lie_in_pixels_of_scale_one(images):
+    model = build_model(tiny(region_size=(48, 64), highres_size=96, scales=3, margin=0.1), 3)
+    high_res = images(2, (96, 96)).sigmoid()
+    outputs = list(model.eval().forward_scales(high_res))
+    box, inner = outputs[1].boxes, outputs[1].proposal.patch_boxes / 3  # 3 x 3 patches at scale 2
+    extent = box[:, 2:] - box[:, :2]
+    expected = box[:, :2].repeat(1, 2) + inner * extent.repeat(1, 2)
+    torch.testing.assert_close(outputs[2].boxes, expected)
+    for boxes, output in ((box, outputs[1]), (expected, outputs[2])):
+        for number, (top, left, bottom, right) in enumerate((3 * boxes).round().int().tolist()):
+            crop = model.preprocess(high_res)[1][number, None, :, top:bottom, left:right]
+            resized = F.interpolate(crop, output.input.shape[-2:], mode="bilinear")
+            torch.testing.assert_close(output.input[number, None], resized)
+
+
+def test_backbones_of_one_size_are_refused_for_several():
+    message = refused(build_model, tiny(backbone="vit_relpos_small_patch16_224", region_size=64), 3)
+    assert "vit_relpos_small_patch16_224" in message and "region_size" in message
+    message = refused(build_model, tiny(region_size=40), 3)
+    assert "40 x 40" in message and "use 32 x 32" in message
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)

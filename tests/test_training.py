@@ -40,7 +40,7 @@ from ramslib.training.trainer import train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
-ONE |= {"dropout": 0.1}
+ONE |= {"dropout": 0.1, "region_size": 48, "keep_aspect": True}
 TWO = {"workers": 1, "optimizer": "momentum", "grad_accum_steps": 2, "batch_size": 8, "epochs": 6}
 TWO |= {"augment": "rand-m9-mstd0.5"}
 
@@ -199,7 +199,14 @@ def test_a_proposal_of_ones_own_is_trained_kept_and_used(photos, tmp_path, monke
         train(config, run)
 
 
-@pytest.mark.parametrize("changes", [{"validation_fraction": 0}, {"scales": 1, "loss": "last"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"validation_fraction": 0},
+        {"scales": 1, "loss": "last"},
+        {"region_size": 48, "keep_aspect": True, "margin": 0.1, "upsampling": 4},
+    ],
+)
 def test_variants_run_to_the_end(photos, tmp_path, changes):
     run = train(tiny_config(photos, epochs=1, **changes), tmp_path / "run")
     results = pd.read_csv(run / "results.csv")

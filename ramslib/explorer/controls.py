@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -82,8 +83,10 @@ class Controls(widgets.VBox):
             head = self.head.value if strength == "single_head" else None
             strength = single_block(self.block.value, head, self.inspector.has_class_token)
         thresholds = tuple(slider.value for slider in self.thresholds)
-        others = self.proposal, self.scales, self.from_high_res, self.upsampling
-        return ProposalSettings(thresholds, strength, *(control.value for control in others))
+        names = "proposal", "scales", "from_high_res", "upsampling"
+        chosen = {name: getattr(self, name).value for name in names}
+        settings = self.inspector.settings
+        return replace(settings, thresholds=thresholds, strength=strength, **chosen)
 
     def _changed(self, _=None) -> None:
         self.block.layout.display = None if self.strength.value in SINGLE else "none"

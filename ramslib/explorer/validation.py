@@ -145,7 +145,7 @@ def threshold_effect(
     """
     name = _stored_name(settings.strength)
     one = cached.strengths._replace(maps={name: cached.strengths.maps[name]})
-    proposals = [settings.proposal], None, settings.upsampling
+    proposals = [settings.proposal], None, settings
     sweep = localization.sweep_thresholds(one, thresholds, *proposals)
     return sweep[["threshold", "area", "iou", "iou_above_half"]].dropna(axis=1)
 
