@@ -167,7 +167,7 @@ def test_the_library_stays_thin():
     assert sum(lines.values()) <= LINES and sum(map(bool, lines.values())) <= FILES
     assert sum(map(syntax_nodes, MODULES)) <= NODES, "lines are not squeezed to be fewer"
     assert sum(lines[f"ramslib.{name}"] for name in METHOD) <= 800
-    assert max(len(path.read_text().splitlines()) for path in MODULES) <= 460
+    assert max(len(path.read_text().splitlines()) for path in MODULES) <= 500
     prepared = sorted((ROOT / "data").rglob("*.py"))
     assert sum(map(code_lines, prepared)) <= 400, "what draws and downloads datasets"
 
