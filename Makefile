@@ -4,6 +4,7 @@
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
 ## make bench    what two scales cost on this machine, measured side by side: up to an hour
+## make bench-gpu  on a CUDA GPU: correctness, ratios, accuracies; with $(PYTHON) as it is, no network
 ## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style
 ## make clean    remove the virtual environment and caches; never runs/ or data/
@@ -24,7 +25,7 @@ PRESET ?= small
 ARGS ?=
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help run style check test lab app bench format clean
+.PHONY: help run style check test lab app bench bench-gpu format clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -52,6 +53,9 @@ app: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks $(ARGS)
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 docs/story.png: $(VENV)/.installed
 	$(VENV)/bin/python docs/draw_story.py "$@" "$(STORY)"

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.step import build, in_own_process, plain, training_step
+from benchmarks.step import build, in_own_process, plain, training_step, twice
 from benchmarks.timing import ratios, row
 from ramslib.attention import (
     STRENGTHS,
@@ -170,12 +170,6 @@ def smooth_noise(batch: int, height: int, width: int) -> Tensor:
     """(B, h, w) of normal noise, each value a mean of three by three: connected, as attention."""
     noise = torch.randn(batch, 1, height, width, generator=torch.Generator().manual_seed(0))
     return F.avg_pool2d(3 * noise, 3, 1, 1)[:, 0]
-
-
-def twice(model: nn.Module, images: Tensor) -> None:
-    """Two forward passes."""
-    model(images)
-    model(images)
 
 
 def dppm(model: RAMSTrans, images: Tensor, boxes: Tensor, strength: Tensor) -> None:

@@ -38,13 +38,13 @@ class LiteralRAMS(nn.Module):
 
     def look_closer(self, image: Tensor, maps: list[Tensor]) -> Tensor:
         """The next scale's view of one image (3, H, W), from its L maps (A, N, N)."""
-        rollout = torch.eye(maps[0].shape[-1])
+        rollout = identity = torch.eye(maps[0].shape[-1], device=image.device)
         for each in maps:
-            mixed = each.mean(dim=0) + torch.eye(each.shape[-1])
+            mixed = each.mean(dim=0) + identity
             rollout = (mixed / mixed.sum(dim=-1, keepdim=True)) @ rollout
         (height, width), size = self.backbone.patch_embed.grid_size, image.shape[1:]
         strength = rollout.mean(dim=0)[-height * width :].reshape(height, width).detach()
-        rows, columns = largest_component((strength > self.eta * strength.mean()).numpy())
+        rows, columns = largest_component((strength > self.eta * strength.mean()).cpu().numpy())
         tall, wide = size[0] // height, size[1] // width
         top, bottom = rows.start * tall, rows.stop * tall
         left, right = columns.start * wide, columns.stop * wide

@@ -41,33 +41,45 @@ def plain(backbone: str, size: int) -> nn.Module:
     return timm.create_model(backbone, img_size=size, num_classes=CLASSES)
 
 
-def training_step(model: nn.Module, way: str, images: Tensor, scales: int) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, way: str, images: Tensor, scales: int, amp: torch.dtype | None = None
+) -> Callable[[], None]:
     """A function that takes one step of momentum SGD on the sum of the scales' losses.
 
     ``images`` are pixels in [0, 1] for the workbench, which normalizes them, and normalized images
-    for the other ways.
+    for the other ways. ``amp`` is the autocast type of the forward passes, None for float32.
     """
-    labels = torch.arange(len(images)) % CLASSES
+    labels = torch.arange(len(images), device=images.device) % CLASSES
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
 
     def loss(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits.float(), labels)
+
+    def forward() -> Tensor | list[Tensor]:
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            return model(images)
 
     def step() -> None:
         model.train()
         if way == "workbench":
-            backward_scales(model, images, labels, [1.0] * scales)
+            backward_scales(model, images, labels, [1.0] * scales, amp=amp)
         elif way == "plain":
             for _ in range(scales):
-                loss(model(images)).backward()
+                loss(forward()).backward()
         elif way == "plain together":
-            sum(loss(model(images)) for _ in range(scales)).backward()
+            sum(loss(forward()) for _ in range(scales)).backward()
         else:
-            sum(map(loss, model(images))).backward()
+            sum(map(loss, forward())).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def twice(model: nn.Module, images: Tensor) -> None:
+    """Two forward passes."""
+    model(images)
+    model(images)
 
 
 def memory(what: str) -> float:

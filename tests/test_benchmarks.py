@@ -1,17 +1,24 @@
 """The benchmarks run, and what they compare with computes the same; nothing is timed here."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from tiny import draw_photos, tiny_config
+from tiny import ROOT, draw_photos, tiny_config
 
-from benchmarks import curves, figures
+from benchmarks import curves, figures, gpu
 from benchmarks.__main__ import main
 from benchmarks.literal import LiteralRAMS
 from benchmarks.step import build, in_own_process, training_step
 from benchmarks.timing import is_met, ratios, row
+from ramslib.attention import STRENGTHS
 from ramslib.training.trainer import train
 
 TINY = "--backbones test_vit test_vit --repeats 1 --threads 1 --size 32 --batches 1 2".split()
@@ -68,7 +75,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     table = main([*TINY, "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
-    assert len(table) == 20 + 5 + 4 + 2 + 10 + 2 + 2
+    assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 2 + 2
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 14
     assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()
@@ -85,3 +92,69 @@ def test_ratios_are_those_of_pairs():
     assert (told["ratio"], told["lowest"], told["highest"], told["met"]) == (2, 1, 3, "no")
     told = [is_met(1.0, wanted) for wanted in ("<= 1", "< 1", ">= 1", "")]
     assert told == ["yes", "no", "yes", ""]
+
+
+LACKING = """
+onnx onnxruntime onnxscript IPython ipykernel ipywidgets jupyter_client jupyterlab matplotlib
+nbconvert nbformat optuna papermill psutil seaborn sklearn sqlalchemy tensorboard voila
+""".split()
+BLOCKED = f"""
+import sys
+sys.modules |= dict.fromkeys({LACKING})  # importing one raises ModuleNotFoundError
+from benchmarks.gpu import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_gpu_script_runs_on_a_cpu_without_what_cuda_images_lack(tmp_path):
+    photos = draw_photos(tmp_path / "photos")
+    words = ["--device", "cpu", "--out", tmp_path / "out", "--photos", photos, "--data", "folder"]
+    words += ["--seeds", "1", "--workers", "0", "--commit", "abc"]
+    command = [sys.executable, "-c", BLOCKED, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert (report["errors"], report["commit"], report["card"]) == ([], "abc", "none")
+    assert len(report["checks"]) == 13 and {each["met"] for each in report["checks"]} == {"yes"}
+    assert {each["met"] for each in report["figures"]} == {"not measured"}
+    assert {each["ratio"] for each in report["figures"]} == {None} and len(report["figures"]) == 8
+    assert [each["model"] for each in report["evidence"]] == list(gpu.MODELS)
+    assert {each["images"] for each in report["evidence"]} == {15}
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert table.count("| not measured | not measured |") == 8 and "two scales | 32 | 1 |" in table
+
+
+def test_what_is_asked_of_a_gpu(monkeypatch):
+    """Torch's counters of memory and of waits, here without a GPU."""
+    calls, allocated = [], [5_000_000]
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 25_000_000)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", calls.append)
+    on_gpu = SimpleNamespace(device="cuda", calls=2)
+    assert gpu.peak_memory(lambda: calls.append("step"), on_gpu) == 20
+    assert calls == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+    calls.clear()
+    gpu.waited(lambda: calls.append("step"), on_gpu)()
+    assert calls == ["step", "step", "synchronize"]
+    calls.clear()
+    with gpu.count_waits("cuda") as found:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+    assert calls == ["warn", "default"] and len(found) == 1
+    assert found[0].startswith("test_benchmarks.py:")
+
+
+def test_a_part_that_fails_is_a_line_and_the_others_run(tmp_path, monkeypatch):
+    def broken(options):
+        yield gpu.check("first", "<= 1", 2)
+        raise RuntimeError("CUDA out of memory")
+
+    for parts in ("FIGURES", "CHECKS"):
+        monkeypatch.setattr(gpu, parts, (broken,) if parts == "CHECKS" else ())
+    report = gpu.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert report["errors"] == ["broken: RuntimeError: CUDA out of memory"]
+    assert [each["met"] for each in report["checks"]] == ["no"] and report["evidence"] == []
+    assert "Error: broken" in (tmp_path / "gpu.md").read_text()

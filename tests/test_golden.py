@@ -16,28 +16,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 
+from benchmarks.golden import (
+    OWN,
+    RELEASED,
+    build,
+    build_backbone,
+    pixels_of,
+    read_outputs,
+    set_names,
+)
 from ramslib.attention import (
     RecordedScale,
     attention_probabilities,
     attention_strength,
     record_attention,
 )
-from ramslib.backbone import extend_class_tokens, overlap_patches
-from ramslib.config import Config
 from ramslib.dppm import propose
-from ramslib.model import ProposalSettings, RAMSTrans, configured_mean_std
 from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
 from ramslib.transfg import TransFG, contrastive_loss
-from ramslib.weights import load_pretrained
 
-OWN = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("RAMSLIB_GOLDEN", OWN))
-SETS = sorted(path.name.removesuffix("_weights.npz") for path in FOLDER.glob("*_weights.npz"))
-RELEASED = Config.preset("released")
+SETS = set_names(FOLDER)
 OWN_ONLY = pytest.mark.skipif(FOLDER != OWN, reason="holds for this set, not for any weights")
 
 
@@ -54,16 +55,7 @@ def name(request):
 @pytest.fixture(scope="module")
 def golden(name):
     """Arrays of the set's outputs, images included."""
-    arrays = dict(np.load(FOLDER / f"{name}_outputs.npz"))
-    if "images" not in arrays:
-        pixels = np.array(Image.open(FOLDER / f"{name}_images.png"))
-        arrays["images"] = pixels.reshape(len(arrays["logits_scale1"]), -1, *pixels.shape[1:])
-    return arrays
-
-
-def pixels_of(golden):
-    """(B, 3, H, W) uint8."""
-    return torch.from_numpy(golden["images"]).permute(0, 3, 1, 2)
+    return read_outputs(name, FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -74,55 +66,10 @@ def images(golden):
     return (pixels_of(golden) / 255 - mean) / std
 
 
-def build_backbone(name, golden, config=RELEASED):
-    """A set's weights as a configuration loads them; sizes come from their shapes."""
-    path = FOLDER / f"{name}_weights.npz"
-    shapes = {key: array.shape for key, array in np.load(path).items()}
-    block = "Transformer/encoderblock_0/"
-    rows, columns, _, width = shapes["embedding/kernel"]
-    hidden = shapes[f"{block}MlpBlock_3/Dense_0/kernel"][1]
-    backbone = VisionTransformer(
-        img_size=golden["images"].shape[1:3],
-        patch_size=(rows, columns),
-        embed_dim=width,
-        depth=sum(key.endswith("LayerNorm_0/scale") for key in shapes),
-        num_heads=shapes[f"{block}MultiHeadDotProductAttention_1/query/kernel"][1],
-        mlp_ratio=hidden / width,
-        num_classes=0,
-    )
-    if config.patch_stride:
-        overlap_patches(backbone, config.patch_stride)
-    load_pretrained(
-        backbone,
-        name,
-        str(path),
-        pos_embed_resize=config.pos_embed_resize,
-        final_norm=config.final_norm,
-    )
-    return backbone
-
-
-def build(name, golden, config=RELEASED):
-    """The model that a configuration makes of a set's weights."""
-    backbone = build_backbone(name, golden, config)
-    extend_class_tokens(backbone, config.scales)
-    head = torch.from_numpy(golden["head_weight"])
-    model = RAMSTrans(
-        backbone,
-        len(head),
-        ProposalSettings(config.thresholds(), config.strength, config.proposal, config.scales),
-        legacy_boxes=config.legacy_boxes,
-        align_corners=config.align_corners,
-        mean_std=configured_mean_std(config),
-    )
-    model.classifier.weight.data.copy_(head)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model(name, golden):
     """The released configuration with the set's weights."""
-    return build(name, golden)
+    return build(name, golden, folder=FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +169,7 @@ def test_five_steps_of_training(loss, key, name, golden):
     expected = np.load(FOLDER / f"{name}_training.npz")
     pixels, labels = pixels_of(golden), torch.from_numpy(expected["labels"])
     config = RELEASED.replace(loss=loss, learning_rate=0.003)
-    model = build(name, golden, config).train()
+    model = build(name, golden, config, FOLDER).train()
     optimizer = create_optimizer(model, config)
     losses, norms = [], []
     for _ in expected[f"{key}_grad_norm"]:
@@ -253,7 +200,8 @@ def test_five_steps_of_training(loss, key, name, golden):
 )
 def test_every_deviation_of_the_release_is_one_option(option, name, golden, images):
     with torch.no_grad():
-        output = build(name, golden, RELEASED.replace(**option)).forward_preprocessed(images)
+        other = build(name, golden, RELEASED.replace(**option), FOLDER)
+        output = other.forward_preprocessed(images)
     assert difference(output.logits[1], golden["logits_scale2"]) > 2e-4
 
 
@@ -266,7 +214,7 @@ def test_transfg(kind, name, golden, images):
     patch = len(np.load(FOLDER / f"{name}_weights.npz")["embedding/kernel"])
     stride = patch if kind == "non_overlap" else int(expected.get("overlap_stride", patch * 3 // 4))
     config = RELEASED.replace(model="transfg", final_norm=True, patch_stride=stride)
-    model = TransFG(build_backbone(name, golden, config), len(golden["head_weight"])).eval()
+    model = TransFG(build_backbone(name, golden, config, FOLDER), len(golden["head_weight"])).eval()
     model.classifier.weight.data.copy_(torch.from_numpy(golden["head_weight"]))
     labels = torch.from_numpy(expected["labels"])
     with torch.no_grad():

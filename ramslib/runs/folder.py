@@ -172,11 +172,12 @@ def _describe(config: Config, table: pd.DataFrame, data: str, origin: str) -> di
         "versions": {"ramslib": __version__} | {name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.system()}",
-        "commit": _git_commit(),
+        "commit": git_commit(),
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """The commit of this code, ``-dirty`` where it was changed; ``unknown`` outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
     with suppress(OSError, subprocess.CalledProcessError):

@@ -108,7 +108,7 @@ class Trainer:
         """Train, evaluate and save each epoch, write the results; False if the event stopped it."""
         steps, stopping = range(self.state.step, self.total_steps), False
         self.saved = time.monotonic()
-        batches = self._batches(steps)
+        batches = self.batches(steps)
         with self._bar(steps) as bar:
             for step in steps:
                 if stopping or self._out_of_patience():
@@ -125,7 +125,7 @@ class Trainer:
             self._finish()
         return not stopping
 
-    def _batches(self, steps: range) -> Iterator[dict]:
+    def batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
         keys = optimization.micro_batches(self.config, self.labels, steps, self.processes)
         images = ImageDataset(self.train, self.train_transform, self.config.seed)
