@@ -47,6 +47,8 @@ class Config:
     normalization: Literal["backbone", "imagenet"] = "backbone"  # whose pixel mean and std
     validation_fraction: float = within(0.15, 0, 0.5)  # of train, per class
     test_fraction: float = within(0.2, 0.01, 0.9)  # of folders without a test split, per class
+    lists: str = ""  # folder of split.csv, exclude.csv and groups.csv; by default root
+    year: int = within(2017, 2017, 2021)  # of iNaturalist
     allow_missing: bool = False  # leave missing images out instead of refusing the dataset
     workers: int = within(1, 0, 512)  # loader processes per training process
 

@@ -44,11 +44,28 @@ def write_cub_with_parts(root):
     layouts.write(root / "parts/part_locs.txt", "1 1 2.0 4.0 1\n2 1 3.0 5.0 1\n2 2 0.0 0.0 0\n")
 
 
+def write_csv(root):
+    layouts.write_folder(root, photos=8)
+    rows = [f"photos/photo{index}.png,{('crow', 'wren')[index % 2]}" for index in range(8)]
+    layouts.write(root / "labels.csv", "\n".join(["path,class", *rows]))
+
+
+def write_coco(root):
+    layouts.write_folder(root, images=8)
+    images = [{"id": n, "file_name": f"photo{n}.png"} for n in range(8)]
+    objects = [{"image_id": n, "category_id": n % 2, "bbox": [1, 1, 4, 3]} for n in range(8)]
+    categories = [{"id": 0, "name": "crow"}, {"id": 1, "name": "wren"}]
+    content = {"images": images, "annotations": objects, "categories": categories}
+    layouts.write(root / "birds.json", json.dumps(content))
+
+
 WRITERS = {
     "diagnostic": lambda root: datasets.preparation("diagnostic").write_diagnostic_set(
         root, species=2, train_per_species=3, test_per_species=1, image_size=(64, 80)
     ),
     "folder": lambda root: layouts.write_folder(root, crow=4, wren=4),
+    "csv": write_csv,
+    "coco": write_coco,
     "cub": write_cub_with_parts,
     "cars": layouts.write_cars,
     "dogs": layouts.write_dogs,
@@ -78,6 +95,6 @@ def test_every_data_set_is_shown(tmp_path, data):
     plt.close("all")
     written = pd.read_csv(tmp_path / "results/01_data_preparation.csv")
     assert written["images"].sum() == len(variables["table"]) > 0
-    has_boxes = data in ("diagnostic", "cub", "cars", "dogs", "nabirds", "aircraft")
+    has_boxes = data in ("coco", "diagnostic", "cub", "cars", "dogs", "nabirds", "aircraft")
     assert bool(len(variables["boxes"])) == has_boxes
     assert bool(len(variables["parts"])) == (data in ("diagnostic", "cub"))

@@ -1,6 +1,8 @@
 """Every kind of image file, the transform against torchvision, boxes and seeded randomness."""
 
 import random
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps, features
+from PIL import EpsImagePlugin, Image, ImageDraw, ImageFile, ImageOps, features
 from tiny import tiny_config
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -216,6 +218,36 @@ def test_not_an_image(tmp_path):
     assert "folder.jpg: " in message(lambda: open_image(tmp_path / "folder.jpg"))
     assert "none.jpg: missing" in message(lambda: open_image(tmp_path / "none.jpg"))
     assert "none.jpg: missing" in message(lambda: image_size(tmp_path / "none.jpg"))
+
+
+def heic(path):
+    """How a HEIC file begins."""
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    return path
+
+
+def test_heic_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    for name in ("photo.heic", "phone.jpg"):
+        found = message(lambda name=name: open_image(heic(tmp_path / name)))
+        assert f"{tmp_path / name}: a HEIC image; install the package pillow-heif" in found
+
+
+def test_heic_is_opened_where_the_package_is_installed(tmp_path, monkeypatch):
+    """A stand-in for the package registers a reader, as its function does."""
+
+    class Reader(ImageFile.ImageFile):
+        def _open(self):
+            self._mode, self._size, self.tile = "RGB", (4, 3), []
+            self.im = Image.new("RGB", (4, 3), "red").im
+
+    stand_in = types.SimpleNamespace(
+        register_heif_opener=lambda: Image.register_open("HEIF", Reader)
+    )
+    monkeypatch.setitem(sys.modules, "pillow_heif", stand_in)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    assert open_image(heic(tmp_path / "photo.heic")).getpixel((0, 0)) == (255, 0, 0)
 
 
 def bmp_header(width, height):

@@ -3,10 +3,12 @@
 Readers make a table: a row per image with ``path`` (absolute), ``label`` (from 0), ``class_name``
 (as the files write it), ``split`` ("train", "validation" or "test") and the annotated box
 ``top, left, bottom, right`` in pixels of the upright image, bottom and right exclusive, NaN where
-there is none.
+there is none, and ``group``: images of one group, such as a burst, stay in one split; NaN is none.
 """
 
 import contextlib
+import csv
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -20,12 +22,15 @@ from scipy.io import loadmat
 from ramslib.errors import InputError, one_line
 
 BOX_COLUMNS = ["top", "left", "bottom", "right"]
-TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS]
+TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS, "group"]
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+LISTS = {"split": "split.csv", "reason": "exclude.csv", "group": "groups.csv"}  # by their column
+CSV = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # names of any bytes
 # Pillow chooses a reader by content: without a list, a file named .jpg may start Ghostscript (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # JPEG: also MPO
+HEIF = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1")  # how such files begin, after 4 bytes
 
 
 def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
@@ -34,8 +39,8 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
     Args:
         found: a DataFrame of a row per image with ``path`` and ``label`` or ``class_name``. Labels
             are whole numbers, by default the rank of the class name, and are numbered anew from 0
-            in their order; -1 is a test image whose class is unknown. Class names are by default
-            the labels as text; splits and boxes NaN. Further columns are dropped.
+            in their order. Class names are by default the labels as text; splits, boxes and groups
+            NaN. Further columns are dropped. An index of texts says where each row is written.
         root: folder that relative paths start from.
         origin: name of the dataset or reader, for messages.
 
@@ -50,6 +55,7 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
             f"{origin}: a reader returns a DataFrame with a row per image and the columns path, "
             f"label or class_name, and split; this one returned {got}"
         )
+    places = [at if isinstance(at, str) else f"{origin}: row {at}" for at in found.index]
     table = found.reset_index(drop=True).reindex(columns=TABLE_COLUMNS)
     if "class_name" not in columns:
         table["class_name"] = table["label"].convert_dtypes()
@@ -63,22 +69,22 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
         "path": (table["path"].map(lambda path: isinstance(path, str | Path)), "give a path"),
         "split": (splits.notna() | ("split" not in columns), f"use {', '.join(SPLITS)}"),
         "class_name": (table["class_name"].notna() & ~(names > 1), "give one name to each label"),
-        "label": (labels.mod(1).eq(0) & (labels.ge(0) | splits.eq("test")), "use whole numbers"),
+        "label": (labels.mod(1).eq(0) & labels.ge(0), "use whole numbers from 0"),
         **{side: (numbers[side].notna() | table[side].isna(), "use pixels") for side in numbers},
     }
     for column, (is_sound, remedy) in sound.items():
         if not is_sound.all():
             row = is_sound.idxmin()
             value = str(table.loc[row, column])[:80]
-            raise InputError(f"{origin}: {column} of row {row} is {value!r}; {remedy}")
+            raise InputError(f"{places[row]}: {column} is {value!r}; {remedy}")
     table["path"] = [os.path.normpath(os.path.join(root, path)) for path in table["path"]]
     if (twice := table["path"].duplicated()).any():
-        path = table["path"][twice].iloc[0]
-        raise InputError(f"{origin}: {path} is listed more than once; keep one line of it")
-    table["split"] = splits
-    table["label"] = labels.where(labels >= 0).rank(method="dense").fillna(0).astype(np.int64) - 1
+        row = twice.idxmax()
+        raise InputError(f"{places[row]}: {table['path'][row]} a second time; keep one line of it")
+    table["split"], table["group"] = splits, table["group"].astype(str)
+    table["label"] = labels.rank(method="dense").astype(np.int64) - 1
     boxed = numbers.index[numbers.notna().any(axis=1)]
-    entries = [f"{origin}: row {row}, {table['path'][row]}" for row in boxed]
+    entries = [f"{places[row]}: {table['path'][row]}" for row in boxed]
     numbers.loc[boxed] = clip_boxes(numbers.loc[boxed].to_numpy(), entries.__getitem__)
     table[BOX_COLUMNS] = numbers
     return table
@@ -128,7 +134,7 @@ def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.Data
         if not allow_missing:
             raise InputError(f"{report}; complete the images, or set allow_missing=true")
         warnings.warn(f"{report}; those missing are left out", stacklevel=3)
-    classes = table[table["label"] >= 0].groupby("label")["class_name"].first()
+    classes = table.groupby("label")["class_name"].first()
     without = classes.drop(table["label"][exists & (table["split"] == "train")].unique())
     if len(without):
         raise InputError(
@@ -230,6 +236,36 @@ def locate_id(file: str, key: str) -> str:
     return next(f"{file}:{number}" for number, (found, _) in rows if found == key)
 
 
+def read_columns(file: str, *needed: str, exactly: bool = False) -> tuple[pd.DataFrame, str]:
+    """A table of commas, semicolons or tabs whose first line names the columns.
+
+    Args:
+        file: a text file of any encoding; blank lines are passed over.
+        needed: columns that must be there, in any order.
+        exactly: these columns and no others, in this order.
+
+    Returns:
+        The fields as text, by ``file:line``, and the separator.
+    """
+    with file_errors(file, "correct it"), open(file, **CSV) as lines:
+        header = lines.readline().rstrip().lower()
+        separator = next((mark for mark in ";\t" if mark in header), ",")
+        names = header.split(separator)
+        if names != list(needed) if exactly else not set(needed) <= set(names):
+            wanted = f"be {','.join(needed)}" if exactly else f"name {' and '.join(needed)}"
+            raise InputError(f"{file}:1: the first line must {wanted}; correct or move this file")
+        rows = {}
+        for number, row in enumerate(csv.reader(lines, delimiter=separator), 2):
+            if row and len(row) != len(names):
+                found = separator.join(row)[:80]
+                wanted = separator.join(names)
+                raise InputError(
+                    f"{file}:{number}: expected {wanted!r}, found {found!r}; correct this line"
+                )
+            rows |= {f"{file}:{number}": row} if row else {}
+    return pd.DataFrame.from_dict(rows, "index", columns=names, dtype=str), separator
+
+
 def read_mat(file: str, key: str, kind: type = object) -> np.ndarray:
     """One variable of a MATLAB file, as a vector of a kind; nothing in the file is executed."""
     with file_errors(file):
@@ -273,8 +309,25 @@ def image_file(path: str) -> Iterator[Image.Image]:
     with file_errors(path, remedy), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large images and damaged EXIF
         try:
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=_formats(path))
         except UnidentifiedImageError:
             raise InputError(f"{path}: not an image; {remedy}") from None
         with image:
             yield image
+
+
+def _formats(path: str) -> tuple[str, ...]:
+    """`FORMATS`, or HEIF for a file that begins so; iPhones name some of them .jpg.
+
+    Raises:
+        InputError: the package that reads HEIF is not installed.
+    """
+    with open(path, "rb") as file:
+        if file.read(12)[4:] not in HEIF:
+            return FORMATS
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        remedy = "install the package pillow-heif, or convert it to JPEG"
+        raise InputError(f"{path}: a HEIC image; {remedy}") from None
+    return ("HEIF",)

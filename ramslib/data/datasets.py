@@ -1,26 +1,24 @@
 """Datasets as tables: read any of them, your own photos included, and describe what they hold.
 
-`load_table` reads what a configuration names, `read_table` any dataset. The columns of a table are
+`load_table` reads what a configuration names. The columns of a table are
 described in `annotations`. The validation split is taken from the training images, class by class;
 the test split is never touched. An image is drawn by a hash of the seed and its path, so the draw
 depends neither on the order of the rows nor on the process, and other images coming or going hardly
 change it.
 
-A reader of your own is a function ``(root, **options)`` that returns a DataFrame with a row per
+A reader of your own is a function ``(root)`` that returns a DataFrame with a row per
 image: ``path`` (absolute, or below the root), ``label`` or ``class_name``, ``split``, and
 ``top, left, bottom, right`` where boxes are known. `annotations.complete_table` says what may be
 left out; where ``split`` is, a test split is drawn.
 """
 
-import csv
 import hashlib
-import inspect
 import os
 import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -29,72 +27,60 @@ import pandas as pd
 
 from ramslib.config import Config
 from ramslib.data import annotations, readers
-from ramslib.data.annotations import BOX_COLUMNS, SPLIT_WORDS, SPLITS
+from ramslib.data.annotations import BOX_COLUMNS, LISTS, SPLIT_WORDS, SPLITS
 from ramslib.errors import InputError, write_atomically
 from ramslib.extensions import load_source, resolve
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif")
-PHOTO_SUFFIXES += (".tiff", ".gif", ".jp2", ".ppm", ".avif")
+PHOTO_SUFFIXES += (".tiff", ".gif", ".jp2", ".ppm", ".avif", ".heic", ".heif")
 HIDDEN = (".", "__MACOSX")  # how names of files begin that no person put there
-CSV = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}  # names of any bytes
 PREPARATION = Path(__file__).resolve().parents[2] / "data" / "prepare"
 
 
 def load_table(config: Config) -> pd.DataFrame:
-    """The dataset that a configuration names, with its validation split; see `read_table`."""
-    options = {"test_fraction": config.test_fraction, "allow_missing": config.allow_missing}
-    return read_table(config.data, config.root, config.validation_fraction, config.seed, **options)
-
-
-def read_table(
-    data: str,
-    root: Path | str,
-    validation_fraction: float = 0.1,
-    seed: int = 0,
-    *,
-    test_fraction: float = 0.2,
-    allow_missing: bool = False,
-    **options: object,
-) -> pd.DataFrame:
-    """Read a dataset and take a validation split from its training images.
+    """Read the dataset that a configuration names; its validation split is taken from train.
 
     A dataset that brings a validation split keeps its own. A class with a single training image
-    has none to give.
-
-    Args:
-        data: a key of `READERS`, or a reader of your own as ``path/to/file.py:name``.
-        root: folder of the dataset.
-        validation_fraction: share of each class's training images; 0 takes none.
-        seed: of this draw; nothing else depends on it.
-        test_fraction: share of each class to test on, where a dataset has no splits of its own.
-        allow_missing: leave missing images out, with a warning, instead of refusing the dataset.
-        options: the reader's own.
+    has none to give. Lists beside the images are honored: ``exclude.csv`` (path, reason) names
+    images to leave out, ``groups.csv`` (path, group) those that stay in one split.
 
     Raises:
         InputError: an unknown name, or whatever is wrong with the dataset.
     """
-    for name, share in (("validation", validation_fraction), ("test", test_fraction)):
-        if not 0 <= share < 1:
-            raise InputError(f"{name}_fraction is {share}; it must lie in [0, 1)")
-    reader, root = resolve(data, READERS, "data"), os.path.abspath(os.path.expanduser(root))
-    signature = inspect.signature(reader)
-    if "test_fraction" in signature.parameters:
-        options["test_fraction"] = test_fraction
-    try:
-        signature.bind(root, **options)
-    except TypeError as error:
-        known = ", ".join(list(signature.parameters)[1:]) or "none"
-        raise InputError(f"data={data}: {error}; its options: {known}") from None
-    table = annotations.complete_table(reader(Path(root), **options), root, data)
-    if table["split"].isna().all():
-        drawn = _draw(relative_paths(table), table["label"], test_fraction, seed=0)
+    reader, root = resolve(config.data, READERS, "data"), _absolute(config.root)
+    options = {"year": config.year} if reader is readers.read_inaturalist else {}
+    folder, fraction = _absolute(config.lists or root), config.test_fraction
+    table = annotations.complete_table(reader(Path(root), **options), root, config.data)
+    keys = pd.Series([os.path.relpath(path, root) for path in table["path"]])
+    groups = keys.map(read_list(folder, "group", keys)[0]).astype(str)
+    table["group"] = table["group"].fillna(groups)
+    if table["split"].isna().all() and reader is read_folder:
+        table["split"] = _keep_draw(folder, keys, table, fraction)
+    elif table["split"].isna().all():
+        drawn = _draw(table, relative_paths(table), fraction, seed=0)
         table["split"] = np.where(drawn, "test", "train")
-    table = annotations.check_images(table, root, allow_missing)
-    if validation_fraction and not (table["split"] == "validation").any():
+    if (is_out := keys.isin(read_list(folder, "reason", keys)[0])).any():
+        report = f"{is_out.sum():,} of {len(table):,} images left out"
+        warnings.warn(f"{folder}/{LISTS['reason']}: {report}", stacklevel=2)
+    table = annotations.check_images(table[~is_out], root, config.allow_missing)
+    if config.validation_fraction and not (table["split"] == "validation").any():
         train = table[table["split"] == "train"]
-        drawn = _draw(relative_paths(table)[train.index], train["label"], validation_fraction, seed)
+        paths = relative_paths(table)[train.index]
+        drawn = _draw(train, paths, config.validation_fraction, config.seed)
         table.loc[train.index[drawn], "split"] = "validation"
     return table
+
+
+def read_table(
+    data: str, root: Path | str, validation_fraction: float = 0.1, seed: int = 0, **settings: object
+) -> pd.DataFrame:
+    """`load_table` of a reader and a folder; ``settings`` are further ones of `Config`."""
+    settings |= {"validation_fraction": validation_fraction, "seed": seed}
+    return load_table(Config().replace(data=data, root=str(root), **settings))
+
+
+def _absolute(folder: Path | str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))
 
 
 def relative_paths(table: pd.DataFrame) -> pd.Series:
@@ -115,17 +101,78 @@ def fingerprint(table: pd.DataFrame) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _draw(keys: Sequence[str], labels: Sequence[int], fraction: float, seed: int) -> np.ndarray:
+def _draw(table: pd.DataFrame, keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     """Hold out a share of each class (at least one image, never all), by a hash of seed and key.
 
-    Returns (images,) bool.
+    A group is drawn as a whole, by its name, for the first of its classes; groups larger than the
+    share come last.
+
+    Args:
+        table: images with ``label`` and ``group``.
+        keys: names of the images.
+        fraction: the share.
+        seed: of the hashes.
+
+    Returns:
+        (images,) bool.
     """
-    texts = (f"{seed}/{key}".encode("utf-8", "surrogateescape") for key in keys)
+    names = table["group"].fillna(pd.Series(keys, table.index, dtype=str))
+    texts = (f"{seed}/{name}".encode("utf-8", "surrogateescape") for name in names)
     hashes = [int.from_bytes(hashlib.sha256(text).digest()[:7]) for text in texts]
-    by_class = pd.Series(hashes, dtype=np.int64).groupby(np.asarray(labels))
-    size = by_class.transform("size")
+    drawn = pd.DataFrame({"hash": hashes, "label": table["label"].to_numpy()})
+    of_group = drawn.groupby("hash")["label"]
+    drawn["label"] = of_group.transform("min")
+    size = drawn.groupby("label")["hash"].transform("size")
     wanted = (fraction * size + 0.5).astype(int).clip(lower=1).clip(upper=size - 1)
-    return (by_class.rank(method="first") <= wanted).to_numpy()
+    drawn["hash"] += (of_group.transform("size") > wanted) * 2**56
+    order = drawn.groupby("label")["hash"]
+    chosen = (order.rank() <= wanted) | (order.rank("min") == 1)
+    return (chosen & (drawn["hash"] < order.transform("max"))).to_numpy()
+
+
+def read_list(folder: str, column: str, keys: Sequence[str]) -> tuple[dict[str, str], str]:
+    """One of our `LISTS`: its value for each path, and its separator; nothing where it is missing.
+
+    Semicolons, tabs, backslashes and the other Unicode form of a name, as other systems write them,
+    are read.
+
+    Args:
+        folder: of the list.
+        column: the one beside ``path``.
+        keys: relative paths of the images, whose spelling is taken.
+    """
+    file = f"{folder}/{LISTS[column]}"
+    if not os.path.lexists(file):
+        return {}, ","
+    if not os.path.exists(file):
+        remedy = "restore that file, or delete the link"
+        raise InputError(f"{file}: links to {os.readlink(file)}, which is missing; {remedy}")
+    rows, separator = annotations.read_columns(file, "path", column, exactly=True)
+    spelling = {_portable(key): key for key in keys} | dict(zip(keys, keys, strict=True))
+    paths = rows["path"].map(lambda path: spelling.get(path, spelling.get(_portable(path), path)))
+    values = rows[column].str.strip()
+    if column == "split":
+        values = values.str.lower().map(SPLIT_WORDS)
+    if (wrong := paths.duplicated() | values.isna() | (values == "")).any():
+        found, what = separator.join(rows.loc[wrong.idxmax()]), "train, validation or test"
+        raise InputError(
+            f"{wrong.idxmax()}: expected a new path and {what if column == 'split' else column}, "
+            f"found {found!r}; correct this line"
+        )
+    return dict(zip(paths, values, strict=True)), separator
+
+
+def _portable(path: str) -> str:
+    """One spelling of a relative path for all systems."""
+    return os.path.normpath(unicodedata.normalize("NFC", path.replace("\\", "/")))
+
+
+def write_list(folder: str, column: str, values: Mapping[str, str], separator: str = ",") -> None:
+    """Write one of our `LISTS`; where it is a link to a file, that file."""
+    file = Path(os.path.realpath(f"{folder}/{LISTS[column]}"))
+    rows = pd.DataFrame(values.items(), columns=["path", column])
+    options = {"sep": separator, "index": False, "errors": "surrogateescape"}
+    write_atomically(file, lambda part: rows.to_csv(part, **options))
 
 
 # ---------------------------------------------------------------- preparation
@@ -157,7 +204,7 @@ def read_diagnostic(root: Path | str) -> pd.DataFrame:
 # ---------------------------------------------------------------- your own photos
 
 
-def read_folder(root: Path | str, test_fraction: float = 0.2) -> pd.DataFrame:
+def read_folder(root: Path | str) -> pd.DataFrame:
     """Your own photos: a folder per class, nested folders allowed.
 
     Folders ``train`` and ``test`` (and ``val``) of class folders are used as they are; without
@@ -167,12 +214,11 @@ def read_folder(root: Path | str, test_fraction: float = 0.2) -> pd.DataFrame:
 
     Args:
         root: the folder.
-        test_fraction: share of each class's photos to test on, at least one photo.
 
     Raises:
         InputError: no class folders, a class without enough photos, a split.csv out of shape.
     """
-    root = os.path.abspath(os.path.expanduser(root))
+    root = _absolute(root)
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; give the folder that holds the class folders")
     given = _given_splits(root)
@@ -184,9 +230,7 @@ def read_folder(root: Path | str, test_fraction: float = 0.2) -> pd.DataFrame:
     table = pd.DataFrame(photos, columns=["path", "class_name", "split"])
     if (count := table["class_name"].nunique()) < 2:
         raise InputError(f"{root}: {count} class folders with photos; at least two are needed")
-    if not given:
-        table["split"] = _draw_test(root, table, test_fraction)
-    return table
+    return table if given else table.drop(columns="split")
 
 
 def _given_splits(root: str) -> dict[str, str]:
@@ -265,74 +309,38 @@ def _kind(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower() or "without suffix"
 
 
-def _draw_test(root: str, table: pd.DataFrame, fraction: float) -> list[str]:
-    """Splits as split.csv says; photos that it does not know are drawn, and appended to it."""
+def _keep_draw(folder: str, keys: pd.Series, table: pd.DataFrame, fraction: float) -> pd.Series:
+    """Splits as split.csv says; photos that it does not know are drawn, and appended to it.
+
+    A photo whose group has a split gets that.
+    """
     counts = table["class_name"].value_counts()
     if counts.min() < 2:
-        few = sorted(counts.index[counts < 2])
+        alone = table["path"][table["class_name"].isin(counts.index[counts < 2])]
         raise InputError(
-            f"{root}/{few[0]}: 1 photo; a class needs at least 2, one to train and one to test on"
-            + (f" ({len(few)} such classes)" if len(few) > 1 else "")
+            f"{alone.iloc[0]}: the only photo of its class ({len(alone)} such classes); a class "
+            "needs at least 2, one to train and one to test on"
         )
-    file, keys = f"{root}/split.csv", [os.path.relpath(path, root) for path in table["path"]]
-    splits, separator = _read_split(file, keys) if os.path.lexists(file) else ({}, ",")
+    file, (splits, separator) = f"{folder}/{LISTS['split']}", read_list(folder, "split", keys)
     if gone := splits.keys() - set(keys):
         report = f"{len(gone):,} of its {len(splits):,} photos missing, first: {min(gone)}"
-        warnings.warn(f"{file}: {report}; their lines stay for their return", stacklevel=4)
-    new = table[[key not in splits for key in keys]]
-    if len(new):
-        drawn = _draw([keys[row] for row in new.index], new["class_name"], fraction, seed=0)
-        pairs = zip(new.index, drawn, strict=True)
-        added = {keys[row]: "test" if is_test else "train" for row, is_test in pairs}
-        _write_split(file, splits, added, separator)
-        splits |= added
-    return [splits[key] for key in keys]
-
-
-def _read_split(file: str, keys: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Split of each path, spelled as in ``keys`` where that is known, and the column separator.
-
-    Semicolons, tabs, backslashes and the other Unicode form of a name, as other systems write them,
-    are read.
-    """
-    if not os.path.exists(file):
-        remedy = "restore that file, or delete the link"
-        raise InputError(f"{file}: links to {os.readlink(file)}, which is missing; {remedy}")
-    splits: dict[str, str] = {}
-    spelling = {_portable(key): key for key in keys} | dict(zip(keys, keys, strict=True))
-    with annotations.file_errors(file), open(file, **CSV) as lines:
-        header = lines.readline().rstrip()
-        separator = header[4:5]
-        if header not in ("path,split", "path;split", "path\tsplit"):
-            raise InputError(f"{file}:1: the first line must be path,split; correct it")
-        for number, row in enumerate(csv.reader(lines, delimiter=separator), 2):
-            split = SPLIT_WORDS.get(row[1].strip().lower()) if len(row) == 2 else None
-            key = spelling.get(row[0], spelling.get(_portable(row[0]), row[0])) if split else ""
-            if not split or key in splits:
-                raise InputError(
-                    f"{file}:{number}: expected a new path and train, validation or test, found "
-                    f"{separator.join(row)!r}; correct this line"
-                )
-            splits[key] = split
-    return splits, separator
-
-
-def _portable(path: str) -> str:
-    """One spelling of a relative path for all systems."""
-    return os.path.normpath(unicodedata.normalize("NFC", path.replace("\\", "/")))
-
-
-def _write_split(file: str, splits: dict, added: dict, separator: str) -> None:
-    rows = pd.DataFrame({**splits, **added}.items(), columns=["path", "split"])
-    options = {"sep": separator, "index": False, "errors": "surrogateescape"}
-    try:  # a link to a file stays one
-        write_atomically(Path(os.path.realpath(file)), lambda part: rows.to_csv(part, **options))
+        warnings.warn(f"{file}: {report}; their lines stay for their return", stacklevel=3)
+    known = keys.map(splits).astype(str)
+    chosen = known.fillna(known.groupby(table["group"]).transform("first"))
+    new = table[chosen.isna()]
+    drawn = np.where(_draw(new, keys[new.index], fraction, 0), "test", "train")
+    chosen = chosen.fillna(pd.Series(drawn, new.index, dtype=str))
+    if not (added := dict(zip(keys[known.isna()], chosen[known.isna()], strict=True))):
+        return chosen
+    try:
+        write_list(folder, "split", splits | added, separator)
     except InputError as error:
-        warnings.warn(f"{error}; until then the split is not kept", stacklevel=4)
-        return
+        warnings.warn(f"{error}; until then the split is not kept", stacklevel=3)
+        return chosen
     if splits:
         counts = ", ".join(f"{n} {split}" for split, n in Counter(added.values()).items())
-        warnings.warn(f"{file}: {len(added)} new photos appended: {counts}", stacklevel=4)
+        warnings.warn(f"{file}: {len(added)} new photos appended: {counts}", stacklevel=3)
+    return chosen
 
 
 READERS = {"diagnostic": read_diagnostic, "folder": read_folder, **readers.READERS}
@@ -388,7 +396,8 @@ def describe_boxes(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:
     """
     table = _spread(table[table["top"].notna()], sample)
     paths, sizes = table["path"].tolist(), _image_sizes(table)
-    boxes = annotations.clip_boxes(table[BOX_COLUMNS].to_numpy(), paths.__getitem__, sizes)
+    boxes = table[BOX_COLUMNS].to_numpy()
+    boxes = annotations.clip_boxes(boxes, lambda row: readers.locate_box(paths[row]), sizes)
     top, left, bottom, right = (boxes / np.tile(sizes, 2)).T
     found = {"area": (bottom - top) * (right - left), "height": bottom - top, "width": right - left}
     found["aspect"] = found["width"] / found["height"] * sizes[:, 1] / sizes[:, 0]

@@ -1,4 +1,4 @@
-"""The official datasets of the field, each read from its own annotation files; nothing is decoded.
+"""Datasets that files describe: lists of one's own, the field's official ones; nothing is decoded.
 
 Every reader takes the folder of the official archive (or the one above it) and returns a row per
 image, which `annotations.complete_table` checks and completes: class names are those of the files,
@@ -16,16 +16,20 @@ import pandas as pd
 
 from ramslib.data.annotations import (
     BOX_COLUMNS,
+    LISTS,
+    SPLIT_WORDS,
     clip_boxes,
     file_errors,
     find_root,
+    list_folder,
     locate_id,
     read_by_id,
+    read_columns,
     read_mat,
     read_rows,
     read_text,
 )
-from ramslib.errors import InputError
+from ramslib.errors import InputError, shorten
 
 PART_COLUMNS = ["path", "part", "y", "x"]
 
@@ -60,7 +64,18 @@ def _read_text_layout(root: str) -> pd.DataFrame:
         x, y, width, height = np.array([found[key] for key in images]).T
         boxes = np.column_stack([y, x, y + height, x + width])
         table[BOX_COLUMNS] = clip_boxes(boxes, lambda row: locate_id(file, table.index[row]), sizes)
+    table.index = f"{root}/images.txt: id " + table.index
     return table
+
+
+def locate_box(path: str) -> str:
+    """Where an image's box is written, if known, and the image."""
+    root, _, name = path.partition("/images/")
+    file = f"{root}/bounding_boxes.txt"
+    if not os.path.exists(file):
+        return path
+    ids = {name: key for key, name in read_by_id(f"{root}/images.txt", path=str).items()}
+    return f"{locate_id(file, ids[name])}: {path}"
 
 
 def read_parts(root: Path | str) -> pd.DataFrame:
@@ -80,11 +95,10 @@ def read_parts(root: Path | str) -> pd.DataFrame:
     return pd.DataFrame(visible, columns=PART_COLUMNS)
 
 
-def read_cars(root: Path | str, unlabeled: bool = False) -> pd.DataFrame:
+def read_cars(root: Path | str) -> pd.DataFrame:
     """Stanford Cars: devkit, cars_train, cars_test, cars_test_annos_withlabels.mat.
 
-    The devkit's own cars_test_annos.mat has no classes. With ``unlabeled=True`` it will do, and
-    the test images get label -1: good for predicting, not for scoring.
+    The devkit's own cars_test_annos.mat has no classes and will not do.
     """
     root = find_root(root, "devkit/cars_train_annos.mat", "stanford_cars")
     names = dict(enumerate(read_mat(f"{root}/devkit/cars_meta.mat", "class_names", str), 1))
@@ -98,29 +112,25 @@ def read_cars(root: Path | str, unlabeled: bool = False) -> pd.DataFrame:
         with file_errors(file):
             table = pd.DataFrame({key: records[key] for key in records.dtype.names})
             corners = table[["bbox_y1", "bbox_x1", "bbox_y2", "bbox_x2"]].to_numpy(float)
-        table["label"], table["class_name"] = -1, ""
-        if "class" in table:
-            table["label"] = table["class"]
-            with file_errors(file):
-                table["class_name"] = [names[label] for label in table["label"]]
-        elif not (unlabeled and split == "test"):
+        if "class" not in table:
             raise InputError(
                 f"{file}: {len(table):,} {split} images without a class; put the separate "
-                f"official file {labeled} into {root}, or pass unlabeled=True"
+                f"official file {labeled} into {root}"
             )
+        with file_errors(file):
+            table["class_name"] = [names[label] for label in table["class"]]
         table["path"], table["split"] = f"{root}/cars_{split}/" + table["fname"], split
         entries = [f"{file}: entry {row + 1}" for row in table.index]
         boxes = corners - [1, 1, 0, 0]  # pixels from 1, ends inclusive
         table[BOX_COLUMNS] = clip_boxes(boxes, entries.__getitem__)
         tables.append(table)
-    return pd.concat(tables)
+    return pd.concat(tables).rename(columns={"class": "label"})
 
 
-def read_dogs(root: Path | str, boxes: bool = True) -> pd.DataFrame:
+def read_dogs(root: Path | str) -> pd.DataFrame:
     """Stanford Dogs: train_list.mat, test_list.mat, Images, and Annotation where it exists.
 
-    Boxes lie in one small file per image (20,580 in all), which ``boxes=False`` leaves alone; where
-    an image has several dogs, the largest box counts.
+    Boxes lie in one small file per image (20,580 in all); of several dogs, the largest box counts.
     """
     root = find_root(root, "train_list.mat", "stanford_dogs")
     lists = {}
@@ -131,7 +141,7 @@ def read_dogs(root: Path | str, boxes: bool = True) -> pd.DataFrame:
     table = _join(lists)
     table["class_name"] = table["key"].map(os.path.dirname)
     table["path"] = f"{root}/Images/" + table["key"]
-    if boxes and os.path.isdir(f"{root}/Annotation"):
+    if os.path.isdir(f"{root}/Annotation"):
         files = [f"{root}/Annotation/{os.path.splitext(name)[0]}" for name in table["key"]]
         found, sizes = map(np.array, zip(*map(_read_dog, files), strict=True))
         table[BOX_COLUMNS] = clip_boxes(found, files.__getitem__, sizes)
@@ -157,29 +167,82 @@ def _read_dog(file: str) -> tuple[list[float], list[float]]:
 
 
 def read_inaturalist(root: Path | str, year: int = 2017) -> pd.DataFrame:
-    """iNaturalist: train2017.json, val2017.json, train_val_images; image and label paired by id.
+    """iNaturalist of a year: train2017.json, val2017.json (2021: train.json, val.json) and images.
 
     Its test labels are unpublished: its validation images are the test split here, as in papers.
     """
-    root = find_root(root, f"train{year}.json")
-    tables, ids = [], {"left_on": "id", "right_on": "image_id"}
-    for split, file in (("train", f"{root}/train{year}.json"), ("test", f"{root}/val{year}.json")):
-        with file_errors(file):
-            content = json.loads(read_text(file))
-            images = pd.DataFrame(content["images"])[["id", "file_name"]]
-            labels = pd.DataFrame(content["annotations"])[["image_id", "category_id"]]
-            names = pd.DataFrame(content["categories"]).set_index("id")["name"]
-            table = images.merge(labels, "outer", validate="one_to_one", **ids)
-            table["class_name"] = table["category_id"].map(names)
-        if table.isna().any(axis=None):
-            raise InputError(
-                f"{file}: {len(images):,} images, {len(labels):,} annotations and their categories "
-                "do not pair one to one by id; download this file again"
-            )
-        tables.append(table.assign(split=split))
-    table = pd.concat(tables).rename(columns={"category_id": "label"})
-    table["path"] = f"{root}/" + table["file_name"]
-    return table
+    ending = ".json" if year == 2021 else f"{year}.json"
+    root = find_root(root, f"train{ending}")
+    files = {"train": f"{root}/train{ending}", "test": f"{root}/val{ending}"}
+    table = pd.concat([_read_json(file).assign(split=split) for split, file in files.items()])
+    table["label"] = table["category_id"]  # class names are taxa: not all of them differ
+    return table.rename(columns={"file_name": "path"})
+
+
+def _read_json(file: str) -> pd.DataFrame:
+    """Images of a COCO file with category and box, paired by id.
+
+    Where there are boxes, the object of the largest counts, and images without one are left out.
+    """
+    ids = {"left_on": "id", "right_on": "image_id", "validate": "one_to_one"}
+    with file_errors(file):
+        content = json.loads(read_text(file))
+        images, labels = (pd.DataFrame(content[name]) for name in ("images", "annotations"))
+        names = pd.DataFrame(content["categories"]).set_index("id")["name"]
+        if "bbox" in labels:
+            left, top, width, height = np.array(labels["bbox"].tolist(), float).T
+            labels[BOX_COLUMNS] = np.column_stack([top, left, top + height, left + width])
+            labels = labels.iloc[np.argsort(width * height, kind="stable")]
+            labels = labels.drop_duplicates("image_id", keep="last")
+            images = images[images["id"].isin(labels["image_id"])]
+        labels = labels.reindex(columns=["image_id", "category_id", *BOX_COLUMNS])
+        table = images[["id", "file_name"]].merge(labels, "outer", **ids)
+        table["class_name"] = table["category_id"].map(names)
+    if table[["file_name", "class_name"]].isna().any(axis=None):
+        raise InputError(
+            f"{file}: {len(images):,} images, {len(labels):,} annotations and their categories "
+            "do not pair one to one by id; download this file again"
+        )
+    return table.set_index(f"{file}: image " + table["id"].astype(str))
+
+
+def read_coco(root: Path | str) -> pd.DataFrame:
+    """COCO's JSON files, here, in ``annotations`` or in a folder per split.
+
+    Splits are read from the names of files and folders, such as ``instances_train2017.json`` or
+    ``valid/_annotations.coco.json``. Of several objects in an image, the largest counts.
+    """
+    files = sorted(Path(root).glob("*.json")) + sorted(Path(root).glob("*/*.json"))
+    files = [file for file in files if "instances" in file.name] or files
+    if not files:
+        raise InputError(f"{root}: no JSON file here; give the folder that holds it")
+    tables = []
+    for file in files:
+        table = _read_json(str(file))
+        words = re.findall("[a-z]+", f"{file.parent.name} {file.stem}".lower())
+        table["split"] = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+        name, first = file.stem.rpartition("_")[2], table["file_name"].iloc[0]
+        places = [file.parent, *(Path(root, sub) for sub in ("", name, "images", f"images/{name}"))]
+        place = next((place for place in places if (place / first).exists()), root)
+        tables.append(table.assign(path=f"{place}/" + table["file_name"]))
+    return pd.concat(tables)
+
+
+def read_csv(root: Path | str) -> pd.DataFrame:
+    """Photos listed in ``labels.csv``, or in the only CSV or TSV file here, a line per photo.
+
+    Its first line names the columns: path (from here) and class, if known also split, group (of
+    images that stay in one split) and top, left, bottom, right; others are ignored.
+    """
+    files = [e for e in list_folder(str(root)) if e.name.lower().endswith((".csv", ".tsv"))]
+    files = [entry.path for entry in files if entry.name not in LISTS.values()]
+    files = [file for file in files if Path(file).stem.lower() == "labels"] or files
+    if len(files) != 1:
+        found = shorten([os.path.basename(file) for file in files]) or "none"
+        raise InputError(f"{root}: CSV files here: {found}; name that of the labels labels.csv")
+    table = read_columns(files[0], "path", "class")[0].rename(columns={"class": "class_name"})
+    table["path"] = table["path"].str.replace("\\", "/")
+    return table.replace("", np.nan).dropna(axis=1, how="all")
 
 
 def read_aircraft(root: Path | str) -> pd.DataFrame:
@@ -232,6 +295,14 @@ def read_pets(root: Path | str) -> pd.DataFrame:
 
 READERS = {
     reader.__name__.removeprefix("read_"): reader
-    for reader in (read_cub, read_cars, read_dogs, read_nabirds, read_inaturalist)
+    for reader in (
+        read_csv,
+        read_coco,
+        read_cub,
+        read_cars,
+        read_dogs,
+        read_nabirds,
+        read_inaturalist,
+    )
     + (read_aircraft, read_flowers, read_pets)
 }

@@ -38,7 +38,7 @@ from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table, writing
 
 # settings that say where things are or how fast they go, not what comes out
-NON_RESULT_SETTINGS = ("root", "workers", "grad_checkpointing")
+NON_RESULT_SETTINGS = ("root", "lists", "year", "workers", "grad_checkpointing")
 STARTING = {".lock", "output.log", "job.json", extensions.SOURCES}  # there before config.json is
 # what a kill while writing leaves: our temporary files and those of safetensors
 LEFTOVER = re.compile(
@@ -159,7 +159,7 @@ def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> Non
     if is_new or metadata.get("root") != root or not (run / "table.csv").exists():
         text = json.dumps(metadata | {"root": root}, indent=2)
         write_atomically(run / "config.json", lambda part: part.write_text(text))
-        write_table(shorten_paths(table, root), run / "table.csv")
+        write_table(shorten_paths(table[list(TABLE)], root), run / "table.csv")
 
 
 def _describe(config: Config, table: pd.DataFrame, data: str, origin: str) -> dict:
