@@ -67,7 +67,7 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
     labels, splits = numbers.pop("label"), table["split"].astype(str).str.lower().map(SPLIT_WORDS)
     sound = {  # column: whether each value is what it must be, and what to do
         "path": (table["path"].map(lambda path: isinstance(path, str | Path)), "give a path"),
-        "split": (splits.notna() | ("split" not in columns), f"use {', '.join(SPLITS)}"),
+        "split": (splits.notna() | table["split"].isna().all(), f"use {', '.join(SPLITS)}"),
         "class_name": (table["class_name"].notna() & ~(names > 1), "give one name to each label"),
         "label": (labels.mod(1).eq(0) & labels.ge(0), "use whole numbers from 0"),
         **{side: (numbers[side].notna() | table[side].isna(), "use pixels") for side in numbers},

@@ -242,7 +242,7 @@ def read_csv(root: Path | str) -> pd.DataFrame:
         raise InputError(f"{root}: CSV files here: {found}; name that of the labels labels.csv")
     table = read_columns(files[0], "path", "class")[0].rename(columns={"class": "class_name"})
     table["path"] = table["path"].str.replace("\\", "/")
-    return table.replace("", np.nan).dropna(axis=1, how="all")
+    return table.replace("", np.nan)
 
 
 def read_aircraft(root: Path | str) -> pd.DataFrame:
