@@ -30,7 +30,7 @@ _PUBLIC = {  # name: where it is defined, imported when it is first used
     "load": "runs.inference",
     "load_table": "data.datasets",
     "per_scale": "extensions",
-    "predict": "runs.inference",
+    "predict": "runs.photos",
     "reads": "extensions",
     "train": "training.launch",
 }

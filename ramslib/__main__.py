@@ -97,12 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     data = add("describe-data", _describe_data, "read a dataset and describe it")
     data("--download", action="store_true", help="download its official files first")
     _add_settings(data)
-    predict = add("predict", _predict, "classify images with a finished run", "folder of the run")
+    predict = add("predict", _predict, "classify images with a run or an exported model")
+    model = predict.__self__.add_mutually_exclusive_group(required=True).add_argument
+    model("--run", type=_path, help="folder of the run")
+    model("--model", type=_path, metavar="FILE", help=".onnx file of 'export'; needs onnxruntime")
     predict("paths", nargs="+", type=_path, help="image files, folders or patterns")
     predict("--out", type=_path, help="CSV file to write; the terminal by default")
     predict("--pictures", type=_path, help="folder for pictures with the regions")
     export = add("export", _export, "write a run's model as one file", "folder of the run")
-    export("--out", required=True, type=_path, help="new file, .pt2, that needs no ramslib")
+    export("--out", required=True, type=_path, help="new file, .pt2 or .onnx: needs no ramslib")
+    export("--format", choices=["pt2", "onnx"], help="by default the ending of the file")
+    export("--root", type=_path, help="folder of the run's photos, if they moved")
     sweep = add("sweep", _sweep, "train a grid; start it in several shells to share the work")
     sweep("--out", required=True, type=_path, help="folder of all runs")
     sweep("--processes", type=int, default=1, help="training processes per run")
@@ -192,13 +197,13 @@ def _describe_data(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from ramslib.errors import write_table
-    from ramslib.runs.inference import find_images, picture_paths, predict, save_pictures
+    from ramslib.runs.photos import find_images, picture_paths, predict, save_pictures
 
     if options.out and (os.path.lexists(options.out) or not options.out.parent.is_dir()):
         raise InputError(f"{options.out} exists, or its folder does not; give another file")
     if options.pictures:
         picture_paths(list(map(str, find_images(options.paths))), options.pictures)
-    predictions = predict(options.run, options.paths)
+    predictions = predict(options.model or options.run, options.paths)
     failed = int((predictions["error"] != "").sum())
     if options.out:
         write_table(predictions, options.out)
@@ -215,7 +220,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> None:
     from ramslib.runs.inference import export_run
 
-    print(export_run(options.run, options.out))
+    print(export_run(options.run, options.out, kind=options.format, root=options.root))
 
 
 def _sweep(options: argparse.Namespace) -> None:

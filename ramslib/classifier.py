@@ -84,6 +84,11 @@ class ImageClassifier(nn.Module, ABC):
         self.grid = patch_grid(backbone)
         self.origin = getattr(backbone, "origin", "")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.mean.device
+
     def forward(self, pixels: Tensor) -> RAMSOutput:
         """Run all scales.
 

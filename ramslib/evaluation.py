@@ -83,7 +83,7 @@ def iterate_batches(
         workers: loader processes.
         rows: which images; all by default.
     """
-    device, dataset = next(model.parameters()).device, ImageDataset(table, transform)
+    device, dataset = model.device, ImageDataset(table, transform)
     for batch in load_batches(dataset, workers, batch_size=batch_size, sampler=rows):
         for name in ("pixels", "label"):
             batch[name] = batch[name].to(device, non_blocking=True)
@@ -118,7 +118,7 @@ def predict(
     Raises:
         InputError: an image that cannot be read, or for which the model gives no number.
     """
-    processes = processes or Processes(device=next(model.parameters()).device)
+    processes = processes or Processes(device=model.device)
     mine = range(processes.rank, len(table), processes.world)
     names = output_names(model.num_scales)
     results = torch.zeros(len(table), len(names), len(COLUMNS), dtype=torch.float64)

@@ -170,7 +170,7 @@ class Inspector:
         self.picture.thumbnail((DISPLAY, DISPLAY))
         self.box = torch.full((1, 4), torch.nan) if box is None else torch.as_tensor([list(box)])
         self.box = self.box.double()
-        device = next(self.model.parameters()).device
+        device = self.model.device
         with torch.inference_mode():
             self._images = self.model.preprocess(self.pixels[None].to(device))
             self._scales = (self._run(self._images[0], 0),)

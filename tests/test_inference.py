@@ -1,12 +1,8 @@
-"""Using a run: its model, photos of one's own, exported programs."""
+"""Using a run: its model, and photos of one's own."""
 
-import resource
 import shutil
-import warnings
-from contextlib import contextmanager
 
 import numpy as np
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -15,21 +11,13 @@ from safetensors.torch import save_file
 from tiny import draw_photos, tiny_config
 
 import ramslib
-from ramslib.data.transforms import ImageTransform, open_image
 from ramslib.errors import InputError
-from ramslib.evaluation import predict as predict_table
-from ramslib.model import build_model
 from ramslib.runs.inference import (
-    NamedOutputs,
-    export_model,
-    export_run,
-    find_images,
     load,
     load_backbone,
     load_model,
-    predict,
-    save_pictures,
 )
+from ramslib.runs.photos import find_images, predict, save_pictures
 from ramslib.runs.results import read_predictions
 from ramslib.training.trainer import train
 
@@ -140,76 +128,3 @@ def test_pictures_of_one_name_in_two_folders_do_not_collide(trained, tmp_path):
     with pytest.raises(InputError, match="file: cannot be written"):
         save_pictures(predictions, tmp_path / "file")
     assert len(save_pictures(predict(run, paths[:1]), tmp_path / "one")) == 1
-
-
-def opinionated(**changes):
-    """A model whose attention and boxes differ between images."""
-    torch.manual_seed(0)
-    model = build_model(tiny_config(".", image_size=(48, 64), **changes), 5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval()
-
-
-def test_the_program_gives_boxes_and_logits_of_the_model_at_any_batch_size():
-    model, size = opinionated(strength="rollout_mean"), (72, 96)
-    program = export_model(model, size).module()
-    for batch in (1, 3, 8):
-        pixels = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
-        with torch.no_grad():
-            expected, found = NamedOutputs(model)(pixels), program(pixels)
-        assert found.keys() == expected.keys() and len(found) == 2 * model.num_scales
-        for name in expected:
-            assert found[name].shape[0] == batch
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
-    assert len(expected["boxes_2"].unique(dim=0)) > 2, "boxes differ: the loop was needed"
-
-
-def test_a_file_answers_like_the_run(trained, tmp_path):
-    photos, run = trained
-    path = export_run(run, tmp_path / "model.pt2")
-    program = torch.export.load(path).module()
-    files = sorted((photos / "test").rglob("*.png"))
-    pixels = torch.stack([ImageTransform(48, 0.875)(open_image(file)) for file in files])
-    with torch.no_grad():
-        classes = program(pixels)["logits_2"].argmax(dim=1)
-    table = pd.DataFrame({"path": list(map(str, files)), "label": 0})
-    expected = predict_table(load(run), table, ImageTransform(48, 0.875)).query(
-        "output == 'scale 2'"
-    )
-    assert classes.tolist() == expected["prediction"].tolist()
-
-
-@pytest.mark.parametrize("name", ["model.pth", "model", "model.onnx", "missing/model.pt2"])
-def test_a_file_that_cannot_be_exported_is_refused_before_the_work(trained, tmp_path, name):
-    with pytest.raises(InputError, match="ends in .pt2, in a folder that exists"):
-        export_run(trained[1] / "missing", tmp_path / name)
-
-
-def test_exported_files_are_not_replaced_and_cause_no_warning(trained, tmp_path):
-    _, run = trained
-    (tmp_path / "mine.pt2").write_text("mine")
-    with pytest.raises(InputError, match="mine.pt2: give a new file"):
-        export_run(run, tmp_path / "mine.pt2")
-    assert (tmp_path / "mine.pt2").read_text() == "mine"
-    with warnings.catch_warnings(record=True) as caught:
-        export_run(run, tmp_path / "model.pt2")
-    assert not [w for w in caught if ".part" in str(w.message)]
-
-
-@contextmanager
-def largest_file(size):
-    """No file may grow beyond a size: what a full disk does to a process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_an_export_to_a_full_disk_leaves_nothing(trained, tmp_path):
-    with largest_file(100_000), pytest.raises(InputError, match="model.pt2: cannot be written"):
-        export_run(trained[1], tmp_path / "model.pt2")
-    assert list(tmp_path.iterdir()) == []

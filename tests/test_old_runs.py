@@ -15,7 +15,8 @@ from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.experiments.comparison import collect
 from ramslib.runs.folder import check_run, lock_run, read_metrics, read_run
-from ramslib.runs.inference import load, predict
+from ramslib.runs.inference import load
+from ramslib.runs.photos import predict
 from ramslib.runs.results import read_predictions, read_results
 from ramslib.training.trainer import Trainer, train
 

@@ -80,6 +80,11 @@ def test_every_dependency_has_a_range_and_is_what_the_library_imports():
     third_party = imported - set(sys.stdlib_module_names) - {"ramslib"}
     imported = {IMPORT_NAMES.get(name, name) for name in third_party}
     assert imported == set(named) - USED_AS_COMMANDS
+    extras = project["optional-dependencies"]
+    tested = read_requirements(extras["test"])
+    for name, versions in read_requirements(extras["onnx"]).items():
+        assert tested[name] == versions, "what an extra needs is installed where it is tested"
+        assert name not in imported, "an extra is imported by name, with a message where missing"
 
 
 def test_one_version():

@@ -32,7 +32,8 @@ from tiny import (
 from ramslib import extensions
 from ramslib.errors import InputError
 from ramslib.runs import folder
-from ramslib.runs.inference import load, predict
+from ramslib.runs.inference import load
+from ramslib.runs.photos import predict
 from ramslib.runs.results import read_results
 from ramslib.training import optimization
 from ramslib.training.launch import command, overrides, progress_line

@@ -16,7 +16,7 @@ from ramslib.explorer.panels import TOP, caption_html, set_options
 from ramslib.inspector import Inspector, single_block
 from ramslib.model import ProposalSettings
 from ramslib.plots.drawing import clean_class_name
-from ramslib.runs.inference import find_images
+from ramslib.runs.photos import find_images
 
 SCALES = 4  # at most, in the explorer
 THRESHOLDS = np.linspace(0, TOP, 81).round(3).tolist()  # what a slider can choose

@@ -1,30 +1,43 @@
-"""Use a trained run: load its model, classify photos, export it as one file for other programs."""
+"""A trained model ready to use: that of a run, a backbone alone, or a file that was exported.
 
+An exported file holds all scales and needs neither ramslib nor timm.
+"""
+
+import importlib
 import io
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from glob import glob
 from pathlib import Path
+from traceback import format_exception
+from types import ModuleType
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ramslib import __version__
 from ramslib.backbone import count_class_tokens
-from ramslib.classifier import ImageClassifier
+from ramslib.classifier import ImageClassifier, RAMSOutput
 from ramslib.config import Config
-from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
-from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
-from ramslib.data.transforms import ImageTransform, open_image
-from ramslib.errors import InputError, write_atomically, writing
-from ramslib.evaluation import predict as predict_table
+from ramslib.data.annotations import TABLE_COLUMNS
+from ramslib.data.transforms import ImageDataset, ImageTransform
+from ramslib.dppm import random_proposal
+from ramslib.errors import InputError, one_line, write_atomically
 from ramslib.inspector import Inspector
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 from ramslib.runs.folder import read_run, run_key
 from ramslib.weights import cache_folder
+
+OPSET = 20  # of exported ONNX files; antialiased resizing needs 18
+MAX_ONNX = 2**31 - 2**24  # bytes of weights; a protocol buffer holds 2 GiB
+TOLERANCE = 1e-4  # between logits of a program and of its model, relative where they exceed 1
+COMPARED = 8  # photos
+EXPORT_REMEDY = "; if code of your own does that, change it, or choose the other format"
 
 
 @dataclass(frozen=True)
@@ -136,125 +149,6 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Image files named by files, folders (searched deeply) or patterns, in order, each once.
-
-    Raises:
-        InputError: a path that leads to no image.
-    """
-    found: list[Path] = []
-    for path in paths:
-        exists = os.path.lexists(path)
-        named = [Path(path)] if exists else sorted(map(Path, glob(str(path), recursive=True)))
-        inside = [file for one in named for file in (_photos(one) if one.is_dir() else [one])]
-        if not inside:
-            raise InputError(f"{path}: no image there; give image files, folders or patterns")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def _photos(folder: Path) -> list[Path]:
-    """All photos below a folder, sorted, without hidden ones."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in PHOTO_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts)
-    ]
-
-
-def predict(
-    run: Path | str, paths: Sequence[str | Path], checkpoint: str = "best", batch_size: int = 16
-) -> pd.DataFrame:
-    """Classify images with a trained run.
-
-    Args:
-        run: its folder.
-        paths: image files, folders or patterns.
-        checkpoint: ``best`` or ``last``.
-        batch_size: images per forward pass.
-
-    Returns:
-        One row per image and output: ``path, output, class_name, probability``, per scale its
-        region as ``top, left, bottom, right`` in pixels of the upright image, and ``error``: why a
-        file could not be read, which then has a single row.
-
-    Raises:
-        InputError: no run there, no image there, or none that can be read.
-    """
-    loaded = load_model(run, checkpoint)
-    files = pd.DataFrame({"path": [str(file) for file in find_images(paths)], "label": 0})
-    errors = {}
-    try:
-        predictions = predict_table(loaded.model, files, loaded.transform, batch_size)
-    except InputError:
-        errors = {path: error for path in files["path"] if (error := _reading_error(path))}
-        if len(errors) in (0, len(files)):  # the model is at fault, or nothing is left
-            raise
-        sound = files[~files["path"].isin(errors)].reset_index(drop=True)
-        predictions = predict_table(loaded.model, sound, loaded.transform, batch_size)
-    names = np.array(loaded.classes, dtype=object)[predictions["prediction"]]
-    table = predictions[["path", "output"]].assign(class_name=names)
-    table["probability"] = predictions["confidence"].round(4)
-    table[BOX_COLUMNS] = predictions[BOX_COLUMNS]
-    failed = pd.DataFrame({"path": errors.keys(), "error": errors.values()})
-    return pd.concat([table.assign(error=""), failed], ignore_index=True)
-
-
-def _reading_error(path: str) -> str:
-    try:
-        open_image(path)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
-    """Draw the regions of scale 2 and further ones into copies of the images.
-
-    A copy lies below the folder as its image lies below the folder that holds all images.
-
-    Args:
-        predictions: from `predict`.
-        folder: made when missing; existing files are never replaced.
-
-    Returns:
-        The new files, PNG.
-
-    Raises:
-        InputError: a picture of that name exists, or the folder cannot be written.
-    """
-    from ramslib.plots.drawing import draw_box, output_color  # matplotlib: only pictures need it
-
-    readable = predictions[predictions["error"] == ""]
-    targets = picture_paths(readable["path"].unique(), folder)
-    for path, rows in readable.groupby("path", sort=False):
-        picture = open_image(path)
-        for row in rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples():
-            box = row.top, row.left, row.bottom, row.right
-            picture = draw_box(picture, box, output_color(row.output))
-        with writing(Path(folder)):
-            targets[path].parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(targets[path], lambda part, picture=picture: picture.save(part, "PNG"))
-    return list(targets.values())
-
-
-def picture_paths(paths: Sequence[str], folder: Path | str) -> dict[str, Path]:
-    """Where the picture of each image goes: images of one name in two folders do not collide.
-
-    Raises:
-        InputError: one of them exists.
-    """
-    full = {path: os.path.abspath(path) for path in paths}
-    base = os.path.commonpath([os.path.dirname(path) for path in full.values()])
-    targets = {path: Path(folder, os.path.relpath(full[path], base) + ".png") for path in paths}
-    for target in targets.values():
-        if os.path.lexists(target):
-            raise InputError(f"{target} exists; choose another folder for the pictures")
-    return targets
-
-
 class NamedOutputs(nn.Module):
     """The part of a model that is exported: from pixels to named tensors."""
 
@@ -277,6 +171,62 @@ class NamedOutputs(nn.Module):
         return named | {f"boxes_{scale + 1}": boxes for scale, boxes in enumerate(output.boxes)}
 
 
+class ExportedModel:
+    """An ``.onnx`` file that `evaluation.predict` takes for a model; onnxruntime runs it.
+
+    Args:
+        content: the file's path or its bytes.
+
+    Raises:
+        InputError: onnxruntime is not installed.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, content: str | bytes):
+        runtime = _import_extra("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()  # its own choice ignores limits
+        options.log_severity_level = 4  # errors are raised as well
+        self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        self.names = [output.name for output in self.session.get_outputs()]
+        self.num_scales = len(self.names) // 2
+        found = self.session.get_modelmeta().custom_metadata_map
+        self.about = {name: json.loads(value) for name, value in found.items()}
+        self.image_size = tuple(self.about["image_size"])
+
+    def named_outputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What `NamedOutputs` gives."""
+        values = self.session.run(self.names, {"pixels": pixels.numpy()})
+        return dict(zip(self.names, map(torch.from_numpy, values), strict=True))
+
+    def __call__(self, pixels: Tensor) -> RAMSOutput:
+        """See `ImageClassifier.forward`; strengths and proposals are not part of the file."""
+        values, scales = list(self.named_outputs(pixels).values()), self.num_scales
+        return RAMSOutput(tuple(values[:scales]), tuple(values[scales:]), (), ())
+
+
+def load_exported(path: Path | str) -> LoadedModel:
+    """An exported ``.onnx`` file with its transform and classes; no model is built.
+
+    Raises:
+        InputError: the file is missing, or was not written by `export_run`.
+    """
+    try:
+        model = ExportedModel(Path(path).read_bytes())
+        about, table = model.about, pd.DataFrame(columns=TABLE_COLUMNS)
+        transform = ImageTransform(about["highres_size"], about["crop_fraction"])
+        name, key, classes = about["run"], about["key"], about["classes"]
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime's have no common type
+        raise InputError(
+            f"{path}: not a readable .onnx file of ramslib ({one_line(error)}); "
+            "write one with 'ramslib export'"
+        ) from None
+    return LoadedModel(name, model, transform, classes, table, f"{path}, exported", key)
+
+
 def export_model(
     model: ImageClassifier, highres_size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
@@ -285,32 +235,153 @@ def export_model(
     Args:
         model: in evaluation mode, on the CPU.
         highres_size: (Hs, Ws) of the pixels that the program will take.
+
+    Raises:
+        InputError: a model with random proposals.
     """
+    if model.num_scales > 1 and model.settings.functions[1] is random_proposal:
+        raise InputError("a file cannot hold random proposals; export a run with other proposals")
     pixels = torch.zeros(2, 3, *highres_size, dtype=torch.uint8)
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1, max=4096)}}
     with torch.no_grad():
         return torch.export.export(NamedOutputs(model).eval(), (pixels,), dynamic_shapes=shapes)
 
 
-def export_run(run: Path | str, path: Path | str, checkpoint: str = "best") -> Path:
+def _to_pt2(program: torch.export.ExportedProgram, about: dict) -> tuple[bytes, Callable]:
+    """The content of a file, and what it computes."""
+    content, texts = io.BytesIO(), {"ramslib.json": json.dumps(about)}
+    torch.export.save(program, content, extra_files=texts)  # its own files abort on a full disk
+    content.seek(0)
+    return content.getvalue(), torch.export.load(content).module()
+
+
+def _to_onnx(program: torch.export.ExportedProgram, about: dict) -> tuple[bytes, Callable]:
+    """The content of a file, and what it computes."""
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > MAX_ONNX:
+        raise InputError(f"its {size / 1e9:.1f} GB exceed what one .onnx file holds; export a .pt2")
+    numbers = range(1, len(program.graph_signature.user_outputs) // 2 + 1)
+    names = [f"{kind}_{number}" for kind in ("logits", "boxes") for number in numbers]
+    options = {"input_names": ["pixels"], "output_names": names, "opset_version": OPSET}
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, **options)
+    exported.model.metadata_props.update({name: json.dumps(about[name]) for name in about})
+    content = exported.model_proto.SerializeToString()
+    return content, ExportedModel(content).named_outputs
+
+
+FORMATS = {"pt2": _to_pt2, "onnx": _to_onnx}
+
+
+def export_run(
+    run: Path | str,
+    path: Path | str,
+    checkpoint: str = "best",
+    kind: str | None = None,
+    root: Path | str | None = None,
+    log: Callable[[str], object] = print,
+) -> Path:
     """Write the model of a run as one program: all scales, from pixels to logits and boxes.
 
-    The file needs neither ramslib nor timm: it is torch.export's, read by torch alone, for CPUs.
-    The batch size is free; search for the largest component and cropping are inside.
+    The file needs neither ramslib nor timm. ``pt2`` is torch.export's, read by torch alone;
+    ``onnx`` (operators of `OPSET`) is read by onnxruntime and others. The batch size is free;
+    search for the largest component and cropping are inside, and what `about_export` gives. Before
+    the file is written, the program must answer like the model on photos of the test split: logits
+    within `TOLERANCE`, the same boxes.
 
     Args:
         run: the run's folder.
-        path: the new file, ``.pt2``.
+        path: the new file.
         checkpoint: ``best`` or ``last``.
+        kind: ``pt2`` or ``onnx``; by default the ending of the path.
+        root: where the run's photos are now, if they moved.
+        log: called with what was compared.
 
     Raises:
-        InputError: no such run, a file that exists or cannot be written, or another ending.
+        InputError: no such run, a file that exists or cannot be written, another ending, or a model
+            that the format cannot hold.
     """
     path = Path(path)
-    if path.suffix != ".pt2" or os.path.lexists(path) or not path.parent.is_dir():
-        raise InputError(f"{path}: give a new file that ends in .pt2, in a folder that exists")
-    loaded, content = load_model(run, checkpoint), io.BytesIO()
-    program = export_model(loaded.model.cpu(), loaded.transform.size)
-    torch.export.save(program, content)  # torch's own writer of files aborts on a full disk
-    write_atomically(path, lambda part: part.write_bytes(content.getbuffer()))
+    kind = path.suffix[1:] if kind is None else kind
+    if kind not in FORMATS or os.path.lexists(path) or not path.parent.is_dir():
+        raise InputError(
+            f"{path}: give a new file that ends in .pt2 or .onnx, in a folder that exists"
+        )
+    if kind == "onnx":  # before the slow part
+        _import_extra("onnxscript"), _import_extra("onnxruntime")
+    loaded = load_model(run, checkpoint, root)
+    try:
+        with redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot export
+            program = export_model(loaded.model.cpu(), loaded.transform.size)
+            content, outputs = FORMATS[kind](program, about_export(loaded))
+        log(_compare(outputs, loaded))
+    except Exception as error:
+        missing = re.search(r"target=torch\.ops\.([\w.]+)", "".join(format_exception(error)))
+        why = f"{missing[1]} has no ONNX operator" if missing else one_line(error)
+        remedy = "" if isinstance(error, InputError) else EXPORT_REMEDY
+        raise InputError(f"{run}: cannot be exported as {kind}: {why}{remedy}") from None
+    write_atomically(path, lambda part: part.write_bytes(content))
     return path
+
+
+def about_export(loaded: LoadedModel) -> dict:
+    """What an exported file tells about itself: ``ramslib.json`` in it, or ONNX properties in JSON.
+
+    Returns:
+        ``classes``; ``resized`` and ``highres_size``, the (height, width) that a photo is resized
+        to and that of the center crop which is the input; ``image_size`` (H, W) of scale 1, in
+        whose pixels boxes are; ``image_sizes`` of the scales, the last one also of further ones;
+        ``mean`` and ``std``, applied inside; name, key with checkpoint, and version of the run.
+    """
+    model, transform = loaded.model, loaded.transform
+    return {
+        "classes": loaded.classes,
+        "resized": transform.resized,
+        "highres_size": transform.size,
+        "crop_fraction": transform.crop_fraction,
+        "image_size": model.image_size,
+        "image_sizes": getattr(model, "image_sizes", [model.image_size]),
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+        "run": loaded.name,
+        "key": loaded.key,
+        "ramslib": __version__,
+    }
+
+
+def _compare(outputs: Callable[[Tensor], dict[str, Tensor]], loaded: LoadedModel) -> str:
+    """Check that a program answers like its model, one image at a time and several.
+
+    Raises:
+        InputError: it does not.
+    """
+    table = loaded.table[loaded.table["split"] == "test"]
+    table = table[[os.path.isfile(path) for path in table["path"]]]
+    table = table.iloc[:: max(1, len(table) // COMPARED)][:COMPARED]
+    images = ImageDataset(table, loaded.transform)
+    pixels, where = [item["pixels"] for item in images], f"{len(table)} test photos"
+    if not pixels:
+        shape, where = (
+            (COMPARED, 3, *loaded.transform.size),
+            "noise: the run's photos are not there",
+        )
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8).unbind()
+    worst = 0.0
+    for part in filter(len, (pixels[:1], pixels[1:])):
+        with torch.inference_mode():
+            expected, found = (f(torch.stack(part)) for f in (NamedOutputs(loaded.model), outputs))
+        for name, values in expected.items():
+            gap = float((found[name] - values).abs().max())
+            is_box = name.startswith("boxes")
+            limit = 1e-3 if is_box else TOLERANCE * max(1.0, float(values.abs().max()))
+            if not gap <= limit:
+                raise InputError(f"{name} of the program differs by {gap:.3g}, compared on {where}")
+            worst = max(worst, 0.0 if is_box else gap)
+    return f"compared with the run on {where}: logits within {worst:.1g}, equal boxes"
+
+
+def _import_extra(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{name} is not installed; pip install 'ramslib[onnx]'") from None
