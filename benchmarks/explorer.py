@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ramslib import Explorer
 from ramslib.data.datasets import read_table
-from ramslib.explorer import Explorer
 from ramslib.runs.inference import load_backbone
 
 SIZES = ((112, 336), (224, 448))  # input and high resolution, pixels

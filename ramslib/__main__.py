@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     export("--out", required=True, type=_path, help="new file, .pt2 or .onnx: needs no ramslib")
     export("--format", choices=["pt2", "onnx"], help="by default the ending of the file")
     export("--root", type=_path, help="folder of the run's photos, if they moved")
+    page = add("export-page", _export_page, "write images and their thresholds as one HTML file")
+    page("--run", required=True, help="folder of the run, or timm's name of a backbone")
+    page("--out", required=True, type=_path, help="new file, .html, that needs no network")
+    page("images", nargs="+", type=_path, help="image files, folders or patterns")
     sweep = add("sweep", _sweep, "train a grid; start it in several shells to share the work")
     sweep("--out", required=True, type=_path, help="folder of all runs")
     sweep("--processes", type=int, default=1, help="training processes per run")
@@ -221,6 +225,13 @@ def _export(options: argparse.Namespace) -> None:
     from ramslib.runs.inference import export_run
 
     print(export_run(options.run, options.out, kind=options.format, root=options.root))
+
+
+def _export_page(options: argparse.Namespace) -> None:
+    from ramslib.explorer.views import export_page
+    from ramslib.runs.photos import find_images
+
+    print(export_page(options.run, find_images(options.images), options.out))
 
 
 def _sweep(options: argparse.Namespace) -> None:

@@ -224,13 +224,13 @@ def token_contrast(recorded: RecordedScale) -> Tensor:
     attended = (tokens * weights[..., None]).sum(dim=(1, 2))
     cosines = [
         F.cosine_similarity(tokens, mean[:, None, None], dim=-1)
-        for mean in (attended, _border_sum(tokens))
+        for mean in (attended, border_sum(tokens))
     ]
     contrast = cosines[0] - cosines[1]
     return contrast - contrast.amin(dim=(1, 2), keepdim=True)
 
 
-def _border_sum(values: Tensor) -> Tensor:
+def border_sum(values: Tensor) -> Tensor:
     """Sum over the patches at the border of a map: (B, h, w, ...) -> (B, ...)."""
     return values.sum(dim=(1, 2)) - values[:, 1:-1, 1:-1].sum(dim=(1, 2))
 
@@ -254,7 +254,7 @@ def token_pca(recorded: RecordedScale) -> Tensor:
     """
     tokens = F.normalize(recorded.tokens.float(), dim=-1).flatten(1, 2)
     values = principal_components(tokens).unflatten(1, recorded.grid)[..., 0]
-    is_inside_out = (_border_sum(values) > 0)[:, None, None]
+    is_inside_out = (border_sum(values) > 0)[:, None, None]
     return torch.where(is_inside_out, -values, values).clamp(min=0)
 
 

@@ -10,7 +10,7 @@ recursion itself is the model's: an inspector gives it other settings and rememb
     region = inspector.region(threshold=0.8)  # no forward pass
     outputs = inspector.outputs(threshold=0.8)  # scale 2 on the new crop
     rows = inspector.attention_rows(12, (3, 5))  # what this patch attends to, by head
-    outputs = inspector.outputs(proposal=inspector.by_hand([40, 60, 200, 240]))  # scale 2 there
+    outputs = inspector.outputs(inspector.by_hand([40, 60, 200, 240]))  # scale 2 there
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -253,14 +253,19 @@ class Inspector:
         """(K,) class probabilities by output, see `probabilities`."""
         return probabilities([output.logits for output in outputs])
 
-    def plot(self, settings: ProposalSettings | None = None, **changes) -> Figure:
+    def plot(
+        self,
+        settings: ProposalSettings | None = None,
+        figure: Figure | None = None,
+        **changes,
+    ) -> Figure:
         """All scales as a figure: boxes, strength, mask, next input, class probabilities."""
         from ramslib.plots.images import plot_recursion  # importing pyplot takes half a second
 
         outputs = self.outputs(settings, **changes)
         box = self.transform.boxes_to_input(self.box, self.size, self.transform.size)[0]
         shown = self.model, self.classes, [self.label], [box]
-        return plot_recursion(outputs, self.pixels[None], *shown)[0, 0].figure
+        return plot_recursion(outputs, self.pixels[None], *shown, figure)[0, 0].figure
 
     def logits(self, count: int) -> tuple[Tensor, ...]:
         """(1, K) of the first scales that were run; of several regions, their mean."""
@@ -323,8 +328,8 @@ class Inspector:
     ) -> Iterator[float]:
         """Like `probability_curve`, for boxes (n, 4) in pixels of the upright image."""
         settings = self.changed(settings, **changes)
-        places = (self.by_hand(box) for box in boxes.tolist())
-        return self._chances(self.region(0, settings, proposal=place) for place in places)
+        places = (self.by_hand(box, settings) for box in boxes.tolist())
+        return self._chances(self.region(0, place) for place in places)
 
     def _chances(self, regions: Iterable[Region]) -> Iterator[float]:
         known, label = {}, self.label
@@ -358,22 +363,23 @@ class Inspector:
     @property
     def prefix_tokens(self) -> list[str]:
         """The tokens before the patches: ``class 1``, ..., then ``register 1``, ..."""
-        patches = self.model.grid[0] * self.model.grid[1]
-        count = self._run_before(0).recorded.blocks[0].query.shape[2] - patches
+        recorded = self._run_before(0).recorded
+        count = recorded.blocks[0].query.shape[2] - recorded.grid[0] * recorded.grid[1]
         classes = count_class_tokens(self.model.backbone)
         names = [f"class {number}" for number in range(1, classes + 1)]
         return names + [f"register {number}" for number in range(1, count - classes + 1)]
 
-    def token_index(self, token: Token) -> int:
+    def token_index(self, token: Token, scale: int = 0) -> int:
         """Where a token is in the sequence.
 
         Args:
             token: a name of `prefix_tokens`, or a patch as (row, column) from 0.
+            scale: from 0, one that was run.
 
         Raises:
             InputError: there is none.
         """
-        names, (height, width) = self.prefix_tokens, self.model.grid
+        names, (height, width) = self.prefix_tokens, self._run_before(scale).recorded.grid
         if isinstance(token, str):
             if token not in names:
                 raise InputError(f"no token {token!r}; choose one of {names} or (row, column)")
@@ -400,7 +406,7 @@ class Inspector:
         Raises:
             InputError: no such block, head or token.
         """
-        blocks, index = self._run_before(scale).recorded.blocks, self.token_index(token)
+        blocks, index = self._run_before(scale).recorded.blocks, self.token_index(token, scale)
         chosen = blocks[_checked("block", block, 1, len(blocks)) - 1]
         rows = attention_probabilities(chosen, slice(index, index + 1))[0, :, 0]
         return rows if head is None else rows[[_checked("head", head, 1, len(rows)) - 1]]
@@ -417,36 +423,46 @@ class Inspector:
             raise InputError("this backbone has no class token; use attention_rows")
         asked = self.prefix_tokens[self._run_before(scale).recorded.class_index], patch
         rows = [self.attention_rows(block, token, head, scale).mean(dim=0) for token in asked]
-        maps = on_grid(torch.stack(rows), self.model.grid)
+        maps = on_grid(torch.stack(rows), self._run_before(scale).recorded.grid)
         first, second = maps / maps.sum(dim=(1, 2), keepdim=True)
         return first - second
+
+    def patch_tokens(self, scale: int = 0) -> Tensor:
+        """The patch tokens (h, w, D) of a scale that was run, after the last block."""
+        return self._run_before(scale).recorded.tokens[0]
 
     @torch.inference_mode()
     def patch_similarity(self, patch: tuple[int, int], scale: int = 0) -> Tensor:
         """Cosine of a patch's token after the last block to those of all patches: (h, w)."""
-        tokens = self._run_before(scale).recorded.tokens[0]
-        index = self.token_index(patch) - len(self.prefix_tokens)
+        tokens = self.patch_tokens(scale)
+        index = self.token_index(patch, scale) - len(self.prefix_tokens)
         return F.cosine_similarity(tokens, tokens.flatten(0, 1)[index], dim=-1)
 
-    def by_hand(self, box: Sequence[float]) -> Callable:
-        """The proposal of one box for scale 2, whatever the attention is.
+    def by_hand(
+        self, box: Sequence[float], settings: ProposalSettings | None = None, **changes
+    ) -> ProposalSettings:
+        """Settings that propose one box, whatever the attention is.
 
         Args:
             box: ``(top, left, bottom, right)`` in pixels of the upright image.
+            settings: other ones than the model's.
+            **changes: see `changed`.
 
         Raises:
             InputError: the model sees nothing of it.
         """
         given = torch.as_tensor([list(box)], dtype=torch.float64)
-        inside = self.transform.boxes_to_input(given, self.size, self.model.image_size)
-        if not (inside[:, 2:] > inside[:, :2]).all():
+        inside = self.transform.boxes_to_input(given, self.size, self.model.image_size)[0]
+        if not (inside[2:] > inside[:2]).all():
             seen = self.image_boxes(full_image_boxes(self._images[0]))[0].round().int().tolist()
             raise InputError(
                 f"box {list(box)}: the model sees nothing of it; give (top, left, bottom, right) "
                 f"in pixels, within {seen}"
             )
         whole = torch.tensor([0.0, 0.0, *self.model.grid])
-        return fixed_box(*rescale_boxes(inside[0], self.model.image_size, whole).tolist())
+        place = fixed_box(*rescale_boxes(inside, self.model.image_size, whole).tolist())
+        exact = {"proposal": place, "margin": 0.0, "keep_aspect": False}
+        return self.changed(settings, **changes | exact)
 
     def sliding_boxes(self, box: Sequence[float], steps: int = 8) -> Tensor:
         """A box (4,) slid over what the model sees: (steps * steps, 4), row by row."""

@@ -1,12 +1,16 @@
 """The page, without a browser: widget values go in, images and messages come out."""
 
+import base64
 import dataclasses
 import gc
 import html
 import io
+import json
 import re
 import shutil
 import threading
+import time
+import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +21,11 @@ import torch
 from explorer_run import make_run
 from PIL import Image
 
-from ramslib import ProposalSettings
+from ramslib import Explorer, ProposalSettings
 from ramslib.__main__ import main
-from ramslib.explorer import Explorer
 from ramslib.explorer.controls import ALL
 from ramslib.explorer.gallery import PAGE
+from ramslib.explorer.tabs import TITLES
 from ramslib.explorer.validation import images_of, sort_images
 
 pytestmark = pytest.mark.slow
@@ -395,7 +399,7 @@ def marker(panel):
 
 
 def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
-    curve, blocks = explorer.tabs.curve, explorer.tabs.blocks
+    curve, blocks = explorer.tabs.curve, explorer.tabs.views["blocks"].panels["blocks"]
     explorer.controls.thresholds[0].value = 1.0
     explorer.worker.wait()
     before, image = marker(curve), curve.image.value
@@ -416,7 +420,7 @@ def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
 @pytest.fixture
 def evaluated(explorer):
     """The explorer after evaluating the validation set."""
-    explorer.tabs.selected_index = 2
+    explorer.tabs.selected_index = TITLES.index("validation set")
     if explorer.tabs.cached is None:
         assert "not evaluated yet" in text_of(explorer.tabs.state)
         assert explorer.tabs.start.description == "Evaluate validation set"
@@ -464,7 +468,7 @@ def test_the_threshold_of_the_validation_set_answers_at_once(evaluated):
 
 
 def test_gallery_opens_images(evaluated):
-    evaluated.tabs.selected_index = 3
+    evaluated.tabs.selected_index = TITLES.index("gallery")
     gallery = evaluated.tabs.gallery
     orders = sort_images(evaluated.tabs.cached)
     assert [label for label, _ in gallery.menu.options] == list(orders)
@@ -494,7 +498,7 @@ def test_gallery_turns_pages(evaluated):
 
 
 def test_confusion_cells_open_their_images(evaluated):
-    evaluated.tabs.selected_index = 4
+    evaluated.tabs.selected_index = TITLES.index("confusion")
     confusion, cached = evaluated.tabs.confusion, evaluated.tabs.cached
     confusion.menu.value = "scale 2"
     buttons = [w for w in confusion.matrix.children if getattr(w, "tooltip", None)]
@@ -524,6 +528,127 @@ def test_damaged_cached_predictions_are_computed_again(evaluated, places):
         page = Explorer("folder", places / "photos", places / "runs")
         assert messages_of(page) == "" and page.tabs.cached is None
         (stored / name).write_bytes(kept)
+
+
+def open_tab(explorer, title):
+    """Bring a tab to the front and wait; returns it."""
+    explorer.tabs.selected_index = TITLES.index(title)
+    explorer.worker.wait()
+    assert messages_of(explorer) == ""
+    return explorer.tabs.views[title]
+
+
+def test_a_patch_is_asked_by_a_click_or_by_text(explorer):
+    tab = open_tab(explorer, "attention")
+    field, shown = tab.pointer.field, tab.panels["tokens"].image
+    assert field.value == "class 1" and list(field.options) == ["class 1", "class 2"]
+    assert 'data-rows="4" data-columns="4"' in tab.pointer.area.value
+    before = shown.value
+    field.value = "2, 1"
+    explorer.worker.wait()
+    assert (
+        shown.value != before and "inset: 50.00% 50.00% 25.00% 25.00%" in tab.pointer.marker.value
+    )
+    every, head = tab.panels["heads"], tab.controls["head"]
+    every.field.value = "0, 1"
+    assert head.value == 2 and tab.options() == {"token": [2, 1], "block": 6, "head": 2}
+    explorer.worker.wait()
+    for wrong, words in (("2", "give row, column"), ("9, 9", "row 9: there is none")):
+        field.value = wrong
+        explorer.worker.wait()
+        assert words in messages_of(explorer)
+    field.value = "3, 3"
+    explorer.worker.wait()
+    assert messages_of(explorer) == "" and not tab.panels["tokens"].is_outdated
+
+
+def test_a_box_by_hand_starts_as_the_proposed_one_and_is_kept_for_its_image(explorer):
+    tab = open_tab(explorer, "by hand")
+    numbers, _ = numbers_of(explorer)
+    sides = [numbers[side] for side in ("top", "left", "bottom", "right")]
+    assert tab.options()["box"] == pytest.approx(sides, abs=0.5)
+    tab.pointer.field.value = "10, 12, 60, 70"
+    explorer.worker.wait()
+    explorer.controls.thresholds[0].value = 1.4
+    explorer.worker.wait()
+    assert tab.options()["box"] == [10, 12, 60, 70]
+    assert all(panel.image.value and not panel.is_outdated for panel in tab.panels.values())
+    explorer.browser.list.index = 1
+    explorer.worker.wait()
+    assert tab.options()["box"] != [10, 12, 60, 70]
+
+
+def test_a_map_of_elsewhere_stops_when_its_tab_is_left(explorer, monkeypatch):
+    seen, steps = [], threading.Event()
+
+    def slow(self, boxes, settings):
+        for number in range(len(boxes)):
+            seen.append(number)
+            steps.set()
+            yield 0.5
+            time.sleep(0.02)
+
+    monkeypatch.setattr("ramslib.inspector.Inspector.probability_elsewhere", slow)
+    explorer.tabs.selected_index = TITLES.index("by hand")
+    assert steps.wait(20)
+    explorer.tabs.selected_index = TITLES.index("gallery")
+    explorer.worker.wait()
+    assert len(seen) < 64
+
+
+def test_two_models_are_shown_with_the_same_controls(explorer):
+    tab = open_tab(explorer, "compare")
+    names = [value for _, value in tab.controls["other"].options]
+    runs = [Path(name).name for name, _ in names]
+    assert {"one", "two"} <= set(runs) and {mark for _, mark in names} == {"best", "last"}
+    before = tab.panels["compare"].image.value
+    tab.controls["other"].value = next(each for each in names if Path(each[0]).name == "one")
+    explorer.worker.wait()
+    assert tab.panels["compare"].image.value != before and messages_of(explorer) == ""
+
+
+def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
+    explorer.controls.thresholds[0].value = 1.3
+    explorer.controls.strength.value = "single_head"
+    explorer.controls.head.value = 2
+    open_tab(explorer, "by hand").pointer.field.value = "10, 12, 60, 70"
+    explorer.worker.wait()
+    explorer.save.click()
+    explorer.worker.wait()
+    names = re.findall(r'download="([^"]+)"', explorer.saved.value)
+    assert names == ["state.json", *(f"by hand.{form}" for form in ("png", "svg", "pdf", "csv"))]
+    data = dict(re.findall(r'href="data:[^,]+;base64,([^"]+)">([^<]+)<', explorer.saved.value))
+    found = {name: base64.b64decode(content) for content, name in data.items()}
+    assert found["by hand.png"][:4] == b"\x89PNG" and found["by hand.pdf"][:4] == b"%PDF"
+    ElementTree.fromstring(found["by hand.svg"])
+    numbers = pd.read_csv(io.BytesIO(found["by hand.csv"])).set_index("output")
+    assert numbers.loc["by hand", ["top", "left", "bottom", "right"]].tolist() == pytest.approx(
+        [10, 12, 60, 70], abs=1e-3
+    )
+    code = html.unescape(
+        re.search(r"<textarea[^>]*>(.*)</textarea>", explorer.saved.value, re.S)[1]
+    )
+    names = {}
+    exec(code, names)
+    pd.testing.assert_frame_equal(names["numbers"].set_index("output"), numbers, rtol=1e-4)
+    other = open_explorer("folder", places / "photos", places / "runs", places / "runs" / "one")
+    item = {"name": "state.json", "type": "", "size": 1, "content": memoryview(found["state.json"])}
+    other.reopen.value = [item | {"last_modified": pd.Timestamp.now()}]
+    other.worker.wait()
+    assert messages_of(other) == "" and other.loaded.name == "two"
+    assert json.dumps(other.state()) == json.dumps(explorer.state())
+
+
+def test_states_that_are_none_are_messages(explorer):
+    for content in (b"{", b"{}", json.dumps(explorer.state() | {"image": "none.png"}).encode()):
+        item = {"name": "state.json", "type": "", "size": 1, "content": memoryview(content)}
+        explorer.reopen.value = [item | {"last_modified": pd.Timestamp.now()}]
+        assert messages_of(explorer) != ""
+    wrong = explorer.state()
+    wrong["widgets"]["proposal"] = "evil.py:run"
+    item["content"] = memoryview(json.dumps(wrong).encode())
+    explorer.reopen.value = [item | {"last_modified": pd.Timestamp.now()}]
+    assert "not found" in messages_of(explorer) and "evil" not in str(explorer.controls.settings())
 
 
 def test_moves_leave_nothing_behind(explorer):
@@ -601,7 +726,7 @@ def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_
     assert page.loaded.name == "own" and messages_of(page) == ""
     assert page.controls.proposal.label == "upper_half"
     assert "y 6–45, x 6–92" in text_of(page.rows[0].crop.note)
-    page.tabs.selected_index = 2
+    page.tabs.selected_index = TITLES.index("validation set")
     page.tabs.start.click()
     page.tabs.worker.wait()
     page.worker.wait()

@@ -236,7 +236,7 @@ def test_tokens_that_there_are_not(inspector, arguments, words):
 
 
 def test_a_box_by_hand_is_where_scale_2_looks(inspector, forwards):
-    outputs = inspector.outputs(proposal=inspector.by_hand(BOX))
+    outputs = inspector.outputs(inspector.by_hand(BOX))
     assert inspector.image_boxes(outputs[1].boxes)[0].tolist() == pytest.approx(BOX, abs=1e-3)
     box = inspector.transform.boxes_to_input(inspector.box, inspector.size, (96, 96))
     top, left, bottom, right = box[0].round().int().tolist()
@@ -247,7 +247,7 @@ def test_a_box_by_hand_is_where_scale_2_looks(inspector, forwards):
     with torch.no_grad():
         logits = inspector.model.run_scale(expected, 1)[0]
     assert torch.allclose(outputs[1].logits, logits, atol=1e-4)
-    stats = inspector.region_stats(inspector.region(proposal=inspector.by_hand(BOX)))
+    stats = inspector.region_stats(inspector.region(0, inspector.by_hand(BOX, margin=0.5)))
     assert stats["iou"] == pytest.approx(1, abs=1e-3)
     with pytest.raises(InputError, match="the model sees nothing of it"):
         inspector.by_hand([10, 0, 10, 40])
@@ -261,7 +261,7 @@ def test_probabilities_elsewhere_are_those_of_the_boxes(inspector):
     sizes = boxes[:, 2:] - boxes[:, :2]
     assert torch.allclose(sizes, torch.tensor([[25.0, 32.0]]).double().expand(9, 2))
     for box, chance in zip(boxes, inspector.probability_elsewhere(boxes), strict=True):
-        outputs = inspector.outputs(proposal=inspector.by_hand(box))
+        outputs = inspector.outputs(inspector.by_hand(box))
         assert chance == pytest.approx(float(outputs[1].logits[0].softmax(0)[1]), abs=1e-6)
 
 

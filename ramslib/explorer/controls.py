@@ -49,7 +49,8 @@ class Controls(widgets.VBox):
         self.reset.on_click(lambda _: self.fit(self.inspector))
         choices = self.strength, self.block, self.head, self.proposal, self.from_high_res
         self.all = *choices, self.upsampling, self.scales, self.opacity
-        for control in (*self.thresholds, *self.all):
+        self.named = {control.description: control for control in (*self.thresholds, *self.all)}
+        for control in self.named.values():
             control.observe(self._changed, "value")
         super().__init__([*self.all, self.reset])
         self.add_class("rams-controls")

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +30,12 @@ from ramslib.evaluation import probabilities
 from ramslib.explorer import panels
 from ramslib.explorer.controls import Controls, ImageBrowser
 from ramslib.explorer.tabs import AnalysisTabs
+from ramslib.explorer.views import code, files, inspector_of, load
 from ramslib.inspector import Inspector
-from ramslib.model import ProposalSettings, RAMSTrans
+from ramslib.model import ProposalSettings
 from ramslib.plots.images import top_classes
 from ramslib.runs.folder import is_finished, read_run
-from ramslib.runs.inference import LoadedModel, load_backbone, load_model
+from ramslib.runs.inference import LoadedModel
 from ramslib.runs.results import read_results
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
@@ -90,9 +90,17 @@ class Explorer:
         self.rows = [panels.ScaleRow(*each) for each in enumerate(controls.thresholds)]
         self.notice, self.scores = widgets.HTML(), widgets.HTML()
         self.browser = ImageBrowser(self._pick, partial(self.guard, topic="image"))
-        self.tabs = AnalysisTabs(self)
-        main = widgets.VBox([controls, self.stage, self.scores, self.tabs]).add_class("rams-main")
-        style = widgets.HTML(f"<style>{Path(__file__).with_name('style.css').read_text()}</style>")
+        self.tabs, self.saved = AnalysisTabs(self), widgets.HTML()
+        self.save = widgets.Button(description="Save figure", tooltip="that of the tab in front")
+        self.save.on_click(self.guard(lambda _: self.worker(self._save()), "save"))
+        self.reopen = widgets.FileUpload(description="Reopen", accept=".json")
+        self.reopen.tooltip = "a state.json that was saved"
+        self.reopen.observe(self.guard(self._reopen, "model"), "value")
+        line = widgets.HBox([self.save, self.reopen]).add_class("rams-line")
+        parts = controls, self.stage, self.scores, self.tabs, line, self.saved
+        main = widgets.VBox(parts).add_class("rams-main")
+        style, script = (Path(__file__).with_name(n).read_text() for n in ("style.css", "page.js"))
+        style = widgets.HTML(f'<style onload="{html.escape(script)}">{style}</style>')
         head = widgets.HBox([self.models, self.other]).add_class("rams-head")
         body = widgets.HBox([self.browser, main]).add_class("rams-body")
         self.page = widgets.VBox([style, head, self.messages, body, self.notice]).add_class("rams")
@@ -145,20 +153,80 @@ class Explorer:
         """Show a run, by its folder, or a backbone, by its timm name."""
         if not model:
             return
+        named = str(getattr(model, "name", model))
         if not isinstance(model, LoadedModel):
-            name = str(model).strip()
-            self.messages.show("model", f"loading {name} …", is_error=False)
-            is_run = "/" in name and ":" not in name or Path(name).is_dir()  # hf-hub:timm/vit
-            model = load_run(name, self.root) if is_run else load_backbone(name, self.table)
-        self.loaded, self.inspector = model, None
+            self.messages.show("model", f"loading {model} …", is_error=False)
+            model = load(model, root=self.root, table=self.table)
+        self.model, self.loaded, self.inspector = named, model, None
         self.models.tooltip = model.origin
         self.controls.fit(self._new_inspector())
         self.guard(self.tabs.use, "validation")()
         self.guard(self.browser.use, "image")(model.table if len(model.table) else self.table)
 
+    def state(self) -> dict:
+        """What the page shows, as JSON takes it: model, image, controls, and the tab in front.
+
+        Raises:
+            InputError: no image is shown, or a function has no name in a file.
+        """
+        if self.inspector is None:
+            raise InputError("no image is shown; choose one")
+        box, (view, options) = self.inspector.box, self.tabs.front()
+        values = {name: widget.value for name, widget in self._named().items()}
+        if own := [name for name, value in values.items() if callable(value)]:
+            raise InputError(f"{own[0]}: a function that is in no file; give path/to/file.py:name")
+        return {
+            "model": self.model,
+            "image": self.inspector.path,
+            "label": self.inspector.label,
+            "box": None if box.isnan().any() else box[0].tolist(),
+            "tab": self.tabs.selected_index,
+            "widgets": values,
+            "view": view,
+            "options": options,
+        }
+
+    def _named(self) -> dict[str, widgets.Widget]:
+        return self.controls.named | self.tabs.named
+
+    def restore(self, state: dict) -> None:
+        """Show what `state` gave; only what the menus offer is taken.
+
+        Raises:
+            InputError: a model or image that cannot be read.
+        """
+        if state["model"] != self.model:
+            self._load(state["model"])
+        row = {"path": state["image"], "label": -1 if state["label"] is None else state["label"]}
+        box = state["box"] or [float("nan")] * 4
+        self._pick(pd.Series(row | dict(zip(BOX_COLUMNS, box, strict=True))))
+        self.tabs.selected_index = state["tab"]
+        for name, widget in self._named().items():
+            value = state["widgets"][name]
+            if hasattr(widget, "max"):
+                widget.max = max(widget.max, value)
+            widget.value = tuple(value) if isinstance(value, list) else value
+
+    def _save(self) -> Iterator:
+        """In the background: the figure of the tab in front as links to files, and as code."""
+        state = self.state()
+        found = files(self.inspector, self.controls.settings(), state)
+        shown = panels.saved_html(found, code(state))
+        yield partial(setattr, self.saved, "value", shown)
+
+    def _reopen(self, _) -> None:
+        """Restore an uploaded state."""
+        for item in self.reopen.value:
+            try:
+                self.restore(json.loads(bytes(item["content"])))
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"{item['name']}: not a state that was saved here") from None
+
     def _new_inspector(self) -> Inspector:
         """One per image, so that work in the background on the image before cannot change it."""
-        return Inspector(self.loaded.model, self.loaded.transform, self.loaded.classes)
+        return inspector_of(self.loaded)
 
     def _pick(self, row: pd.Series) -> None:
         """Open an image; if it cannot be opened, the one before remains."""
@@ -179,6 +247,8 @@ class Explorer:
         analysis = self.tabs.update(self.inspector, settings)
         if analysis or not is_complete:
             self.worker(self._catch_up(self.inspector, settings, analysis))
+        else:
+            self.worker.cancel()
 
     def _catch_up(self, inspector: Inspector, settings: ProposalSettings, analysis) -> Iterator:
         """In the background: run the scales that have changed, then the analysis."""
@@ -244,21 +314,6 @@ def describe_run(run: Path, folder: Path) -> str:
     settings = f"scales={config.scales}, strength={strength.__name__}, seed={config.seed}"
     score = f"{best['top1']:.1f}% at {best['output']}, best checkpoint"
     return f"{run.relative_to(folder)} ({settings}; {score})"
-
-
-def load_run(run: Path | str, root: Path) -> LoadedModel:
-    """The model of a run; its images are looked for below ``root`` if they were moved there.
-
-    Raises:
-        InputError: no such run, its checkpoint cannot be read, or the explorer does not show it.
-    """
-    run = Path(run).expanduser()
-    loaded = load_model(run)
-    if not isinstance(loaded.model, RAMSTrans):
-        kind = type(loaded.model).__name__
-        raise InputError(f"{run}: the explorer shows RAMS-Trans and plain ViT, not {kind}")
-    has_images = any(map(os.path.exists, loaded.table["path"]))
-    return loaded if has_images else replace(loaded, table=read_run(run, root)[2])
 
 
 def app_command(options: Sequence[str]) -> list[str]:

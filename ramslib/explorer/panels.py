@@ -7,7 +7,9 @@ import queue
 import threading
 import time
 import weakref
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import ipywidgets as widgets
@@ -21,6 +23,7 @@ from torchvision.utils import make_grid
 
 from ramslib.boxes import rescale_boxes
 from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.errors import InputError
 from ramslib.inspector import Inspector, Region
 from ramslib.model import ProposalSettings
 from ramslib.plots import drawing
@@ -87,6 +90,62 @@ class Panel(widgets.VBox):
         left, top = left + width * min(threshold / TOP, 1), 100 - bottom - height
         style = f"left: {left:.2f}%; top: {top:.2f}%; height: {height:.2f}%"
         self.marker.value = f'<div class="rams-marker" style="{style}"></div>'
+
+
+class Pointer(Panel):
+    """An image that is asked by a click, a dragged box, arrow keys or text: ``read()`` is which.
+
+    The text, ``field``, is (row, column) or a box (top, left, bottom, right), or one of its options
+    by name. Clicks reach it by page.js: no widget of ipywidgets takes them.
+    """
+
+    def __init__(self, title: str, form: str = "jpeg", is_box: bool = False):
+        super().__init__(title, form)
+        self.name, self.is_box, self.area = title, is_box, widgets.HTML()
+        hint = "top, left, bottom, right in pixels" if is_box else "row, column"
+        self.field = widgets.Combobox(placeholder=hint, continuous_update=False, tooltip=title)
+        box = widgets.Box([self.image, self.area, self.marker])
+        self.children = [self.title, box, self.field, self.note]
+        self.add_class("rams-pointer")
+
+    def read(self) -> str | list[float]:
+        """What is asked.
+
+        Raises:
+            InputError: neither a name nor as many numbers as are needed.
+        """
+        text, kind = self.field.value.strip(), float if self.is_box else int
+        if text in self.field.options:
+            return text
+        with suppress(ValueError):
+            numbers = [kind(part) for part in text.split(",")]
+            if len(numbers) == (4 if self.is_box else 2):
+                return numbers
+        raise InputError(f"{text!r}: give {self.field.placeholder}")
+
+    def cover(self, size: Sequence[int]) -> None:
+        """Divide the image into rows and columns (or pixels) that can be asked."""
+        box = 'data-box="1"' if self.is_box else ""
+        label = f"{self.name}: {self.field.placeholder}; click, or arrow keys"
+        self.area.value = (
+            f'<div class="rams-area" tabindex="0" role="application" aria-label="{label}" {box} '
+            f'data-rows="{size[0]}" data-columns="{size[1]}"><div hidden></div></div>'
+        )
+
+    def aim(self, image: Image.Image, size: Sequence[int]) -> None:
+        """Show an image of so many rows and columns (or pixels), and a frame around what is asked.
+
+        Raises:
+            InputError: see `read`.
+        """
+        self.show(image, lambda: (image, ""))
+        self.cover(size)
+        asked, style = self.read(), "display: none"
+        if not isinstance(asked, str):
+            top, left, bottom, right = asked if self.is_box else (*asked, *(n + 1 for n in asked))
+            shares = top / size[0], 1 - right / size[1], 1 - bottom / size[0], left / size[1]
+            style = "inset: " + " ".join(f"{100 * share:.2f}%" for share in shares)
+        self.marker.value = f'<div class="rams-spot" style="{style}"></div>'
 
 
 class ScaleRow(widgets.VBox):
@@ -196,6 +255,15 @@ def caption_html(text: str) -> str:
     return f'<div class="rams-note">{text}</div>'
 
 
+def saved_html(found: dict[str, bytes], code: str) -> str:
+    """Links to files that are in the page itself, and code to copy."""
+    link = '<a download="{0}" href="data:application/octet-stream;base64,{1}">{0}</a>'
+    links = " &ensp; ".join(link.format(name, b64encode(d).decode()) for name, d in found.items())
+    lines = code.count("\n") + 1
+    text = f'<textarea readonly rows="{lines}" aria-label="code">{html.escape(code)}</textarea>'
+    return f"{links}{text}"
+
+
 def probability_bars(table: pd.DataFrame) -> str:
     """Class probabilities as HTML: a card of bars per class.
 
@@ -253,8 +321,12 @@ class BackgroundWorker:
 
     def __call__(self, work: Iterator[Callable]) -> None:
         """Do this work when no other has come for ``delay`` seconds."""
-        self.ticket += 1
+        self.cancel()
         self.jobs.put(partial(self._work, self.ticket, work))
+
+    def cancel(self) -> None:
+        """Abandon what is done."""
+        self.ticket += 1
 
     def _is_old(self, ticket: int) -> bool:
         return ticket != self.ticket or self.stopped.is_set()

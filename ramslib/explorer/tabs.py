@@ -1,7 +1,9 @@
 """The explorer's analyses: of one image, and of all validation images."""
 
 import html
+import json
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 
 import ipywidgets as widgets
@@ -9,19 +11,93 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ramslib import plots
-from ramslib.explorer import panels, validation
+from ramslib.explorer import panels, validation, views
 from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Gallery
-from ramslib.explorer.panels import Panel, caption_html
+from ramslib.explorer.panels import Panel, Pointer, caption_html
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.plots.figures import LABELS
+from ramslib.plots.images import map_grid
 from ramslib.runs.inference import LoadedModel
 
-TITLES = ("threshold", "blocks", "validation set", "gallery", "confusion")
-BLOCKS = "each in its own brightness: rollouts of the first blocks, or single blocks one by one"
+TITLES = (
+    *("threshold", "blocks", "attention", "colors", "by hand", "compare"),
+    *("validation set", "gallery", "confusion"),
+)
+BLOCKS = "Attention strength, block by block, each in its own brightness"
+TOKENS = "What it attends to; of a patch, what is like it, and where the class token differs"
+COLORS = "Patch tokens as colors: their principal components"
+BY_HAND = "Scale 2 on the proposed box and on yours"
+ELSEWHERE = "What scale 2 would have said elsewhere: its box slid over the image, at the centers"
+COMPARE = "This model and the other, with the same controls"
+SHARED = [("this image alone", 0), ("5 first in the list", 5), ("11 first in the list", 11)]
 NOT_STORED = "stored: strengths of all heads; choose one, and a proposal that reads no more"
 EVALUATE = "Evaluate validation set"
+
+
+class ViewTab(widgets.VBox):
+    """Views of the explorer's image, for what the tab's own controls say; see `views`.
+
+    Args:
+        explorer: its `Explorer`.
+        shown: panels by view.
+        controls: widgets by the option of the views that they choose; a `Pointer` is one, too.
+    """
+
+    def __init__(self, explorer, shown: dict[str, Panel], **controls):
+        self.explorer, self.panels, self.controls = explorer, shown, controls
+        self.inspector = None
+        self.pointer = next((c for c in controls.values() if isinstance(c, Pointer)), None)
+        for control in controls.values():
+            getattr(control, "field", control).observe(lambda _: explorer.moved(), "value")
+        super().__init__([widgets.Box([*controls.values()]), *shown.values()])
+        self.add_class("rams-views")
+
+    def options(self) -> dict:
+        """What the controls say, by the option's name."""
+        read = {name: getattr(c, "read", lambda c=c: c.value) for name, c in self.controls.items()}
+        return {name: value() for name, value in read.items()}
+
+    def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
+        """Dim the panels that show something else; returns the work of drawing them again."""
+        if self.pointer:
+            self._aim(inspector, settings)
+        options, missing = self.options(), {}
+        for view, panel in self.panels.items():
+            key = inspector, views.READ.get(view, copy)(settings), json.dumps(options)
+            panel.outdated(panel.key != key)
+            missing |= {} if panel.key == key else {view: key}
+        return self._draw(missing, inspector, settings, options) if missing else None
+
+    def _aim(self, inspector: Inspector, settings: ProposalSettings) -> None:
+        """Show the image; of a new one nothing is asked yet but the proposed box, or a name."""
+        row, pointer, is_new = self.explorer.rows[0], self.pointer, self.inspector is not inspector
+        self.inspector, text = inspector, pointer.field.value
+        if pointer.is_box:
+            image, size = row.image[1], inspector.size[0].tolist()
+            box = inspector.image_boxes(inspector.region(0, settings).boxes[:1])[0].tolist()
+            first = ", ".join(f"{side:.0f}" for side in box)
+        else:
+            image, size = row.base[1], inspector.model.grid
+            pointer.field.options = inspector.prefix_tokens
+            first = (*pointer.field.options, "0, 0")[0]
+            is_new &= not text
+        if is_new or not text:
+            pointer.field.value = first
+        pointer.aim(image, size)
+
+    def _draw(self, missing: dict, inspector, settings, options: dict) -> Iterator[Callable]:
+        for view, key in missing.items():
+            if view == "elsewhere":
+                boxes, chances = inspector.sliding_boxes(options["box"]), []
+                for chance in inspector.probability_elsewhere(boxes, settings):
+                    chances.append(chance)
+                    yield _step
+                options = options | {"chances": chances}
+            draw = partial(views.VIEWS[view], inspector, settings, **options)
+            drawn = panels.draw_figure(draw, 5, 3), ""
+            yield partial(self.panels[view].show, key, partial(tuple, drawn))
 
 
 class AnalysisTabs(widgets.Tab):
@@ -36,21 +112,76 @@ class AnalysisTabs(widgets.Tab):
         report = partial(explorer.report, topic="validation")
         self.worker = panels.BackgroundWorker(explorer.lock, report, delay=0)
         self.curve = Panel("What the threshold of scale 1 does to this image", "png")
-        self.blocks = Panel("Attention strength, block by block")
         self.effect = Panel("What the threshold of scale 1 does to the validation images", "png")
         pick = explorer.browser.pick_path
         self.gallery, self.confusion = Gallery(pick, guard), Confusion(pick, guard)
         self.state, self.start = widgets.HTML(), widgets.Button(description=EVALUATE)
         self.start.on_click(guard(lambda _: self.worker(self._evaluate(explorer.loaded))))
-        self.sets = [widgets.VBox() for _ in TITLES[2:]]
-        tabs = [self.curve, self.blocks, *self.sets]
-        super().__init__(tabs, titles=TITLES, selected_index=0)
+        self.sets = [widgets.VBox() for _ in range(3)]
+        self.views = self._build_views()
+        self.named = {
+            f"{title}: {name}": getattr(control, "field", control)
+            for title, tab in self.views.items()
+            for name, control in tab.controls.items()
+        }
+        super().__init__([self.curve, *self.views.values(), *self.sets], titles=TITLES)
+        self.selected_index = 0
         self.observe(lambda _: explorer.moved(), "selected_index")
         self.add_class("rams-tabs")
+
+    def _build_views(self) -> dict[str, ViewTab]:
+        """The tabs of views, by title."""
+        make, menu = partial(ViewTab, self.explorer), widgets.Dropdown
+        every = Pointer("Every head of the block; a click enlarges one", "png")
+        every.field.layout.display = "none"  # the menu of heads is for the keyboard
+        every.field.observe(self.explorer.guard(self._enlarge, "image"), "value")
+        attention = {"tokens": Panel(TOKENS, "png"), "heads": every}
+        asked = {"token": Pointer("Ask a patch, class token or register")}
+        asked["block"] = widgets.IntSlider(description="block", min=1)
+        images = menu(options=SHARED, description="shared with")
+        images.read = lambda: self.explorer.browser.shown["path"].head(images.value).tolist()
+        looked = {"by hand": Panel(BY_HAND, "png"), "elsewhere": Panel(ELSEWHERE, "png")}
+        return {
+            "blocks": make({"blocks": Panel(BLOCKS, "png")}),
+            "attention": make(attention, **asked, head=menu(description="head")),
+            "colors": make({"colors": Panel(COLORS, "png")}, images=images),
+            "by hand": make(looked, box=Pointer("Propose by hand", is_box=True)),
+            "compare": make({"compare": Panel(COMPARE, "png")}, other=menu(description="model")),
+        }
+
+    def front(self) -> tuple[str, dict]:
+        """The first view of the tab in front (of other tabs, all scales), and its options."""
+        tab = self.views.get(TITLES[self.selected_index])
+        return (next(iter(tab.panels)), tab.options()) if tab else ("recursion", {})
+
+    def _enlarge(self, change: dict) -> None:
+        """Choose the head that was clicked among all heads."""
+        head = self.views["attention"].controls["head"]
+        row, column = map(int, change["new"].split(","))
+        number = row * map_grid(len(head.options) - 1)[1] + column + 1
+        head.value = min(number, len(head.options) - 1)
+
+    def _fit(self, loaded: LoadedModel) -> None:
+        """Offer what a model has."""
+        blocks, controls = loaded.model.backbone.blocks, self.views["attention"].controls
+        controls["block"].max = controls["block"].value = len(blocks)
+        heads = range(1, blocks[0].attn.num_heads + 1)
+        options = [("mean of all", None), *((str(number), number) for number in heads)]
+        panels.set_options(controls["head"], options)
+        self.views["attention"].panels["heads"].cover(map_grid(len(heads)))
+        known = self.explorer.models.options
+        options = [(text, (name, "best")) for text, name in known]
+        options += [
+            (text.replace("best", "last"), (name, "last")) for text, name in known if "/" in name
+        ]
+        panels.set_options(self.views["compare"].controls["other"], options)
+        for tab in self.views.values():
+            tab.inspector = None
 
     def use(self) -> None:
         """Show what is cached about the explorer's model, or offer to evaluate."""
         loaded = self.explorer.loaded
+        self._fit(loaded)
         self.cached = validation.read_cached_validation(loaded, self.explorer.out / "explorer")
         images, total = validation.validation_images(loaded)
         self.state.value = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
@@ -87,9 +218,8 @@ class AnalysisTabs(widgets.Tab):
         if tab == "threshold":
             key = inspector, functions, settings.from_high_res, settings.upsampling
             return _missing(self.curve, key, self._draw_curve(key, inspector, settings))
-        if tab == "blocks":
-            key = inspector, functions[0]
-            return _missing(self.blocks, key, self._draw_blocks(key, inspector, settings))
+        if tab in self.views:
+            return self.views[tab].update(inspector, settings)
         if self.cached is None:
             return None
         if tab != "validation set":
@@ -115,17 +245,6 @@ class AnalysisTabs(widgets.Tab):
             curve["probability"] = chances
             full = draw_curve(curve)
             yield partial(self.curve.show, (key, True), lambda: full)
-
-    def _draw_blocks(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
-        maps = inspector.strength_per_block(settings)
-        rows = -(-len(maps) // 6)
-
-        def draw(figure: Figure) -> None:
-            axes = figure.subplots(rows, 6, squeeze=False).flat
-            plots.plot_strength_per_block(maps, inspector.pixels, axes=axes)
-
-        drawn = panels.draw_figure(draw, 9, 1.75 * rows), BLOCKS
-        yield partial(self.blocks.show, (key, True), lambda: drawn)
 
     def _draw_effect(self, key, cached, settings: ProposalSettings) -> Iterator:
         rows = []

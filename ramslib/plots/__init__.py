@@ -18,6 +18,7 @@ from ramslib.plots.figures import (
 )
 from ramslib.plots.images import (
     plot_image,
+    plot_map,
     plot_mask,
     plot_patch_grid,
     plot_probabilities,

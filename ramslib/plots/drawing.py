@@ -35,6 +35,7 @@ _MARKERS = "os^Dvp"
 _FUSIONS = {
     "mean softmax": {"color": "#222222", "marker": "X", "linestyle": (0, (8, 2))},
     "mean logits": {"color": "#999999", "marker": "P", "linestyle": (0, (2, 2))},
+    "by hand": {"color": "#cc79a7", "marker": "*", "linestyle": ":"},
 }
 _LOCK = threading.RLock()  # matplotlib has one style for all threads
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
@@ -78,6 +79,39 @@ def plot_patch_grid(image: AnyImage, grid: tuple[int, int], ax: Axes | None = No
 
 
 @styled
+def plot_map(
+    image: AnyImage,
+    values: Tensor,
+    label: str = "",
+    frame: Box | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Any values (h, w) over their image, with a color bar; zero is marked where some are below.
+
+    Args:
+        image: PIL's, or (3, H, W) uint8.
+        values: one per patch or place.
+        label: of the color bar.
+        frame: where they lie, in pixels of the image; all of it by default.
+        ax: where to draw.
+    """
+    ax, values = plot_image(image, ax=ax), values.float().cpu().numpy()
+    top, left, bottom, right = (0, 0, *to_pil(image).size[::-1]) if frame is None else frame
+    extent, lowest = [float(side) - 0.5 for side in (left, right, bottom, top)], values.min()
+    options = {"cmap": drawing.HEATMAP_CMAP, "vmin": min(lowest, 0), "alpha": 0.6}
+    limits = ax.get_xlim(), ax.get_ylim()
+    heat = ax.imshow(values, **options, extent=extent, interpolation="nearest")
+    ax.set(xlim=limits[0], ylim=limits[1])
+    bar = ax.figure.colorbar(heat, ax=ax, shrink=0.8, pad=0.02, aspect=14)
+    bar.solids.set_alpha(1)
+    bar.set_label(label, fontsize="small")
+    bar.ax.tick_params(labelsize="small")
+    if lowest < 0:
+        bar.ax.axhline(0, color="white", linewidth=1, path_effects=RIM)
+    return ax
+
+
+@styled
 def plot_strength(
     image: AnyImage, strength: Tensor, threshold: float | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -89,16 +123,11 @@ def plot_strength(
         threshold: the paper's eta, marked on the bar.
         ax: where to draw.
     """
-    ax = plot_image(image, title="attention strength", ax=ax)
-    options = {"cmap": drawing.HEATMAP_CMAP, "vmin": 0, "alpha": 0.6}
-    options |= {"extent": (*ax.get_xlim(), *ax.get_ylim()), "interpolation": "nearest"}
-    heat = ax.imshow(drawing.relative_strength(strength).numpy(), **options)
-    bar = ax.figure.colorbar(heat, ax=ax, shrink=0.8, pad=0.02, aspect=14)
-    bar.solids.set_alpha(1)
-    bar.set_label("× mean strength", fontsize="small")
-    bar.ax.tick_params(labelsize="small")
+    ax = plot_map(image, drawing.relative_strength(strength), "× mean strength", ax=ax)
+    ax.set_title("attention strength")
     if threshold is not None:
-        bar.ax.axhline(threshold, color="white", linewidth=1, path_effects=RIM)
+        bar = ax.images[-1].colorbar.ax
+        bar.axhline(threshold, color="white", linewidth=1, path_effects=RIM)
     return ax
 
 
@@ -126,6 +155,7 @@ def plot_recursion(
     classes: Sequence[str] = (),
     labels: Sequence[int | None] | None = None,
     truths: Sequence[Box] | None = None,
+    figure: Figure | None = None,
 ) -> np.ndarray:
     """What a model does with each image: strength, mask and box, crop, probabilities in a row.
 
@@ -138,13 +168,14 @@ def plot_recursion(
         classes: K names; none leaves the probabilities out.
         labels: B true classes, None where unknown.
         truths: (B, 4) annotated boxes, in pixels of ``pixels``.
+        figure: where to draw.
 
     Returns:
         (B, columns) Axes.
     """
     count, columns = len(pixels), 3 * len(outputs) - 2 + bool(len(classes))
     size, frame = (2.3 * columns, 2.3 * count), torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
-    axes = plt.subplots(count, columns, figsize=size, squeeze=False)[1]
+    axes = _new_grid(figure, size, count, columns)
     boxes = [rescale_boxes(output.boxes, model.image_size, frame) for output in outputs]
     for index, row in enumerate(axes):
         places = [index * len(output.input) // count for output in outputs]  # of first regions
@@ -207,18 +238,33 @@ def plot_probabilities(
 
 @styled
 def plot_strength_per_block(
-    strengths: Tensor, image: AnyImage, axes: Sequence[Axes] | None = None
+    strengths: Tensor, image: AnyImage, name: str = "block", figure: Figure | None = None
 ) -> Sequence[Axes]:
-    """The strength (L, h, w) after each block over its image, each in its own brightness."""
-    if axes is None:
-        rows, columns = -(-len(strengths) // 6), min(6, len(strengths))
-        axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False)[1]
-    axes, image = list(np.ravel(axes)), to_pil(image)
+    """The strength (L, h, w) after each block over its image, each in its own brightness.
+
+    Or any other maps, such as those of all heads, with ``name`` above them.
+    """
+    rows, columns = map_grid(len(strengths))
+    axes = list(_new_grid(figure, (1.5 * columns, 1.6 * rows), rows, columns).flat)
     for number, (ax, strength) in enumerate(zip(axes, strengths, strict=False), start=1):
-        plot_image(drawing.draw_strength(image, strength), title=f"block {number}", ax=ax)
+        drawn = drawing.draw_strength(to_pil(image), strength)
+        plot_image(drawn, title=f"{name} {number}", ax=ax)
     for ax in axes[len(strengths) :]:
         ax.axis("off")
     return axes
+
+
+def map_grid(count: int) -> tuple[int, int]:
+    """Rows and columns of a figure of many maps."""
+    return -(-count // 6), min(6, count)
+
+
+def _new_grid(figure: FigureBase | None, size: tuple, rows: int, columns: int) -> np.ndarray:
+    """Axes (rows, columns) in a figure, or in a new one, of this size in inches."""
+    figure = plt.figure() if figure is None else figure
+    if isinstance(figure, Figure):  # a part of one has its size
+        figure.set_size_inches(*size)
+    return figure.subplots(rows, columns, squeeze=False)
 
 
 @styled
@@ -227,7 +273,7 @@ def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int
     shuffled = table.sample(frac=1, random_state=seed)
     shuffled = shuffled.assign(turn=shuffled.groupby("label").cumcount())
     chosen = shuffled.sort_values(["turn", "label"]).head(rows * columns)
-    axes = plt.subplots(rows, columns, figsize=(2 * columns, 1.7 * rows), squeeze=False)[1]
+    axes = _new_grid(None, (2 * columns, 1.7 * rows), rows, columns)
     for ax in axes.flat:
         ax.axis("off")
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):
