@@ -51,7 +51,7 @@ def finished_runs(out):
 
 def test_one_table_holds_the_results_of_every_notebook(out):
     results = pd.read_csv(out / "results.csv")
-    assert results["notebook"].nunique() == 7
+    assert results["notebook"].nunique() == 8
     trained = results[results["notebook"] == "02_train_two_gpus"]
     assert list(trained["output"]) == ["scale 1", "scale 2", "mean softmax", "mean logits"]
     assert (trained["images"] == 12).all()
@@ -74,7 +74,7 @@ def test_an_idea_in_a_cell_is_trained_and_kept_with_its_run(out):
     assert any("the run of notebook 2" in str(cell.get("outputs")) for cell in shown.cells)
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_every_page_has_its_figures_inside(out, number):
     (page,) = out.glob(f"{number:02d}_*.html")
     text = page.read_text()

@@ -179,7 +179,7 @@ def test_the_library_stays_thin():
 
 NUMBERED = """
 00_the_method 01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold
-05_attention_explorer 06_comparison
+05_attention_explorer 06_comparison 07_accuracy_per_second
 """.split()
 
 
