@@ -37,7 +37,7 @@ from benchmarks.step import build, plain, training_step, twice
 from benchmarks.timing import is_met, machine, ratios, row
 from ramslib.config import Config
 from ramslib.data.datasets import preparation
-from ramslib.distributed import Processes
+from ramslib.distributed import Processes, deterministic
 from ramslib.dppm import propose
 from ramslib.errors import one_line
 from ramslib.runs.folder import git_commit
@@ -237,8 +237,17 @@ def training(options: SimpleNamespace) -> Iterator[dict]:
         ours = training_step(model, "workbench", images, 2, BF16)
         both = ours, training_step(other, "plain", images, 2, BF16)
         times = ratios(*(waited(each, options) for each in both), options.repeats)
-        what = f"training step, last_class / two plain; {backbone}, {size} px, batch {batch}"
-        yield row(what, wanted, *times)
+        what = f"{backbone}, {size} px, batch {batch}"
+        yield row(f"training step, last_class / two plain; {what}", wanted, *times)
+        both = partial(strictly, ours, options), ours
+        times = ratios(*(waited(each, options) for each in both), options.repeats)
+        yield row(f"the same, deterministic / not; {what}", "", *times)
+
+
+def strictly(function: Callable, options: SimpleNamespace) -> None:
+    """Call a function as trainings do, with deterministic algorithms."""
+    with deterministic(torch.device(options.device)):
+        function()
 
 
 def memory(options: SimpleNamespace) -> Iterator[dict]:

@@ -1,10 +1,10 @@
 """What one of several training processes needs: its rank, its device, sums over all of them.
 
-Processes are started by `ramslib.training.launch`, or by ``torch.distributed.run`` on several
-machines; the environment that they set is read by `process_group`, and without it there is one
-process. Gradients are averaged once per step rather than by wrapping the model: each scale
-back-propagates on its own, the model stays the plain module that checkpoints and notebooks know,
-and there is exactly one synchronization.
+Processes are started by `ramslib.training.launch`, or by ``torch.distributed.run``, on several
+machines or to be restarted after a failure; the environment that they set is read by
+`process_group`, and without it there is one process. Gradients are averaged once per step rather
+than by wrapping the model: each scale back-propagates on its own, the model stays the plain module
+that checkpoints and notebooks know, and there is exactly one synchronization.
 """
 
 import gc
@@ -12,13 +12,15 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset
 
 from ramslib.errors import InputError, one_line
@@ -63,10 +65,11 @@ def process_group() -> Iterator[Processes]:
         yield Processes(device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = os.environ.get("RAMSLIB_STORE")  # a file: needs no port
-    dist.init_process_group(
-        backend, init_method=f"file://{store}" if store else "env://", world_size=world, rank=rank
-    )
+    file = os.environ.get("RAMSLIB_STORE")  # needs no port
+    store, *_ = next(rendezvous(f"file://{file}" if file else "env://", rank, world))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # else dead ranks' addresses are found
+    dist.init_process_group(backend, store=store, world_size=world, rank=rank)
     yield Processes(rank, world, device)
     gc.collect()
     dist.barrier()
@@ -135,6 +138,56 @@ def sum_over_processes(values: Tensor, processes: Processes) -> Tensor:
             reason = f"another training process is gone ({one_line(error)})"
             raise OtherProcessFailed(reason) from None
     return values
+
+
+def copy_later(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU; the function that is returned waits for it and gives it.
+
+    What a GPU is given in between, it begins without waiting for anyone.
+    """
+    copy = values.to("cpu", non_blocking=True)  # pinned memory
+    copied = torch.cuda.Event() if values.is_cuda else None
+    if copied:
+        copied.record()
+
+    def read() -> Tensor:
+        if copied:
+            copied.synchronize()
+        return copy
+
+    return read
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU computes the same bits from the same numbers, as a CPU does anyway.
+
+    Torch raises RuntimeError for an operation that cannot, see `allow_nondeterministic`.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # that is for those who debug
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
+
+
+def allow_nondeterministic(error: RuntimeError) -> None:
+    """Leave `deterministic` after an operation that has no such form; other errors are raised."""
+    if "determinis" not in str(error) or not torch.are_deterministic_algorithms_enabled():
+        raise error
+    warnings.warn(
+        f"if this training is resumed, it will not be bit-identical: {one_line(error)}",
+        stacklevel=2,
+    )
+    torch.use_deterministic_algorithms(False)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:

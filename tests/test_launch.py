@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch.distributed.run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import draw_photos, tiny_config
+from tiny import ROOT, draw_photos, tiny_config
 
 import ramslib.training.launch
 from ramslib.__main__ import _config, _parse
@@ -252,3 +253,25 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 def test_ports_are_read_as_they_are():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert f"{server.getsockname()[1]:04X}" in _listening([Path("/proc/self")])
+
+
+def test_the_script_for_slurm_parses(tmp_path):
+    """As bash runs it, with what Slurm would do replaced by printing it."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    (script := tmp_path / "train.sh").write_text(text.split("```bash\n")[1].split("```")[0])
+    for name, does in {
+        "scontrol": "echo node1; echo node2",
+        "srun": "printf '%s\\n' \"$@\"",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    printed = subprocess.run(["bash", "-eu", script], env=environment, capture_output=True)
+    words = printed.stdout.decode().splitlines()
+    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    given = torch.distributed.run.parse_args(words[3:])
+    assert (given.nnodes, given.rdzv_endpoint, given.rdzv_id) == ("2", "node1:29400", "7")
+    assert given.module and given.training_script == "ramslib"
+    options = _parse(given.training_script_args)
+    assert _config(options) == Config.preset("paper-cub", root="FOLDER", workers=8)

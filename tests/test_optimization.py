@@ -16,6 +16,7 @@ from ramslib.model import ProposalSettings, RAMSTrans, build_model
 from ramslib.runs.folder import read_metrics
 from ramslib.training import trainer
 from ramslib.training.optimization import (
+    FUSED,
     backward_joint,
     backward_scales,
     create_optimizer,
@@ -307,3 +308,13 @@ def test_muon_trains_matrices_of_the_blocks_and_adamw_the_rest(model_of, pixels)
 def test_an_unknown_optimizer_is_refused(model_of):
     with pytest.raises(InputError, match="optimizer 'adamx' cannot be made.*; choose"):
         create_optimizer(model_of("vit"), Config(optimizer="adamx"))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_optimizers_of_torch_have_one_kernel_on_a_gpu(model_of, monkeypatch, name):
+    """The kernels exist on CPUs as well, where they are not used: they round differently."""
+    model, config = model_of("vit"), Config(optimizer=name)
+    assert {group.get("fused") for group in create_optimizer(model, config).param_groups} == {None}
+    monkeypatch.setattr(type(model.classifier.weight), "is_cuda", True)
+    assert all(group["fused"] for group in create_optimizer(model, config).param_groups)
+    assert create_optimizer(model, Config(optimizer="lion")).param_groups

@@ -2,13 +2,16 @@
 
 from contextlib import nullcontext
 
+import pandas as pd
 import pytest
 import torch
 from tiny import draw_photos, tiny_config
+from waits import THERE, CountWaits, Elsewhere
 
-from ramslib.distributed import Processes, process_group
+from ramslib.distributed import Processes, deterministic, process_group
 from ramslib.errors import InputError
 from ramslib.runs.folder import read_metrics
+from ramslib.training import optimization
 from ramslib.training.trainer import Trainer, train
 
 LOSSES = """
@@ -61,10 +64,10 @@ def batches(count, size):
 
 def test_accumulated_micro_batches_are_one_batch(make):
     whole, parts = make(), make(grad_accum_steps=3)
-    expected, norm, _ = whole.gradients(0, batches(1, 6))
-    losses, other, _ = parts.gradients(0, batches(3, 2))
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(other, norm)
+    expected, found = whole.gradients(0, batches(1, 6)), parts.gradients(0, batches(3, 2))
+    torch.testing.assert_close(found, expected)
+    *_, norm, asked = expected
+    assert len(expected) == 5 and asked == 0
     assert norm > whole.config.clip_grad_norm, "and it was clipped"
     found = [p.grad for p in whole.model.parameters() if p.grad is not None]
     joint = torch.cat([gradient.flatten() for gradient in found])
@@ -89,8 +92,9 @@ def test_the_moving_average_follows_and_predicts(make):
 
 def test_a_stop_is_passed_on(make):
     trainer = make()
-    assert trainer.train_step(0, batches(1, 6), True)[1] is True
-    assert trainer.train_step(1, batches(1, 6), False)[1] is False
+    for step, stop in enumerate((True, False)):
+        trainer.train_step(step, batches(1, 6), stop)
+        assert trainer.stopping is stop
 
 
 @pytest.mark.parametrize("name", ["joint", "staged"])
@@ -118,16 +122,100 @@ def test_a_loss_of_ones_own_that_cannot_train_is_one_line(photos, tmp_path, name
     assert "\n" not in str(error.value)
 
 
-def test_everything_goes_to_the_device_that_the_process_has(make, monkeypatch):
-    """Tensors of the meta device refuse to meet those of another one."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no meta
-    whole = [[0, 0, 32, 32]]  # where to cut, and other proposals, depend on values: there are none
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda boxes: whole * len(boxes))
-    trainer = make("meta", proposal="whole")
-    losses = trainer._micro_batch(next(batches(1, 6)))
-    assert losses.device.type == "meta" and losses.shape == (3,)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert all(parameter.grad.device.type == "meta" for parameter in trained)
+@pytest.fixture
+def move(monkeypatch):
+    """Function (trainer) that moves it to a device of which `CountWaits` counts what waits for it.
+
+    That device has neither autocast nor addresses, by which outputs to compute again are known.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
+    monkeypatch.setattr(optimization, "selective_checkpointing", nullcontext)
+
+    def move(trainer):
+        for module in trainer.model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    moved = torch.nn.Parameter(Elsewhere(value.detach()), value.requires_grad)
+                    module._parameters[name] = moved
+            for name, value in module._buffers.items():
+                module._buffers[name] = Elsewhere(value)
+        trainer.processes = Processes(device=THERE)
+        trainer.optimizer = optimization.create_optimizer(trainer.model, trainer.config)
+        length = trainer.config.warmup_steps, trainer.total_steps
+        trainer.schedule = optimization.create_schedule(trainer.optimizer, *length)
+
+    return move
+
+
+@pytest.mark.parametrize("changes", [{}, {"scales": 1}, {"scales": 3, "grad_accum_steps": 2}])
+def test_a_step_waits_for_the_device_once_per_proposal_and_never_for_its_log(make, move, changes):
+    steps, expected, trainer = range(3), make(**changes), make(**changes)
+    micro_batches = trainer.config.grad_accum_steps
+    for step in steps:
+        expected.train_step(step, batches(micro_batches, 6 // micro_batches))
+    with CountWaits() as waits:
+        move(trainer)
+        for step in steps:
+            given = batches(micro_batches, 6 // micro_batches)
+            waits.places.clear()
+            trainer.train_step(step, given)
+            assert len(read_metrics(trainer.run)) == step, "read one step later"
+            assert len(waits.places) == micro_batches * (trainer.config.scales - 1), waits.places
+        trainer.read_step()
+    assert set(waits.places) <= {each for each in waits.places if each.startswith("dppm.py:")}
+    columns = ["step", "loss", "grad_norm"]
+    found, known = (read_metrics(each.run)[columns] for each in (trainer, expected))
+    pd.testing.assert_frame_equal(found, known, rtol=1e-4)
+
+
+def test_what_a_wait_is():
+    there, flags = Elsewhere(torch.arange(3.0)), Elsewhere(torch.tensor([True, False, True]))
+    for count, function in (
+        (1, lambda: float(there.sum())),
+        (1, lambda: bool(there.isfinite().all())),
+        (1, there.cpu),
+        (0, lambda: there.to("cpu", non_blocking=True)),
+        (1, lambda: torch.ones(3).to(THERE)),
+        (1, lambda: there.copy_(torch.ones(3))),
+        (1, lambda: there[flags]),
+        (0, lambda: (there + torch.full((), 0.5, device=THERE)).view(3, 1).mul_(2)),
+    ):
+        with CountWaits() as waits:
+            function()
+        assert len(waits.places) == count
+
+
+def test_numbers_that_are_read_late_are_read_before_anything_is_saved(make):
+    trainer = make()
+    trainer.unread = 0, {}, lambda: torch.tensor([1.0, 1.0, float("nan"), 1.0, 0.0])
+    with pytest.raises(InputError, match="losses are .*nan.* in epoch 1, step 1, on "):
+        trainer._save(trainer.last)
+    assert not trainer.last.exists()
+
+
+def test_a_gpu_computes_the_same_bits_again_unless_an_operation_cannot(make):
+    """Torch's switches, which exist without a GPU."""
+    is_on, trainer = torch.are_deterministic_algorithms_enabled, make()
+    backward, errors = trainer.backward, [RuntimeError("x has no deterministic implementation")]
+
+    def fail_once(*args, **options):
+        if errors:
+            raise errors.pop()
+        return backward(*args, **options)
+
+    with deterministic(torch.device("cuda")):
+        assert is_on() and not torch.utils.deterministic.fill_uninitialized_memory
+        expected = trainer._micro_batch(next(batches(1, 6)))
+        trainer.backward = fail_once
+        with pytest.warns(UserWarning, match="will not be bit-identical: .*x has no"):
+            losses = trainer._micro_batch(next(batches(1, 6)))
+        assert losses.equal(expected) and not is_on()
+    assert not is_on() and torch.utils.deterministic.fill_uninitialized_memory
+    errors.append(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer._micro_batch(next(batches(1, 6)))
+    with deterministic(torch.device("cpu")):
+        assert not is_on()
 
 
 @pytest.mark.parametrize("gpus, place", [(0, "cpu"), (1, "cpu"), (2, "cuda:1"), (4, "cuda:1")])

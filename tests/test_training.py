@@ -9,12 +9,14 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import termios
 import time
 from contextlib import suppress
 from functools import partial
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -340,6 +342,27 @@ def two_runs(tmp_path_factory):
 def test_two_processes_killed_at_random_resume_to_the_bit(two_runs, tmp_path):
     config, _, two, seconds = two_runs
     _kill_and_resume(config, two, tmp_path / "run", 2, KILLS - KILLS * 2 // 3, seconds)
+
+
+def test_a_rank_that_is_killed_is_started_again_by_torchs_launcher(two_runs, tmp_path):
+    """Torch keeps its store: the new ranks must not find the addresses of the dead ones there."""
+    config, _, two, _ = two_runs
+    run = tmp_path / "run"
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    words = ["train", "--run", run, "--save-every", "0", *overrides(config)]
+    command = [sys.executable, "-m", *launcher, "-m", "--", "ramslib", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    child = psutil.Popen(command, env=environment, **options)
+    while not (run / "last.safetensors").exists():
+        assert child.poll() is None
+        time.sleep(0.05)
+    ranks = [rank for rank in child.children() if "ramslib" in rank.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    output, _ = child.communicate(timeout=300)
+    assert child.returncode == 0 and f"{run}: resumes after step" in output, output
+    same_run(two, run)
 
 
 def test_two_processes_follow_the_curve_of_one(two_runs):

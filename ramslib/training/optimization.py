@@ -25,6 +25,7 @@ from ramslib.distributed import Processes
 from ramslib.errors import InputError, one_line
 from ramslib.extensions import is_reference, resolve
 
+FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, of one kernel on a GPU
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -282,13 +283,11 @@ def create_optimizer(model: ImageClassifier, config: Config) -> torch.optim.Opti
     Raises:
         InputError: a name that timm does not know.
     """
+    options = {"lr": config.learning_rate, "momentum": config.momentum}
+    if config.optimizer in FUSED and model.classifier.weight.is_cuda:
+        options["fused"] = True
     try:
-        return create_optimizer_v2(
-            parameter_groups(model, config),
-            config.optimizer,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-        )
+        return create_optimizer_v2(parameter_groups(model, config), config.optimizer, **options)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"optimizer {config.optimizer!r} cannot be made ({one_line(error)}); choose one of "

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Trainer:
         self.run, self.processes = run, processes
         self.last, self.best = run / "last.safetensors", run / "best.safetensors"
         self.config = folder.keep_sources(config, run)
+        self.unread: tuple | None = None  # a step whose numbers may still be on the device
+        self.loss, self.asked, self.stopping = math.nan, False, False  # of the last step read
         self._read_data()
         self._build()
         self.logger = folder.MetricsLogger(run, self.state.step) if processes.is_first else None
@@ -106,24 +109,24 @@ class Trainer:
 
     def fit(self, stop: threading.Event, save_every: float) -> bool:
         """Train, evaluate and save each epoch, write the results; False if the event stopped it."""
-        steps, stopping = range(self.state.step, self.total_steps), False
+        steps = range(self.state.step, self.total_steps)
         self.saved = time.monotonic()
         batches = self.batches(steps)
-        with self._bar(steps) as bar:
+        with self._bar(steps) as bar, distributed.deterministic(self.processes.device):
             for step in steps:
-                if stopping or self._out_of_patience():
+                if self.stopping or self._out_of_patience():
                     break
-                loss, stopping = self.train_step(step, batches, stop.is_set())
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                self.train_step(step, batches, stop.is_set())
+                bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
                 bar.update(self.config.batch_size)
                 done = step + 1
                 if done % self.epoch_steps == 0 or done == self.total_steps:
                     self._end_epoch(ceil(done / self.epoch_steps))
-                elif stopping or time.monotonic() - self.saved >= save_every:
+                elif self.stopping or time.monotonic() - self.saved >= save_every:
                     self._save(self.last)
-        if not stopping:
+        if not self.stopping:
             self._finish()
-        return not stopping
+        return not self.stopping
 
     def batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
@@ -138,29 +141,45 @@ class Trainer:
         disable = None if self.processes.is_first else True  # None: where there is no terminal
         return tqdm(**place, unit=" images", disable=disable)
 
-    def train_step(
-        self, step: int, batches: Iterator[dict], stop: bool = False
-    ) -> tuple[float, bool]:
-        """One optimizer step and its row of the log; returns the loss, and whether to stop."""
+    def train_step(self, step: int, batches: Iterator[dict], stop: bool = False) -> None:
+        """One optimizer step.
+
+        Its numbers are read when a GPU has been given the next step, so that it never waits; before
+        anything is saved they are read in any case. ``stopping`` says then whether to stop.
+        """
         started = time.perf_counter()
-        losses, norm, stopping = self.gradients(step, batches, stop)
-        self._check_finite(losses, norm, step)
+        numbers = self.gradients(step, batches, stop)
         self.update()
-        row = {"step": step + 1, "epoch": step // self.epoch_steps + 1, "split": "train"}
-        row |= {"loss": float(losses[0]), "grad_norm": float(norm)}
-        row |= {f"loss_{scale}": float(each) for scale, each in enumerate(losses[1:], start=1)}
+        self.read_step()
         group = self.optimizer.param_groups[0]
-        row["learning_rate"] = group["lr"] / group["lr_scale"]
         seconds = time.perf_counter() - started
+        row = {"learning_rate": group["lr"] / group["lr_scale"]}
         row["images_per_second"] = round(self.config.batch_size / seconds, 2)
         self.state.step = step + 1
         self.state.seconds += seconds
-        self._log([row])
-        return row["loss"], stopping
+        self.unread = step, row, distributed.copy_later(numbers)
+        if self.processes.device.type == "cpu":  # which has computed them by now
+            self.read_step()
+        self.stopping = self.asked
 
-    def gradients(
-        self, step: int, batches: Iterator[dict], stop: bool = False
-    ) -> tuple[Tensor, Tensor, bool]:
+    def read_step(self) -> None:
+        """Log the numbers of the last step, if that was not done yet.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        if self.unread is None:
+            return
+        (step, timing, read), self.unread = self.unread, None
+        *losses, norm, asked = read().tolist()
+        self._check_finite(losses, norm, step)
+        self.loss, self.asked = losses[0], bool(asked)
+        row = {"step": step + 1, "epoch": step // self.epoch_steps + 1, "split": "train"}
+        row |= {"loss": losses[0], "grad_norm": norm}
+        row |= {f"loss_{scale}": each for scale, each in enumerate(losses[1:], start=1)}
+        self._log([row | timing])
+
+    def gradients(self, step: int, batches: Iterator[dict], stop: bool = False) -> Tensor:
         """Back-propagate a step's micro-batches: gradients are averaged, unscaled and clipped.
 
         Args:
@@ -169,29 +188,34 @@ class Trainer:
             stop: whether this process was asked to stop.
 
         Returns:
-            (1 + S,) the loss and that of each scale, the gradient's norm before clipping, and
-            whether any process was asked to stop.
+            (S + 3,) the loss and that of each scale, the gradient's norm before clipping, and the
+            number of processes that were asked to stop; on the device.
         """
         config, processes = self.config, self.processes
         torch.manual_seed(optimization.step_seed(config, step, processes))
         self.model.train()
         self.schedule.step_update(step)
         losses = sum(self._micro_batch(next(batches)) for _ in range(config.grad_accum_steps))
-        asked = torch.tensor([float(stop)], device=losses.device)
+        asked = torch.full((1,), float(stop), device=losses.device)
         shared = distributed.sum_over_processes(torch.cat([losses, asked]), processes)
         distributed.average_gradients(self.model.parameters(), processes)
         self.scaler.unscale_(self.optimizer)
         limit = config.clip_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        return shared[:-1] / processes.world, norm, bool(shared[-1])
+        return torch.cat([shared[:-1] / processes.world, norm[None], shared[-1:]])
 
     def _micro_batch(self, batch: dict) -> Tensor:
         """Back-propagate one micro-batch; returns its share of the step's losses."""
         device = self.processes.device
-        pixels = batch["pixels"].to(device, non_blocking=True)
-        share = torch.tensor(1 / self.config.grad_accum_steps, device=device)
-        factor = self.scaler.scale(share)
-        return self.backward(pixels, batch["label"].to(device), factor=factor) * share
+        pixels, labels = (batch[k].to(device, non_blocking=True) for k in ("pixels", "label"))
+        share = torch.full((), 1 / self.config.grad_accum_steps, device=device)
+        back_propagate = partial(self.backward, pixels, labels, factor=self.scaler.scale(share))
+        try:
+            return back_propagate() * share
+        except RuntimeError as error:
+            distributed.allow_nondeterministic(error)
+            self.optimizer.zero_grad()  # the first micro-batch of all has met it
+            return back_propagate() * share
 
     def update(self) -> None:
         """Apply the gradients and clear them."""
@@ -201,20 +225,21 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
-    def _check_finite(self, losses: Tensor, norm: Tensor, step: int) -> None:
-        """Stop before weights are corrupted; float16's scaler expects infinite gradients."""
-        if losses.isfinite().all() and (norm.isfinite() or self.config.amp == "fp16"):
+    def _check_finite(self, losses: list[float], norm: float, step: int) -> None:
+        """Stop before corrupted weights are saved; float16's scaler expects infinite gradients."""
+        if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.config.amp == "fp16"):
             return
         keys = optimization.batch_keys(self.config, self.labels, step)
         names = ", ".join(Path(self.train["path"][index]).name for _, index in keys)
         when = f"in epoch {step // self.epoch_steps + 1}, step {step + 1}, on {names}"
         raise InputError(
-            f"{self.run}: the losses are {losses.tolist()} and the gradient's norm {norm:.3g} "
+            f"{self.run}: the losses are {losses} and the gradient's norm {norm:.3g} "
             f"{when}; lower learning_rate or look at these images"
         )
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate on the validation split; save the last and, when it is no worse, the best."""
+        self.read_step()
         nll = self._validate(epoch)
         if nll <= self.state.best_nll:  # infinite without a validation split
             self.state.best_nll, self.state.best_epoch = nll, epoch
@@ -265,6 +290,7 @@ class Trainer:
             write_results(self.run, {"best": best, "last": last}, columns)
 
     def _save(self, path: Path) -> None:
+        self.read_step()
         if self.processes.is_first:
             self.state.scaler = self.scaler.state_dict()
             checkpoint.save_checkpoint(path, self.state, self.model, self.optimizer, self.averaged)
