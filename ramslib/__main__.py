@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(train)
     data = add("describe-data", _describe_data, "read a dataset and describe it")
     data("--download", action="store_true", help="download its official files first")
+    data("--probe", type=_path, help="folder of ramslib probe: find suspicious labels, too")
+    data("--out", type=_path, help="CSV file to write with every image that has a problem")
+    data("--fix", action="store_true", help="list what to leave out and what to keep together")
     _add_settings(data)
     predict = add("predict", _predict, "classify images with a run or an exported model")
     model = predict.__self__.add_mutually_exclusive_group(required=True).add_argument
@@ -192,19 +195,39 @@ def _train(options: argparse.Namespace) -> int | None:
 
 def _describe_data(options: argparse.Namespace) -> None:
     config = _config(options)
-    from ramslib.data.datasets import describe, download, load_table
+    from ramslib.data import health
+    from ramslib.data.datasets import download, load_table
+    from ramslib.errors import write_table
 
+    if options.out:
+        _check_new(options.out)
     if options.download:
         download(config.data, config.root)
-    print(describe(load_table(config)).to_string())
+    held = health.read_held(options.probe, config.root) if options.probe else None
+    table = health.measure_images(load_table(config))
+    problems = health.find_problems(table, config.backbone, held)
+    print(health.describe(table).to_string())
+    for row in health.summarize_problems(problems).reset_index().itertuples(index=False):
+        across = f" across {row.across}" if row.across else ""
+        groups = f" (groups: {row.groups:,})" if row.groups else ""
+        print(f"{row.kind}{across}: {row.count:,}{groups}, first: {row.first}\n    {row.remedy}")
+    if options.out:
+        write_table(problems, options.out)
+    if options.fix:
+        print(*health.write_fixes(problems, table, config.root, config.lists), sep="\n")
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path) or not path.parent.is_dir():
+        raise InputError(f"{path} exists, or its folder does not; give another file")
 
 
 def _predict(options: argparse.Namespace) -> int:
     from ramslib.errors import write_table
     from ramslib.runs.photos import find_images, picture_paths, predict, save_pictures
 
-    if options.out and (os.path.lexists(options.out) or not options.out.parent.is_dir()):
-        raise InputError(f"{options.out} exists, or its folder does not; give another file")
+    if options.out:
+        _check_new(options.out)
     if options.pictures:
         picture_paths(list(map(str, find_images(options.paths))), options.pictures)
     predictions = predict(options.model or options.run, options.paths)

@@ -31,7 +31,7 @@ LINES, FILES, NODES = 7_230, 46, 88_600
 METHOD = "attention boxes dppm backbone classifier model".split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
-IMPORT_NAMES = {"PIL": "pillow", "IPython": "ipython"}
+IMPORT_NAMES = {"PIL": "pillow", "IPython": "ipython", "sklearn": "scikit-learn"}
 USED_AS_COMMANDS = {"ipython", "jupyterlab", "ipykernel", "nbval", "voila"}
 
 

@@ -110,15 +110,21 @@ def test_odd_names_survive(tmp_path):
 def test_only_what_decides_the_result_names_and_checks_a_run(made):
     config, table, run = made
     same = config.replace(workers=3, root="elsewhere")
-    check_run(run, same, fingerprint(table))
+    check_run(run, same)
     assert run_key(same, "data") == run_key(config, "data")
     for changes in ({"seed": 5}, {"threshold": 1.2}, {"optimizer": "sgd"}):
         other = config.replace(**changes)
         assert run_key(other, "data") != run_key(config, "data") != run_key(config, "other data")
         with pytest.raises(InputError, match=f"another run \\({next(iter(changes))} .* there, "):
             init_run(run, other, table, "")
-    with pytest.raises(InputError, match="its data differ"):
-        init_run(run, config, table[1:], "")
+    differ = {f"1 of {len(table)} images are missing, first: .*bird": table[1:]}
+    differ["labels, splits or files of its images changed"] = table.assign(split="test")
+    differ["1 images are new, first: new.png"] = pd.concat(
+        [table, table[:1].assign(path=f"{config.root}/new.png")]
+    )
+    for what, changed in differ.items():
+        with pytest.raises(InputError, match=f"its data differ: {what}"):
+            init_run(run, config, changed, "")
 
 
 def edited(config, classes='["a"]'):

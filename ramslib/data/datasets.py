@@ -1,4 +1,4 @@
-"""Datasets as tables: read any of them, your own photos included, and describe what they hold.
+"""Datasets as tables: read any of them, your own photos included.
 
 `load_table` reads what a configuration names. The columns of a table are
 described in `annotations`. The validation split is taken from the training images, class by class;
@@ -27,7 +27,7 @@ import pandas as pd
 
 from ramslib.config import Config
 from ramslib.data import annotations, readers
-from ramslib.data.annotations import BOX_COLUMNS, LISTS, SPLIT_WORDS, SPLITS
+from ramslib.data.annotations import BOX_COLUMNS, LISTS, SPLIT_WORDS
 from ramslib.errors import InputError, write_atomically
 from ramslib.extensions import load_source, resolve
 
@@ -47,9 +47,9 @@ def load_table(config: Config) -> pd.DataFrame:
     Raises:
         InputError: an unknown name, or whatever is wrong with the dataset.
     """
-    reader, root = resolve(config.data, READERS, "data"), _absolute(config.root)
+    reader, root = resolve(config.data, READERS, "data"), absolute(config.root)
     options = {"year": config.year} if reader is readers.read_inaturalist else {}
-    folder, fraction = _absolute(config.lists or root), config.test_fraction
+    folder, fraction = absolute(config.lists or root), config.test_fraction
     table = annotations.complete_table(reader(Path(root), **options), root, config.data)
     keys = pd.Series([os.path.relpath(path, root) for path in table["path"]])
     groups = keys.map(read_list(folder, "group", keys)[0]).astype(str)
@@ -68,6 +68,7 @@ def load_table(config: Config) -> pd.DataFrame:
         paths = relative_paths(table)[train.index]
         drawn = _draw(train, paths, config.validation_fraction, config.seed)
         table.loc[train.index[drawn], "split"] = "validation"
+    table["group"] = table["group"].fillna(relative_paths(table))
     return table
 
 
@@ -79,7 +80,8 @@ def read_table(
     return load_table(Config().replace(data=data, root=str(root), **settings))
 
 
-def _absolute(folder: Path | str) -> str:
+def absolute(folder: Path | str) -> str:
+    """A folder's absolute path."""
     return os.path.abspath(os.path.expanduser(folder))
 
 
@@ -218,7 +220,7 @@ def read_folder(root: Path | str) -> pd.DataFrame:
     Raises:
         InputError: no class folders, a class without enough photos, a split.csv out of shape.
     """
-    root = _absolute(root)
+    root = absolute(root)
     if not os.path.isdir(root):
         raise InputError(f"{root}: no such folder; give the folder that holds the class folders")
     given = _given_splits(root)
@@ -344,97 +346,3 @@ def _keep_draw(folder: str, keys: pd.Series, table: pd.DataFrame, fraction: floa
 
 
 READERS = {"diagnostic": read_diagnostic, "folder": read_folder, **readers.READERS}
-
-
-# ---------------------------------------------------------------- what a dataset holds
-
-
-def describe(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:
-    """Summary of a table, one row per split.
-
-    Args:
-        table: a dataset.
-        sample: image sizes are read from the headers of at most this many images per split.
-
-    Returns:
-        Columns ``images, classes, smallest_class, largest_class`` (images), ``height, width``
-        (median pixels), ``shortest_side`` (smallest), ``boxes`` (count), ``box_share`` (mean share
-        of the image's area). A box outside its image is an InputError.
-    """
-    rows = {}
-    for split in [name for name in SPLITS if (table["split"] == name).any()]:
-        part = table[table["split"] == split]
-        sizes = _image_sizes(_spread(part, sample))
-        per_class = part["class_name"].value_counts()
-        rows[split] = {
-            "images": len(part),
-            "classes": len(per_class),
-            "smallest_class": per_class.min(),
-            "largest_class": per_class.max(),
-            "height": np.median(sizes[:, 0]),
-            "width": np.median(sizes[:, 1]),
-            "shortest_side": sizes.min(),
-            "boxes": part["top"].notna().sum(),
-            "box_share": describe_boxes(part, sample)["area"].mean(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def describe_boxes(table: pd.DataFrame, sample: int = 2000) -> pd.DataFrame:
-    """Size, shape and place of annotated boxes, a row per image that has one.
-
-    Args:
-        table: a dataset.
-        sample: at most this many images, spread over the table.
-
-    Returns:
-        Columns ``area`` (share of the image), ``height, width`` (share of its sides), ``aspect``
-        (width / height in pixels), ``y, x`` (the box's middle, as a share of the image's sides).
-
-    Raises:
-        InputError: a box lies outside its image.
-    """
-    table = _spread(table[table["top"].notna()], sample)
-    paths, sizes = table["path"].tolist(), _image_sizes(table)
-    boxes = table[BOX_COLUMNS].to_numpy()
-    boxes = annotations.clip_boxes(boxes, lambda row: readers.locate_box(paths[row]), sizes)
-    top, left, bottom, right = (boxes / np.tile(sizes, 2)).T
-    found = {"area": (bottom - top) * (right - left), "height": bottom - top, "width": right - left}
-    found["aspect"] = found["width"] / found["height"] * sizes[:, 1] / sizes[:, 0]
-    found |= {"y": (top + bottom) / 2, "x": (left + right) / 2}
-    return pd.DataFrame(found, index=table.index)
-
-
-def describe_parts(table: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
-    """How often each part is visible, and where, a row per part, from most to least often.
-
-    Args:
-        table: a dataset.
-        parts: as of `load_parts`.
-
-    Returns:
-        Columns ``visible`` (share of the table's images) and ``y, x`` (mean place within the
-        annotated box, as a share of its sides; NaN without boxes), by part.
-    """
-    placed = parts.merge(table, on="path")
-    for name, low, high in (("y", "top", "bottom"), ("x", "left", "right")):
-        placed[name] = (placed[name] - placed[low]) / (placed[high] - placed[low])
-    by_part = placed.groupby("part")
-    found = by_part[["y", "x"]].mean()
-    found.insert(0, "visible", by_part["path"].nunique() / len(table))
-    return found.sort_values("visible", ascending=False)
-
-
-def load_parts(data: str, root: Path | str) -> pd.DataFrame:
-    """Visible parts as of `readers.read_parts`; no rows where a dataset has none."""
-    has_parts = data in ("cub", "nabirds", "diagnostic")
-    return readers.read_parts(root) if has_parts else pd.DataFrame(columns=readers.PART_COLUMNS)
-
-
-def _spread(table: pd.DataFrame, sample: int) -> pd.DataFrame:
-    return table.iloc[:: max(-(-len(table) // sample), 1)]
-
-
-def _image_sizes(table: pd.DataFrame) -> np.ndarray:
-    """(images, 2) height and width of every upright image, from its header."""
-    return np.array([annotations.image_size(path) for path in table["path"]]).reshape(-1, 2)

@@ -153,13 +153,25 @@ def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> Non
         metadata = {"config": extensions.store_sources(asdict(config), run)}
         metadata |= _describe(config, table, found, origin)
     else:
-        check_run(run, config, found)
+        check_run(run, config)
         _, metadata = read_metadata(run)
+        if found != metadata["data_fingerprint"]:
+            raise InputError(f"{run}: its data differ: {_data_difference(run, table, root)}")
         metadata["config"]["root"] = config.root
     if is_new or metadata.get("root") != root or not (run / "table.csv").exists():
         text = json.dumps(metadata | {"root": root}, indent=2)
         write_atomically(run / "config.json", lambda part: part.write_text(text))
         write_table(shorten_paths(table[list(TABLE)], root), run / "table.csv")
+
+
+def _data_difference(run: Path, table: pd.DataFrame, root: str) -> str:
+    """How the images of a run differ from those of a table, and what to do."""
+    old, new = (set(shorten_paths(each, root)["path"]) for each in (read_run(run, root)[2], table))
+    found = {f"{len(old - new):,} of {len(old):,} images are missing": old - new}
+    found[f"{len(new - old):,} images are new"] = new - old
+    texts = [f"{text}, first: {min(images)}" for text, images in found.items() if images]
+    remedy = "bring them back as they were, or choose another folder"
+    return f"{'; '.join(texts) or 'labels, splits or files of its images changed'}; {remedy}"
 
 
 def _describe(config: Config, table: pd.DataFrame, data: str, origin: str) -> dict:
@@ -222,17 +234,15 @@ def keep_sources(config: Config, run: Path) -> Config:
     return config.replace(**{name: copies[name] for name in extensions.SETTINGS})
 
 
-def check_run(run: Path, config: Config, data_fingerprint: str | None = None) -> None:
-    """Check that a run was made with this configuration (and, where given, with these data).
+def check_run(run: Path, config: Config) -> None:
+    """Check that a run was made with this configuration.
 
     Raises:
         InputError: it was not; the message names what differs.
     """
-    old, metadata = read_metadata(run)
+    old, _ = read_metadata(run)
     there, here = _result_settings(old), _result_settings(config)
     changed = [_difference(name, old, config) for name in here if there[name] != here[name]]
-    if data_fingerprint not in (None, metadata["data_fingerprint"]):
-        changed.append("its data differ from those given")
     if changed:
         raise InputError(f"{run} holds another run ({shorten(changed)}); choose another folder")
 

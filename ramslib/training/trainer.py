@@ -24,6 +24,7 @@ from ramslib import distributed
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import load_table
+from ramslib.data.health import check_readable
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
@@ -61,6 +62,8 @@ class Trainer:
         parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
         if missing := {"train", "test"} - set(parts):
             raise InputError(f"{config.root}: no {' or '.join(sorted(missing))} images; add some")
+        if not self.last.exists():
+            check_readable(table)
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.labels = torch.tensor(self.train["label"].to_numpy())
         self.validation = parts.get("validation", table[:0])
