@@ -16,12 +16,7 @@ from torch import Tensor
 
 from benchmarks.step import build, in_own_process, plain, training_step, twice
 from benchmarks.timing import ratios, row
-from ramslib.attention import (
-    STRENGTHS,
-    RecordedScale,
-    attention_strength,
-    record_attention,
-)
+from ramslib.attention import RecordedScale, attention_strength, record_attention
 from ramslib.boxes import full_image_boxes
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import load_batches
@@ -44,7 +39,7 @@ def inference(options: SimpleNamespace) -> Iterator[dict]:
         model, other = build(backbone, options.size, 2).eval(), plain(backbone, options.size).eval()
         for batch in options.batches:
             images = torch.randn(batch, 3, options.size, options.size)
-            for strength in STRENGTHS:
+            for strength in options.strengths:
                 model.settings = replace(model.settings, strength=strength)
                 both = partial(model.forward_preprocessed, images), partial(twice, other, images)
                 with torch.inference_mode():
@@ -57,7 +52,7 @@ def training(options: SimpleNamespace) -> Iterator[dict]:
     """One step of two scales against two plain forward and backward passes and one update."""
     images = torch.rand(2, 3, options.size, options.size)
     backbone = options.backbones[0]
-    for strength in STRENGTHS:
+    for strength in options.strengths:
         model, other = build(backbone, options.size, 2, strength), plain(backbone, options.size)
         steps = [
             training_step(model, "workbench", images, 2),
@@ -102,11 +97,8 @@ def growth(options: SimpleNamespace) -> Iterator[dict]:
             tokens = other.forward_features(images)
         patches = tokens[:, -height * width :].unflatten(1, (height, width))
         recorded = RecordedScale(blocks, (height, width), tokens=patches)
-        for name in STRENGTHS:
-            both = (
-                partial(attention_strength, recorded, name),
-                partial(other, images),
-            )
+        for name in options.strengths:
+            both = partial(attention_strength, recorded, name), partial(other, images)
             with torch.inference_mode():
                 times = ratios(*both, options.repeats)
             yield row(f"strength {name} / one forward; {height} x {width} patches", "", *times)
@@ -161,7 +153,7 @@ def loader(options: SimpleNamespace) -> Iterator[dict]:
     images = torch.randn(1, 3, options.size, options.size)
     with torch.inference_mode():
         forward, _ = ratios(partial(other, images), int, options.repeats)
-    what = f"loading ({1 / seconds:.0f} images/s) / forward; {options.backbones[1]}"
+    what = f"loading / forward, seconds per image; {options.backbones[1]}"
     yield row(what, "", [seconds] * len(forward), forward)
     yield row("a loader's own memory on 11,788 images (MB) / 300 MB", "<= 1", [private], [300.0])
 

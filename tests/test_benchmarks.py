@@ -72,7 +72,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(module, "in_own_process", lambda *_, **__: {"seconds": 1.0, "MB": 2.0})
     photos = draw_photos(tmp_path / "photos")
     run = train(tiny_config(photos, epochs=1), tmp_path / "run")
-    table = main([*TINY, "--out", str(tmp_path), "--run", str(run)])
+    table = main([*TINY, "--long", "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
     assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 2 + 2
@@ -80,7 +80,27 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()
     lines = capsys.readouterr().out.splitlines()
-    assert table["machine"].isin(lines).all() and "1 threads, torch" in table["machine"][0]
+    assert "1 threads, torch" in kept["machine"][0] and f"{kept['machine'][0]} " in lines
+
+
+def test_results_are_kept_and_compared_with_the_last_one(tmp_path, capsys, monkeypatch):
+    def figures_of(*values):
+        return {"inference": lambda options: [row("speed", "<= 1", list(values), [1.0, 1.0])]}
+
+    found = []
+    for number, values in enumerate([(1.0, 1.2), (1.1, 1.3), (2.0, 2.1)]):
+        monkeypatch.setattr("benchmarks.__main__.FIGURES", figures_of(*values))
+        monkeypatch.setattr("time.strftime", lambda _, number=number: f"2026010{number}")
+        found.append(main(["--out", str(tmp_path), "--threads", "1"]).iloc[0])
+    assert pd.isna(found[0]["before"]) and [each["change"] for each in found] == ["", "", "higher"]
+    assert [each["before"] for each in found[1:]] == pytest.approx([1.1, 1.2])
+    kept = [json.loads(path.read_text()) for path in sorted((tmp_path / "history").iterdir())]
+    assert len(kept) == 3 and all(each["commit"] and each["machine"] for each in kept)
+    assert kept[2]["rows"][0]["ratio"] == pytest.approx(2.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"compared with {kept[0]['commit']}" in lines[2] and lines[-1].endswith("than 1.2000")
+    monkeypatch.setattr("benchmarks.__main__.machine", lambda: "another one")
+    assert pd.isna(main(["--out", str(tmp_path), "--threads", "1"])["before"][0])
 
 
 def test_ratios_are_those_of_pairs():
