@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     data("--out", type=_path, help="CSV file to write with every image that has a problem")
     data("--fix", action="store_true", help="list what to leave out and what to keep together")
     _add_settings(data)
+    probe = add("probe", _probe, "accuracy of the features as they are: no training, minutes")
+    probe("--out", required=True, type=_path, help="folder of features and tables")
+    probe("--head", default="discriminant", help="discriminant (the default) or logistic")
+    probe("--images", type=int, metavar="N", help="draw about N images instead of using all")
+    _add_settings(probe)
     predict = add("predict", _predict, "classify images with a run or an exported model")
     model = predict.__self__.add_mutually_exclusive_group(required=True).add_argument
     model("--run", type=_path, help="folder of the run")
@@ -220,6 +225,13 @@ def _describe_data(options: argparse.Namespace) -> None:
 def _check_new(path: Path) -> None:
     if os.path.lexists(path) or not path.parent.is_dir():
         raise InputError(f"{path} exists, or its folder does not; give another file")
+
+
+def _probe(options: argparse.Namespace) -> None:
+    config = _config(options)
+    from ramslib.experiments.probe import probe
+
+    print(*probe(config, options.out, options.head, options.images), sep="\n")
 
 
 def _predict(options: argparse.Namespace) -> int:

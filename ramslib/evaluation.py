@@ -126,7 +126,7 @@ def predict(
         results[batch["index"]] = _rows(model, transform, batch)
     results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
     check_finite(results[:, :, COLUMNS.index("confidence")].sum(axis=1), table)
-    return _tidy(results, table, names)
+    return tidy(results, table, names)
 
 
 def check_finite(confidence: np.ndarray, table: pd.DataFrame) -> None:
@@ -182,7 +182,14 @@ def prediction_metrics(probabilities: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([prediction, confidence, true, rank], dim=1).double().cpu()
 
 
-def _tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+def tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """A table of predictions.
+
+    Args:
+        results: (images, outputs, columns), the first of `COLUMNS`.
+        table: the images.
+        names: of the outputs.
+    """
     images, outputs, columns = results.shape
     tidy = pd.DataFrame(results.reshape(images * outputs, columns), columns=COLUMNS[:columns])
     tidy = tidy.astype({"prediction": int, "rank": int})
@@ -338,7 +345,7 @@ def predict_early_exit(
         scales += torch.where(confident, 1, model.num_scales).tolist()
     results = torch.cat(metrics).numpy()
     check_finite(results[:, METRICS.index("confidence")], table)
-    return _tidy(results[:, None], table, ["early exit"]).assign(scales=scales)
+    return tidy(results[:, None], table, ["early exit"]).assign(scales=scales)
 
 
 def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
