@@ -18,12 +18,14 @@ import urllib.request
 
 import nbformat
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from explorer_run import make_run
 from PIL import Image
 from tiny import ROOT
 
+from ramslib.explorer.views import export_page
 from ramslib.inspector import Inspector
 from ramslib.runs.inference import load_model
 
@@ -43,6 +45,7 @@ RUN_ALL = """async () => {
 }"""
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+expect = playwright.expect
 reason = f"needs a browser: none of {', '.join(NAMES)} is installed"
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=reason), pytest.mark.slow]
 
@@ -232,6 +235,93 @@ def visit_the_tabs(page, name):
         page.screenshot(path=SCREENSHOTS / f"{name}_{number}_{tab.replace(' ', '_')}.png")
 
 
+def ask_and_propose(page, name):
+    """Ask a patch and drag a box, by mouse and keyboard; save the figure."""
+    settled = "() => ![...document.querySelectorAll('.rams-outdated')].some(e => e.offsetParent)"
+    field = page.locator(".rams-pointer input:visible")
+    page.get_by_role("tab", name="attention", exact=True).click()
+    area = page.locator(".rams-area:visible").first
+    area.scroll_into_view_if_needed()
+    page.wait_for_function(settled)
+    box = area.bounding_box()
+    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 0.4 * box["height"])
+    expect(field).to_have_value("1, 2")
+    page.keyboard.press("ArrowDown")
+    expect(field).to_have_value("2, 2")
+    field.fill("0, 3")
+    page.keyboard.press("Enter")
+    expect(page.locator(".rams-spot:visible")).to_have_attribute(
+        "style", re.compile("inset: 0.00% ")
+    )
+    page.wait_for_timeout(500)
+    page.wait_for_function(settled)
+    page.screenshot(path=SCREENSHOTS / f"{name}_attention.png")
+    grid = page.locator(".rams-area:visible").nth(1).bounding_box()
+    page.mouse.click(grid["x"] + 0.75 * grid["width"], grid["y"] + 0.5 * grid["height"])
+    expect(page.locator(".rams-views select:visible")).to_have_value("2")
+
+    page.get_by_role("tab", name="by hand", exact=True).click()
+    area = page.locator(".rams-area:visible").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    height, width = (int(area.get_attribute(f"data-{side}")) for side in ("rows", "columns"))
+    corners = [(box["x"] + s * box["width"], box["y"] + s * box["height"]) for s in (0.2, 0.6)]
+    page.mouse.move(*corners[0])
+    page.mouse.down()
+    page.mouse.move(*corners[1], steps=4)
+    page.mouse.up()
+    given = [int(side) for side in field.input_value().split(", ")]
+    sides = [0.2 * height, 0.2 * width, 0.6 * height, 0.6 * width]
+    assert given == pytest.approx(sides, abs=1.5)
+    page.keyboard.press("Shift+ArrowRight")
+    moved = [*given[:3], round(given[3] + width / 20)]
+    expect(field).to_have_value(", ".join(map(str, moved)))
+    page.wait_for_timeout(500)
+    page.wait_for_function(settled)
+    page.screenshot(path=SCREENSHOTS / f"{name}_by_hand.png")
+    page.get_by_role("button", name="Save figure").click()
+    link = page.get_by_role("link", name="by hand.csv")
+    with page.expect_download() as download:
+        link.click()
+    table = pd.read_csv(download.value.path()).set_index("output")
+    assert table.loc["by hand", ["top", "left", "bottom", "right"]].tolist() == pytest.approx(
+        moved, abs=1e-3
+    )
+    names = page.evaluate(
+        "() => [...document.querySelectorAll('.rams .noUi-handle, .rams-panel img')]"
+        ".map(e => e.getAttribute('aria-label') || e.alt)"
+    )
+    assert names and all(names), "sliders and images have names for screen readers"
+
+
+def test_an_exported_page_moves_without_kernel_and_network(browser, places, tmp_path):
+    loaded = load_model(places / "runs" / "two")
+    paths = loaded.table["path"].head(3).tolist()
+    export_page(places / "runs" / "two", paths, tmp_path / "page.html")
+    context, errors = browser.new_context(offline=True), []
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(error))
+    page.on("request", lambda r: r.url.startswith(("file:", "data:")) or errors.append(r.url))
+    page.goto((tmp_path / "page.html").as_uri())
+    inspector = Inspector(loaded.model, loaded.transform, loaded.classes).set_image(paths[0])
+    slider = page.get_by_role("slider", name="threshold of scale 1")
+    for keys, eta in (([], 1.0), (["ArrowRight"] * 5, 1.5), (["End"], 4.0)):
+        slider.focus()
+        for key in keys:
+            page.keyboard.press(key)
+        assert page.locator("#eta").text_content() == f"{eta:.1f} × mean"
+        stats = inspector.region_stats(inspector.region(threshold=eta))
+        y, x = (f"{stats[a]:.0f}–{stats[b]:.0f}" for a, b in (("top", "bottom"), ("left", "right")))
+        captions = page.locator("figcaption", has_text="scale 2:").all_text_contents()
+        assert captions[0] == f"scale 2: y {y}, x {x} px" and len(captions) == 3
+        dark = page.locator("main > .row").first.locator("svg").nth(2).locator("rect")
+        lit = dark.evaluate_all("all => all.filter(e => e.getAttribute('opacity') == '0').length")
+        assert lit == stats["kept"]
+    page.screenshot(path=SCREENSHOTS / "exported.png", full_page=True)
+    context.close()
+    assert errors == []
+
+
 def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "05_attention_explorer.ipynb", 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
@@ -261,6 +351,7 @@ def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
         reader = Reader(page, places)
         reader.slider.scroll_into_view_if_needed()
         move_the_threshold(reader, page, "jupyterlab")
+        ask_and_propose(page, "jupyterlab")
 
 
 def test_app_serves_the_explorer_without_code(page, places, tmp_path):
@@ -275,6 +366,7 @@ def test_app_serves_the_explorer_without_code(page, places, tmp_path):
         assert "from ramslib" not in page.content()
         move_the_threshold(reader, page, "app")
         visit_the_tabs(page, "app")
+        ask_and_propose(page, "app")
         upload_a_large_photo(page, tmp_path / "large.png")
 
 

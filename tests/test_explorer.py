@@ -607,6 +607,27 @@ def test_two_models_are_shown_with_the_same_controls(explorer):
     assert tab.panels["compare"].image.value != before and messages_of(explorer) == ""
 
 
+def test_images_that_only_one_of_two_models_gets_right(explorer):
+    tab = open_tab(explorer, "compare")
+    names = [value for _, value in tab.controls["other"].options]
+    tab.controls["other"].value = next(e for e in names if Path(e[0]).name == "one")
+    explorer.worker.wait()
+    explorer.tabs.both.click()
+    explorer.tabs.worker.wait()
+    assert messages_of(explorer) == "" and not explorer.tabs.both.disabled
+    pair = explorer.tabs.pair
+    right = [
+        {row.path for row in each.predictions.itertuples() if row.output == name and row.rank == 0}
+        for each, name in zip(pair.cached, ("mean softmax", "scale 1"), strict=True)
+    ]
+    only = right[0] - right[1], right[1] - right[0]
+    for (side, _), expected in zip(pair.menu.options, only, strict=True):
+        pair.menu.value = side
+        assert set(pair.images.paths) == expected
+    text = text_of(pair.images.caption)
+    assert f"{len(only[0])} right in this model only, {len(only[1])} in the other only" in text
+
+
 def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
     explorer.controls.thresholds[0].value = 1.3
     explorer.controls.strength.value = "single_head"

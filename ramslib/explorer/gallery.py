@@ -13,7 +13,13 @@ from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import confusion_matrix
 from ramslib.explorer.panels import caption_html, encode, set_options
-from ramslib.explorer.validation import VALUES, CachedValidation, images_of, sort_images
+from ramslib.explorer.validation import (
+    VALUES,
+    CachedValidation,
+    compare_models,
+    images_of,
+    sort_images,
+)
 from ramslib.plots.drawing import clean_class_name
 from ramslib.plots.figures import CMAP
 
@@ -112,6 +118,25 @@ class Gallery(ValidationImages):
         captions = [f"{value:.2f}, {html.escape(names[path])}" for path, value in values.items()]
         meaning = f"the number is the {VALUES[order]}" if len(values) else "no images"
         self.images.show(values.index.tolist(), captions, meaning)
+
+
+class Disagreement(ValidationImages):
+    """The images that only one of two models gets right; ``cached`` is of both."""
+
+    def options(self, cached: tuple[CachedValidation, CachedValidation]) -> Sequence[str]:
+        """Which of the two is right."""
+        return list(compare_models(*cached)[1])
+
+    def draw(self, side: str) -> None:
+        """Show the images that one of them gets right, and the paired difference."""
+        row, paths = compare_models(*self.cached)
+        text = (
+            "{images:.0f} images, {better:.0f} right in this model only, {worse:.0f} in the other "
+            "only: {difference:+.1f} points of accuracy, 95 % interval {low:+.1f} to {high:+.1f}, "
+            "McNemar's exact p = {p_value:.3f}"
+        ).format(**row)
+        names = [html.escape(Path(path).name) for path in paths[side]]
+        self.images.show(paths[side], names, text)
 
 
 class Confusion(ValidationImages):

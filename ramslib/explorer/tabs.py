@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ramslib import plots
 from ramslib.explorer import panels, validation, views
 from ramslib.explorer.controls import THRESHOLDS
-from ramslib.explorer.gallery import Confusion, Gallery
+from ramslib.explorer.gallery import Confusion, Disagreement, Gallery
 from ramslib.explorer.panels import Panel, Pointer, caption_html
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
@@ -115,10 +115,14 @@ class AnalysisTabs(widgets.Tab):
         self.effect = Panel("What the threshold of scale 1 does to the validation images", "png")
         pick = explorer.browser.pick_path
         self.gallery, self.confusion = Gallery(pick, guard), Confusion(pick, guard)
+        self.pair = Disagreement(pick, guard)
         self.state, self.start = widgets.HTML(), widgets.Button(description=EVALUATE)
         self.start.on_click(guard(lambda _: self.worker(self._evaluate(explorer.loaded))))
         self.sets = [widgets.VBox() for _ in range(3)]
+        self.both = widgets.Button(description="Evaluate both on the validation set")
+        self.both.on_click(guard(lambda _: self.worker(self._evaluate_both())))
         self.views = self._build_views()
+        self.views["compare"].children += (self.both, self.state, self.pair)
         self.named = {
             f"{title}: {name}": getattr(control, "field", control)
             for title, tab in self.views.items()
@@ -191,20 +195,32 @@ class AnalysisTabs(widgets.Tab):
         for part in (self.gallery, self.confusion) if self.cached else ():
             part.use(loaded.classes, self.cached)
 
-    def _evaluate(self, loaded: LoadedModel) -> Iterator[Callable]:
-        """Evaluate the validation images in the background."""
+    def _predict(self, loaded: LoadedModel) -> validation.CachedValidation:
+        """Predictions of the validation images, stored or new; slow."""
 
         def log(text: str) -> None:
             self.state.value = caption_html(f"{html.escape(text)} …")
 
-        self.start.disabled = True
+        self.start.disabled = self.both.disabled = True
         try:
-            validation.predict_validation(loaded, self.explorer.out / "explorer", log)
+            return validation.predict_validation(loaded, self.explorer.out / "explorer", log)
         finally:
-            self.start.disabled = False
+            self.start.disabled = self.both.disabled = False
+
+    def _evaluate(self, loaded: LoadedModel) -> Iterator[Callable]:
+        """Evaluate the validation images in the background."""
+        self._predict(loaded)
         if loaded is self.explorer.loaded:
             yield self.explorer.guard(self.use, "validation")
             yield self.explorer.moved
+
+    def _evaluate_both(self) -> Iterator[Callable]:
+        """Evaluate both models of the comparison, and list where they differ."""
+        loaded, name = self.explorer.loaded, self.views["compare"].options()["other"]
+        cached = self._predict(loaded), self._predict(views.load_once(*name))
+        yield partial(self.pair.use, loaded.classes, cached)
+        yield self.pair.fill
+        yield partial(setattr, self.state, "value", caption_html(f"the other: {' '.join(name)}"))
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.

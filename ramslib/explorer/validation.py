@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from ramslib import localization
 from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import predict, score_boxes
+from ramslib.experiments.comparison import paired_image_differences
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.runs.inference import LoadedModel
@@ -154,6 +155,34 @@ def nearest_stored_accuracy(cached: CachedValidation, threshold: float) -> pd.Da
     """Rows of the stored accuracies at the nearest threshold, itself included."""
     stored = cached.accuracy["threshold"]
     return cached.accuracy[stored == min(stored, key=lambda eta: abs(eta - threshold), default=0)]
+
+
+def compare_models(
+    mine: CachedValidation, other: CachedValidation
+) -> tuple[pd.Series, dict[str, list[str]]]:
+    """How much more accurate one model is than another on the same images, and where they differ.
+
+    Each is read at the mean of its scales' probabilities.
+
+    Returns:
+        A row of `paired_image_differences`; and paths of the images that only one gets right.
+
+    Raises:
+        InputError: not evaluated on the same images and labels, or one has no trained classifier.
+    """
+    if not (mine.is_classified and other.is_classified):
+        raise InputError("one of the two models has no trained classifier; choose two runs")
+    tables = [each.predictions for each in (mine, other)]
+    names = [table["output"].unique()[-2:][0] for table in tables]  # the last is mean logits
+    differences = paired_image_differences(*tables, names[1]).set_index("output")
+    first, second = (
+        table[table["output"] == name].set_index("path")["rank"] == 0
+        for table, name in zip(tables, names, strict=True)
+    )
+    only = {"right in this model only": first & ~second}
+    only["right in the other only"] = second & ~first
+    paths = {name: each.index[each].tolist() for name, each in only.items()}
+    return differences.loc[names[0]], paths
 
 
 def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
