@@ -241,6 +241,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out:
         _check_new(options.out)
     if options.pictures:
+        _check_outside(options.pictures, options.paths)
         picture_paths(list(map(str, find_images(options.paths))), options.pictures)
     predictions = predict(options.model or options.run, options.paths)
     failed = int((predictions["error"] != "").sum())
@@ -254,6 +255,15 @@ def _predict(options: argparse.Namespace) -> int:
     if failed:
         print(f"error: {failed} images cannot be read; see the column 'error'", file=sys.stderr)
     return min(failed, 1)
+
+
+def _check_outside(folder: Path, paths: Sequence[Path]) -> None:
+    """Refuse a folder below those that are searched: what is put there would be found next time."""
+    for path in paths:
+        while not path.exists() and path.name:  # a pattern
+            path = path.parent
+        if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{folder}: lies in the folder of the photos, {path}; give another")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -114,7 +114,9 @@ def test_a_plan_has_the_baseline_first_and_all_seeds():
     assert plan["RAMS-Trans, low-resolution crop"][0].highres_size is None
     own = plan_methods(base, {"mine": {"threshold": 1.4}}, [0])
     assert list(own) == ["plain ViT", "mine"] and own["mine"][0].threshold == 1.4
-    with pytest.raises(InputError, match="unknown method ViT; choose from plain ViT; plain ViT, center; TransFG"):
+    with pytest.raises(
+        InputError, match="unknown method ViT; choose from plain ViT; plain ViT, center; TransFG"
+    ):
         plan_methods(base, ["ViT", "TransFG"], [0])
     with pytest.raises(InputError, match="nothing to compare with the plain ViT"):
         plan_methods(base, ["plain ViT"], [0])

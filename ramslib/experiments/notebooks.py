@@ -264,7 +264,8 @@ def read_record(out: Path, question: dict) -> dict[str, str]:
             of somebody else.
     """
     records = [out / name for name in (RECORD, OLD_RECORD) if (out / name).exists()]
-    foreign = [out / name for name in ("results.csv", "index.html") if (out / name).exists()]
+    ours = ("results.csv", "index.html", "[0-9][0-9]_*.ipynb", "[0-9][0-9]_*.html")
+    foreign = [path for name in ours for path in out.glob(name)]
     if foreign and not records:
         raise InputError(f"{foreign[0]}: made by somebody else; choose another folder")
     try:

@@ -133,6 +133,9 @@ def _check_queue_file(path: Path) -> None:
     if not path.is_file():
         return
     try:
+        with open(path, "rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite deletes its journal
+                raise sqlite3.DatabaseError("file is not a database")
         with closing(sqlite3.connect(path)) as connection:
             names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master")]
         foreign = f"holds tables of another program, {shorten(names)}" if names else ""
