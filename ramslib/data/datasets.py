@@ -68,7 +68,6 @@ def load_table(config: Config) -> pd.DataFrame:
         paths = relative_paths(table)[train.index]
         drawn = _draw(train, paths, config.validation_fraction, config.seed)
         table.loc[train.index[drawn], "split"] = "validation"
-    table["group"] = table["group"].fillna(relative_paths(table))
     return table
 
 

@@ -248,7 +248,7 @@ def write_fixes(
     root, folder, lines = absolute(root), absolute(lists or root), []
     split, group = (table.set_index("path")[name] for name in ("split", "group"))
     order = {path: (-SPLITS.index(name), path) for path, name in split.items()}
-    groups = given = dict(group[group.duplicated(keep=False)])
+    groups = given = dict(group.dropna())
     is_drawn = os.path.lexists(f"{folder}/{LISTS['split']}")
     out = dict.fromkeys(problems["path"][problems["kind"] == "unreadable"], "unreadable")
     alike = problems[~problems["group"].eq("") & problems["kind"].ne("group")]
