@@ -201,13 +201,13 @@ def _train(options: argparse.Namespace) -> int | None:
 def _describe_data(options: argparse.Namespace) -> None:
     config = _config(options)
     from ramslib.data import health
-    from ramslib.data.datasets import download, load_table
+    from ramslib.data.datasets import load_table, preparation
     from ramslib.errors import write_table
 
     if options.out:
         _check_new(options.out)
     if options.download:
-        download(config.data, config.root)
+        preparation("download").download(config.data, config.root)
     held = health.read_held(options.probe, config.root) if options.probe else None
     table = health.measure_images(load_table(config))
     problems = health.find_problems(table, config.backbone, held)

@@ -5,7 +5,6 @@ from layouts import write
 from tiny import draw_photos, tiny_config
 
 from ramslib.__main__ import main
-from ramslib.data import health
 from ramslib.training.launch import overrides
 from ramslib.training.trainer import train
 
@@ -30,9 +29,8 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path):
     """Photos of somebody in class folders, among files of every name that is ours."""
-    monkeypatch.setattr(health, "READABLE", tmp_path / "cache")
     draw_photos(tmp_path / "drawn", test=0)
     (tmp_path / "drawn" / "train").rename(tmp_path / "place")
     for name in NAMES:

@@ -187,14 +187,6 @@ def preparation(name: str) -> ModuleType:
     return load_source(file)
 
 
-def download(data: str, root: Path | str) -> None:
-    """Bring into ``root`` what is missing there of a dataset's official files.
-
-    See ``data/prepare/download.py``; an InputError says what a person must do.
-    """
-    preparation("download").download(data, root)
-
-
 def read_diagnostic(root: Path | str) -> pd.DataFrame:
     """The synthetic dataset; drawn with its defaults where ``root`` is missing or empty."""
     if not os.path.isdir(root) or not os.listdir(root):

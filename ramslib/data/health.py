@@ -30,7 +30,6 @@ SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature i
 ALIKE = 0.6  # cosine of two signatures; of 10 million pairs of different photos 3 were above
 BURST = 3  # seconds between two photos of a burst
 FEW, FEW_IN_ALL, UNEQUAL = 5, 200, 10  # test images of a class; of all; largest class / smallest
-READABLE = Path("~/.cache/ramslib/readable").expanduser()  # a file per dataset that was decoded
 COLUMNS = ["kind", "across", "group", "path", "detail"]
 REMEDIES = {
     "unreadable": "replace them by whole files, or leave them out (--fix)",
@@ -276,26 +275,16 @@ def write_fixes(
 
 
 def check_readable(table: pd.DataFrame) -> None:
-    """Decode all images, so that a damaged one is told before a training and not after it.
-
-    Sound ones are remembered by name, size and time.
+    """Decode all images, so that a damaged one is told before a training and not at its end.
 
     Raises:
         InputError: some cannot be read.
     """
-    files = [(path, os.stat(path)) for path in sorted(table["path"])]
-    text = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in files)
-    known = READABLE / hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    if known.exists():
-        return
     if errors := list(filter(None, measure_images(table)["error"])):
         raise InputError(
             f"{len(errors):,} of {len(table):,} images cannot be read, first: {errors[0]}; or "
             "leave them out by: ramslib describe-data --fix"
         )
-    with suppress(OSError):
-        READABLE.mkdir(parents=True, exist_ok=True)
-        known.touch()
 
 
 # ---------------------------------------------------------------- what a dataset holds

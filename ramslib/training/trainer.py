@@ -62,7 +62,7 @@ class Trainer:
         parts = {name: part.reset_index(drop=True) for name, part in table.groupby("split")}
         if missing := {"train", "test"} - set(parts):
             raise InputError(f"{config.root}: no {' or '.join(sorted(missing))} images; add some")
-        if not self.last.exists():
+        if self.processes.is_first and not self.last.exists():
             check_readable(table)
         self.table, self.train, self.test = table, parts["train"], parts["test"]
         self.labels = torch.tensor(self.train["label"].to_numpy())
