@@ -48,6 +48,7 @@ def content(folder):
 WRITES = {
     "train": "train --run PLACE SETTINGS",
     "train from": "train --run NEW SETTINGS root=PLACE",
+    "probe": "probe --out PLACE SETTINGS",
     "sweep": "sweep --out PLACE SETTINGS seed=0 seed=1",
     "notebooks": "notebooks --out PLACE --data folder --root PHOTOS --preset tiny",
     "report": "report PLACE",
@@ -71,7 +72,7 @@ WRITES = {
 # What refuses a folder first, taken out: other files there are as safe.
 FIRST = {"sweep": "results.csv", "describe": "split.csv", "describe csv": "labels.csv"}
 FIRST |= {"notebooks": "results.csv index.html notebooks.json road.json"}
-FIRST |= {"describe lists": "split.csv", "train": "config.json README.md"}
+FIRST |= {"probe": "probe.json", "describe lists": "split.csv", "train": "config.json README.md"}
 CASES = [(name, "") for name in WRITES] + list(FIRST.items())
 
 
