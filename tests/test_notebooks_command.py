@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ramslib.config import Config
 from ramslib.errors import InputError
 from ramslib.experiments import notebooks as notebooks_command
+from ramslib.experiments import probe
 
 PARAMETERS = 'data = "diagnostic"\nroot = "x"\nout = "y"\npreset = "tiny"\n'
 WRITE = """
@@ -45,7 +46,17 @@ def folder(tmp_path, monkeypatch):
     for name in ("photos", "notebooks", "package"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(notebooks_command, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(probe, "probe", write_probe)
     return tmp_path
+
+
+def write_probe(config, out, images, with_rivals):
+    """What a probe leaves for the notebooks command, with the number of its calls in it."""
+    calls = len(list(out.glob("*")))
+    out.mkdir(exist_ok=True)
+    (out / f"call {calls}").touch()
+    lines = ["9 images <of> 3 classes", f"frozen features: {calls} %, {images}, {with_rivals}"]
+    (out / "probe.json").write_text(json.dumps({"lines": lines}))
 
 
 def write_notebook(folder, name, *code, more="", last=WRITE):
@@ -107,6 +118,22 @@ def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
     assert re.findall(r"\] (\w+): reused", capsys.readouterr().out) == ["01_first"]
 
 
+def test_the_probe_comes_first_and_again_only_after_a_change(folder, capsys):
+    write_notebook(folder, "01_first")
+    out = run_all(folder).parent
+    first, number, *rest, last = capsys.readouterr().out.splitlines()
+    assert first == "9 images <of> 3 classes" and number == "frozen features: 0 %, 997, True"
+    assert rest[0] == "[1/1] 01_first" and rest.count(number) == 1 and "index.html" in last
+    assert "9 images &lt;of&gt; 3 classes" in (out / "index.html").read_text()
+    run_all(folder)
+    assert number in capsys.readouterr().out, "reused"
+    (folder / "photos" / "new.jpg").touch()
+    run_all(folder)
+    assert "frozen features: 2 %, 997, True" in capsys.readouterr().out
+    run_all(folder, data="diagnostic", out=folder / "drawn")
+    assert "frozen features: 0 %, 167, False" in capsys.readouterr().out
+
+
 def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, capsys):
     write_notebook(folder, "01_first", 'open(root + "/made.txt", "w").close()')
     out = run_all(folder).parent
@@ -151,7 +178,7 @@ def test_a_notebook_that_fails_is_one_line_that_names_its_copy(folder, monkeypat
     copy = folder / "runs" / "a {b}" / "01_bad.ipynb"
     assert reason in str(caught.value) and str(copy) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert not (copy.parent / "notebooks.json").exists()
+    assert "01_bad" not in json.loads((copy.parent / "notebooks.json").read_text())["finished"]
     with pytest.raises(RuntimeError):
         notebooks_command.check_executed(nbformat.read(copy, 4))
 

@@ -48,6 +48,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent
 NOTEBOOKS = CLONE / "notebooks"
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days
+# Of the inputs of all scales: 1,000 photos of the default sizes, some minutes on two cores; of the
+# synthetic dataset, which tells a person nothing about photos, a sixth
+PROBED_PIXELS = 25_000_000
 RECORD, OLD_RECORD = "notebooks.json", "road.json"  # the question that a folder answers
 KINDS = (bool, int, (int, float), str, (list, tuple, dict), object)  # a value keeps its default's
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^):\s]+)\)")  # in Markdown, to a file
@@ -208,11 +211,14 @@ def run_notebooks(
     chosen = choose_parameters(paths, common, parameters or {})
     question = {k: v for path in paths for k, v in chosen[path].items() if k != "out"}
     finished, package = read_record(out, question), _hash_package()
+    probed = _probe(out, question, finished, package)
+    print(*probed, sep="\n", flush=True)
     ordered = sorted(paths, key=lambda path: path.stem.startswith("00"))
     for number, path in enumerate(ordered, start=1):  # 00, last, shows the model that 02 trains
         label = f"[{number}/{len(paths)}] {path.stem}"
         page, table = out / f"{path.stem}.html", out / f"results/{path.stem}.csv"
-        inputs = partial(fingerprint, path, chosen[path], package)
+        cells = [(cell.cell_type, cell.source) for cell in read_notebook(path).cells]
+        inputs = partial(fingerprint, cells, chosen[path], package)
         made = page.exists() and table.exists() and (out / path.name).exists()
         if made and finished.get(path.stem) == inputs():
             print(f"{label}: reused, nothing changed")
@@ -224,7 +230,22 @@ def run_notebooks(
         write_page(notebook, page, path.stem)
         finished[path.stem] = inputs()  # now, for the notebook may have made the dataset
         _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
-    return summarize_notebooks(out, [path.stem for path in paths], question)
+    return summarize_notebooks(out, [path.stem for path in paths], question, probed)
+
+
+def _probe(out: Path, question: dict, finished: dict[str, str], package: str) -> list[str]:
+    """Probe the dataset in ``out/probe`` where something changed; returns the lines of `probe`."""
+    from ramslib.experiments import probe  # slow, and every kernel imports this module
+
+    inputs, record = partial(fingerprint, [], question, package), out / "probe" / probe.RECORD
+    if finished.get("probe") != inputs() or not record.exists():
+        config, drawn = choose_config(question, Path.cwd()), question["data"] == "diagnostic"
+        pixels = sum(height * width for height, width in config.input_sizes())
+        images = PROBED_PIXELS // (pixels * (6 if drawn else 1)) + 1
+        probe.probe(config, record.parent, images=images, with_rivals=not drawn)
+        finished["probe"] = inputs()
+        _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
+    return json.loads(record.read_text("utf-8"))["lines"]
 
 
 def choose_parameters(
@@ -289,9 +310,8 @@ def _hash_package() -> str:
     return _hash([file.read_text("utf-8") for file in files])
 
 
-def fingerprint(path: Path, parameters: dict, package: str) -> str:
-    """Hash of what the outputs of a notebook depend on: code, parameters and dataset."""
-    cells = [(cell.cell_type, cell.source) for cell in read_notebook(path).cells]
+def fingerprint(cells: list, parameters: dict, package: str) -> str:
+    """Hash of what the outputs of a notebook's cells depend on: code, parameters and dataset."""
     own_code = key_values(parameters | parameters.get("settings", {}))
     data = sorted((str(f), f.lstat().st_mtime_ns) for f in Path(parameters["root"]).rglob("*"))
     return _hash([package, cells, parameters, own_code, data])
@@ -418,13 +438,13 @@ def write_report(run: Path | str, root: Path | str | None = None) -> Path:
     return run / "report.html"
 
 
-def summarize_notebooks(out: Path, names: list[str], question: dict) -> Path:
+def summarize_notebooks(out: Path, names: list[str], question: dict, probed: list[str]) -> Path:
     """Write ``results.csv`` and ``index.html``; print what came out and where to read on."""
     tables = {name: pd.read_csv(out / f"results/{name}.csv") for name in names}
     merged = pd.concat(tables, names=["notebook"]).reset_index("notebook")
     _write_text(out / "results.csv", merged.to_csv(index=False))
     titles = {name: read_notebook(out / f"{name}.ipynb").cells[0].source for name in names}
-    lines, base = headlines(tables.values()), choose_config(question, Path.cwd())
+    lines, base = headlines(tables.values(), count=5), choose_config(question, Path.cwd())
     runs = sorted(file.parent for file in runs_folder(out).glob("*/results.csv"))
     page = (
         jinja2.Environment(autoescape=True)
@@ -432,13 +452,15 @@ def summarize_notebooks(out: Path, names: list[str], question: dict) -> Path:
         .render(
             question,
             headlines=lines,
+            probed=probed,
             titles={name: title.splitlines()[0].strip("# ") for name, title in titles.items()},
             runs=[(str(run.relative_to(out)), describe(read_run(run)[0], base)) for run in runs],
             reports=[str(run.relative_to(out)) for run in runs if (run / "report.html").exists()],
         )
     )
     _write_text(out / "index.html", page)
-    print(*lines, f"results: {out / 'results.csv'}", f"pages: {out / 'index.html'}", sep="\n")
+    places = f"results: {out / 'results.csv'}", f"pages: {out / 'index.html'}"
+    print(*probed[1:2], *lines, *places, sep="\n")
     return out / "results.csv"
 
 
