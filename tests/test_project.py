@@ -27,7 +27,7 @@ __main__
 """.split()
 
 # Of the whole package. The aim is 5,000 lines in 40 modules; what is added must earn its place.
-LINES, FILES, NODES = 7_970, 47, 99_100
+LINES, FILES, NODES = 7_980, 47, 99_400
 METHOD = "attention boxes dppm backbone classifier model".split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
