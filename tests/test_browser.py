@@ -256,6 +256,7 @@ def ask_and_propose(page, name):
     page.wait_for_timeout(500)
     page.wait_for_function(settled)
     page.screenshot(path=SCREENSHOTS / f"{name}_attention.png")
+    page.locator(".rams-area:visible").nth(1).scroll_into_view_if_needed()
     grid = page.locator(".rams-area:visible").nth(1).bounding_box()
     page.mouse.click(grid["x"] + 0.75 * grid["width"], grid["y"] + 0.5 * grid["height"])
     expect(page.locator(".rams-views select:visible")).to_have_value("2")

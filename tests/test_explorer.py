@@ -599,10 +599,11 @@ def test_a_map_of_elsewhere_stops_when_its_tab_is_left(explorer, monkeypatch):
 def test_two_models_are_shown_with_the_same_controls(explorer):
     tab = open_tab(explorer, "compare")
     names = [value for _, value in tab.controls["other"].options]
-    runs = [Path(name).name for name, _ in names]
-    assert {"one", "two"} <= set(runs) and {mark for _, mark in names} == {"best", "last"}
+    runs = [Path(name).name for name, *_ in names]
+    assert {"one", "two"} <= set(runs) and {mark for _, mark, _ in names} == {"best", "last"}
     before = tab.panels["compare"].image.value
-    tab.controls["other"].value = next(each for each in names if Path(each[0]).name == "one")
+    assert Path(tab.controls["other"].value[0]).name != explorer.loaded.name
+    tab.controls["other"].value = next(each for each in names if Path(each[0]).name == "two")
     explorer.worker.wait()
     assert tab.panels["compare"].image.value != before and messages_of(explorer) == ""
 
@@ -635,9 +636,11 @@ def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
     open_tab(explorer, "by hand").pointer.field.value = "10, 12, 60, 70"
     explorer.worker.wait()
     explorer.save.click()
-    explorer.worker.wait()
+    explorer.saver.wait()
     names = re.findall(r'download="([^"]+)"', explorer.saved.value)
-    assert names == ["state.json", *(f"by hand.{form}" for form in ("png", "svg", "pdf", "csv"))]
+    forms = ("png", "svg", "pdf", "csv")
+    views = ("by hand", "elsewhere")
+    assert names == ["state.json", *(f"{view}.{form}" for view in views for form in forms)]
     data = dict(re.findall(r'href="data:[^,]+;base64,([^"]+)">([^<]+)<', explorer.saved.value))
     found = {name: base64.b64decode(content) for content, name in data.items()}
     assert found["by hand.png"][:4] == b"\x89PNG" and found["by hand.pdf"][:4] == b"%PDF"
@@ -651,7 +654,9 @@ def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
     )
     names = {}
     exec(code, names)
-    pd.testing.assert_frame_equal(names["numbers"].set_index("output"), numbers, rtol=1e-4)
+    again = names["numbers"]
+    pd.testing.assert_frame_equal(again["by hand"].set_index("output"), numbers, rtol=1e-4)
+    assert len(again["elsewhere"]) == 64
     other = open_explorer("folder", places / "photos", places / "runs", places / "runs" / "one")
     item = {"name": "state.json", "type": "", "size": 1, "content": memoryview(found["state.json"])}
     other.reopen.value = [item | {"last_modified": pd.Timestamp.now()}]

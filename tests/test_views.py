@@ -56,6 +56,16 @@ def test_numbers_of_all_scales(inspector):
     assert table["iou"][1] == pytest.approx(stats["iou"]) and np.isnan(table["top"][2])
 
 
+def test_numbers_of_the_threshold(inspector):
+    table, _ = draw(inspector, "threshold")
+    assert list(table) == ["threshold", "area", "iou", "probability"] and len(table) == 41
+    row = table.set_index("threshold").loc[1.3]
+    stats = inspector.region_stats(inspector.region(threshold=1.3))
+    assert (row["area"], row["iou"]) == pytest.approx((stats["area"], stats["iou"]))
+    logits = inspector.outputs(threshold=1.3)[1].logits[0]
+    assert row["probability"] == pytest.approx(float(logits.softmax(0)[0]), abs=1e-6)
+
+
 def test_numbers_of_tokens_and_heads(inspector):
     table, figure = draw(inspector, "tokens", block=3, token=[1, 2], head=2)
     assert len(figure.axes) == 6, "three maps with their color bars"

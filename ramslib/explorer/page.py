@@ -70,6 +70,7 @@ class Explorer:
         self.lock, self.threads = threading.RLock(), torch.get_num_threads()
         self.loaded, self.inspector, self.table = None, None, pd.DataFrame(columns=TABLE_COLUMNS)
         self.worker = panels.BackgroundWorker(self.lock, self.report)
+        self.saver = panels.BackgroundWorker(self.lock, partial(self.report, topic="save"), delay=0)
         self.messages, self.moved = panels.Messages(), self.guard(self._moved, "controls")
         self._build(Controls(self.moved, **functions))
         self.guard(lambda: setattr(self, "table", read_table(data, self.root)), "dataset")()
@@ -92,7 +93,7 @@ class Explorer:
         self.browser = ImageBrowser(self._pick, partial(self.guard, topic="image"))
         self.tabs, self.saved = AnalysisTabs(self), widgets.HTML()
         self.save = widgets.Button(description="Save figure", tooltip="that of the tab in front")
-        self.save.on_click(self.guard(lambda _: self.worker(self._save()), "save"))
+        self.save.on_click(self.guard(lambda _: self.saver(self._save()), "save"))
         self.reopen = widgets.FileUpload(description="Reopen", accept=".json")
         self.reopen.tooltip = "a state.json that was saved"
         self.reopen.observe(self.guard(self._reopen, "model"), "value")
@@ -171,7 +172,7 @@ class Explorer:
         """
         if self.inspector is None:
             raise InputError("no image is shown; choose one")
-        box, (view, options) = self.inspector.box, self.tabs.front()
+        box, (shown, options) = self.inspector.box, self.tabs.front()
         values = {name: widget.value for name, widget in self._named().items()}
         if own := [name for name, value in values.items() if callable(value)]:
             raise InputError(f"{own[0]}: a function that is in no file; give path/to/file.py:name")
@@ -182,7 +183,7 @@ class Explorer:
             "box": None if box.isnan().any() else box[0].tolist(),
             "tab": self.tabs.selected_index,
             "widgets": values,
-            "view": view,
+            "views": shown,
             "options": options,
         }
 
@@ -219,9 +220,7 @@ class Explorer:
         for item in self.reopen.value:
             try:
                 self.restore(json.loads(bytes(item["content"])))
-            except (ValueError, KeyError, TypeError) as error:
-                if isinstance(error, InputError):
-                    raise
+            except (json.JSONDecodeError, KeyError, TypeError):
                 raise InputError(f"{item['name']}: not a state that was saved here") from None
 
     def _new_inspector(self) -> Inspector:
@@ -241,6 +240,7 @@ class Explorer:
         if self.inspector is None:
             return
         torch.set_num_threads(1)  # faster for small tensors, while the model runs in others
+        self.saved.value = ""
         settings = self.controls.settings()
         self.stage.children = self.rows[: max(1, settings.scales - 1)]
         is_complete = self._draw(settings)

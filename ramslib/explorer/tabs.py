@@ -65,6 +65,9 @@ class ViewTab(widgets.VBox):
             self._aim(inspector, settings)
         options, missing = self.options(), {}
         for view, panel in self.panels.items():
+            if view == "elsewhere" and not inspector.classes:
+                panel.outdated(True, "this backbone has no trained classifier")
+                continue
             key = inspector, views.READ.get(view, copy)(settings), json.dumps(options)
             panel.outdated(panel.key != key)
             missing |= {} if panel.key == key else {view: key}
@@ -153,10 +156,14 @@ class AnalysisTabs(widgets.Tab):
             "compare": make({"compare": Panel(COMPARE, "png")}, other=menu(description="model")),
         }
 
-    def front(self) -> tuple[str, dict]:
-        """The first view of the tab in front (of other tabs, all scales), and its options."""
-        tab = self.views.get(TITLES[self.selected_index])
-        return (next(iter(tab.panels)), tab.options()) if tab else ("recursion", {})
+    def front(self) -> tuple[list[str], dict]:
+        """The views of the tab in front (of tabs without any, all scales), and their options."""
+        title = TITLES[self.selected_index]
+        if title not in self.views:
+            return ["threshold", "recursion"][title != "threshold" :], {}
+        lacks = [] if self.explorer.loaded.classes else ["elsewhere"]
+        views = [view for view in self.views[title].panels if view not in lacks]
+        return views, self.views[title].options()
 
     def _enlarge(self, change: dict) -> None:
         """Choose the head that was clicked among all heads."""
@@ -173,12 +180,12 @@ class AnalysisTabs(widgets.Tab):
         options = [("mean of all", None), *((str(number), number) for number in heads)]
         panels.set_options(controls["head"], options)
         self.views["attention"].panels["heads"].cover(map_grid(len(heads)))
-        known = self.explorer.models.options
-        options = [(text, (name, "best")) for text, name in known]
-        options += [
-            (text.replace("best", "last"), (name, "last")) for text, name in known if "/" in name
-        ]
-        panels.set_options(self.views["compare"].controls["other"], options)
+        known, root = self.explorer.models.options, str(self.explorer.root)
+        options = [(text, (name, "best", root)) for text, name in known]
+        runs = [(text.replace("best", "last"), name) for text, name in known if "/" in name]
+        options += [(text, (name, "last", root)) for text, name in runs]
+        others = (value for _, value in options if value[0] != self.explorer.model)
+        panels.set_options(self.views["compare"].controls["other"], options, next(others, None))
         for tab in self.views.values():
             tab.inspector = None
 
@@ -188,7 +195,8 @@ class AnalysisTabs(widgets.Tab):
         self._fit(loaded)
         self.cached = validation.read_cached_validation(loaded, self.explorer.out / "explorer")
         images, total = validation.validation_images(loaded)
-        self.state.value = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
+        text = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
+        self.state.value = "" if self.cached else text
         self.start.disabled = images.empty
         for tab, part in zip(self.sets, (self.effect, self.gallery, self.confusion), strict=True):
             tab.children = [part] if self.cached else [self.state, self.start]
@@ -220,7 +228,7 @@ class AnalysisTabs(widgets.Tab):
         cached = self._predict(loaded), self._predict(views.load_once(*name))
         yield partial(self.pair.use, loaded.classes, cached)
         yield self.pair.fill
-        yield partial(setattr, self.state, "value", caption_html(f"the other: {' '.join(name)}"))
+        yield partial(setattr, self.state, "value", "")
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.

@@ -44,7 +44,7 @@ PAGE_SIDE = 480  # pixels of its pictures
 def load(
     name: Path | str,
     checkpoint: str = "best",
-    root: Path | None = None,
+    root: Path | str | None = None,
     table: pd.DataFrame | None = None,
 ) -> LoadedModel:
     """The model of a run, by its folder, or a pre-trained backbone, by timm's name.
@@ -81,6 +81,16 @@ def recursion(inspector: Inspector, settings: ProposalSettings, figure: Figure) 
         for number, output in enumerate(outputs, start=1)
     }
     return _scores(inspector, boxes, inspector.probabilities(outputs))
+
+
+def threshold(inspector: Inspector, settings: ProposalSettings, figure: Figure) -> pd.DataFrame:
+    """What the threshold of scale 1 does to this image."""
+    curve = inspector.threshold_curve(PAGE_THRESHOLDS, settings)
+    if inspector.classes:
+        curve["probability"] = list(inspector.probability_curve(PAGE_THRESHOLDS, settings))
+    figure.set_size_inches(7, 2.8)
+    plots.plot_threshold(curve, settings.threshold(0), ax=figure.subplots())
+    return curve
 
 
 def blocks(inspector: Inspector, settings: ProposalSettings, figure: Figure) -> pd.DataFrame:
@@ -198,16 +208,16 @@ def elsewhere(
 
 
 def compare(
-    inspector: Inspector, settings: ProposalSettings, figure: Figure, other: tuple[str, str]
+    inspector: Inspector, settings: ProposalSettings, figure: Figure, other: tuple[str, ...]
 ) -> pd.DataFrame:
-    """All scales, in this model and below in another one: a run or backbone, and its checkpoint."""
+    """All scales, in this model and below in another one; ``other`` is what `load` takes."""
     second = inspector_of(load_once(*other))
     second.set_image(inspector.path, inspector.label, inspector.box[0].tolist())
     lacks = settings.functions[0] in CLASS_STRENGTHS and not second.has_class_token
     own = replace(settings, strength=second.settings.strength) if lacks else settings
     figure.set_size_inches(9.2, 5.4)
     tables = []
-    both = (inspector, settings, "this model"), (second, own, " ".join(other))
+    both = (inspector, settings, "this model"), (second, own, " ".join(other[:2]))
     for half, (each, given, name) in zip(figure.subfigures(2, 1), both, strict=True):
         tables.append(recursion(each, given, half).assign(model=name))
         half.suptitle(name, fontsize=9, x=0.01, ha="left")
@@ -216,19 +226,21 @@ def compare(
 
 @drawing.styled
 def files(inspector: Inspector, settings: ProposalSettings, state: dict) -> dict[str, bytes]:
-    """A view as PNG, SVG and PDF, its numbers as CSV and its state as JSON, by name."""
-    figure, view = Figure(), state["view"]
-    numbers = VIEWS[view](inspector, settings, figure, **state["options"])
+    """Views as PNG, SVG and PDF, their numbers as CSV and their state as JSON, by name."""
     found = {"state.json": json.dumps(state, indent=1).encode()}
-    for form in ("png", "svg", "pdf"):
-        content = io.BytesIO()
-        figure.savefig(content, format=form)
-        found[f"{view}.{form}"] = content.getvalue()
-    return found | {f"{view}.csv": numbers.to_csv(index=False).encode()}
+    for view in state["views"]:
+        figure = Figure()
+        numbers = VIEWS[view](inspector, settings, figure, **state["options"])
+        for form in ("png", "svg", "pdf"):
+            content = io.BytesIO()
+            figure.savefig(content, format=form)
+            found[f"{view}.{form}"] = content.getvalue()
+        found[f"{view}.csv"] = numbers.to_csv(index=False).encode()
+    return found
 
 
 def code(state: dict) -> str:
-    """A cell of Python that remakes what the explorer shows: ``figure`` and ``numbers``.
+    """A cell of Python that remakes what the explorer shows: figures, and ``numbers`` by view.
 
     Args:
         state: of the explorer, see `Explorer.state`.
@@ -254,8 +266,9 @@ settings = inspector.changed(
     from_high_res={given["crop from"]},
     upsampling={given["upsampling"]},
 )
-figure = plt.figure()
-numbers = VIEWS[{state["view"]!r}](inspector, settings, figure, **{state["options"]!r})
+options, numbers = {state["options"]!r}, {{}}
+for view in {state["views"]!r}:
+    numbers[view] = VIEWS[view](inspector, settings, plt.figure(), **options)
 """
 
 
@@ -359,6 +372,7 @@ def _by_patch(maps: dict[str, Tensor]) -> pd.DataFrame:
 
 
 VIEWS: dict[str, Callable[..., pd.DataFrame]] = {
+    "threshold": threshold,
     "recursion": recursion,
     "blocks": blocks,
     "tokens": tokens,
