@@ -111,7 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     model("--model", type=_path, metavar="FILE", help=".onnx file of 'export'; needs onnxruntime")
     predict("paths", nargs="+", type=_path, help="image files, folders or patterns")
     predict("--out", type=_path, help="CSV file to write; the terminal by default")
+    predict("--unsure-below", type=float, metavar="P", help="probability; the run's by default")
     predict("--pictures", type=_path, help="folder for pictures with the regions")
+    predict("--contact-sheet", type=_path, metavar="FILE", help="new .html page of thumbnails")
+    predict("--sort-into", type=_path, metavar="FOLDER", help="new folder for copies by class")
     export = add("export", _export, "write a run's model as one file", "folder of the run")
     export("--out", required=True, type=_path, help="new file, .pt2 or .onnx: needs no ramslib")
     export("--format", choices=["pt2", "onnx"], help="by default the ending of the file")
@@ -236,14 +239,18 @@ def _probe(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from ramslib.errors import write_table
-    from ramslib.runs.photos import find_images, picture_paths, predict, save_pictures
+    from ramslib.runs import photos
 
-    if options.out:
-        _check_new(options.out)
+    for file in filter(None, (options.out, options.contact_sheet)):
+        _check_new(file)
+    for folder in filter(None, (options.pictures, options.sort_into)):
+        _check_outside(folder, options.paths)
     if options.pictures:
-        _check_outside(options.pictures, options.paths)
-        picture_paths(list(map(str, find_images(options.paths))), options.pictures)
-    predictions = predict(options.model or options.run, options.paths)
+        photos.picture_paths(list(map(str, photos.find_images(options.paths))), options.pictures)
+    if options.sort_into:
+        photos.check_empty(options.sort_into)
+    limit = {"unsure_below": options.unsure_below}
+    predictions = photos.predict(options.model or options.run, options.paths, **limit)
     failed = int((predictions["error"] != "").sum())
     if options.out:
         write_table(predictions, options.out)
@@ -251,7 +258,11 @@ def _predict(options: argparse.Namespace) -> int:
         shown = predictions if failed else predictions.drop(columns="error")
         print(shown.to_string(index=False, na_rep=""))
     if options.pictures:
-        save_pictures(predictions, options.pictures)
+        photos.save_pictures(predictions, options.pictures)
+    if options.contact_sheet:
+        photos.save_contact_sheet(predictions, options.contact_sheet)
+    if options.sort_into:
+        photos.sort_into(predictions, options.sort_into)
     if failed:
         print(f"error: {failed} images cannot be read; see the column 'error'", file=sys.stderr)
     return min(failed, 1)

@@ -67,6 +67,7 @@ class ImageClassifier(nn.Module, ABC):
 
     Attributes:
         origin: one sentence about where the weights come from.
+        temperatures: of the outputs that have one, see `evaluation.fit_calibration`.
     """
 
     num_scales = 1
@@ -83,6 +84,7 @@ class ImageClassifier(nn.Module, ABC):
         self.image_size = image_size(backbone)
         self.grid = patch_grid(backbone)
         self.origin = getattr(backbone, "origin", "")
+        self.temperatures: dict[str, float] = {}
 
     @property
     def device(self) -> torch.device:

@@ -4,17 +4,23 @@ Predictions are one tidy table with a row per image and output: ``scale 1`` .. `
 S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from that table,
 so a notebook can recompute any of them from the CSV of a finished run.
 
+Calibration (Guo et al., "On Calibration of Modern Neural Networks", 2017): the logarithms of an
+output's probabilities are divided by its temperature, which makes the nll of the validation split
+smallest. No prediction changes. ``confidence`` stays that of the logits; ``calibrated`` follows it.
+
 Early exit: an image whose scale 1 is confident is not looked at again. Above a threshold of its
 largest softmax probability, scale 1 is the answer; otherwise the later scales run for that image
 alone and the mean softmax of all is. `choose_exit_threshold` finds the threshold in predictions of
 the validation split, without a model.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ramslib.boxes import box_area, box_iou
@@ -25,8 +31,11 @@ from ramslib.distributed import Processes, load_batches, sum_over_processes
 from ramslib.dppm import seed_random_proposals
 from ramslib.errors import InputError
 
-METRICS = ["prediction", "confidence", "true_probability", "rank"]
+METRICS = ["prediction", "confidence", "true_probability", "rank", "calibrated"]
 COLUMNS = [*METRICS, *BOX_COLUMNS]
+CALIBRATED = 10_000  # images; their logits are kept
+TEMPERATURES = (0.05, 20.0)
+RELIABLE = 0.95  # share of right images among those that are not unsure
 
 
 def output_names(scales: int) -> list[str]:
@@ -51,16 +60,95 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
 
 
-def probabilities(logits: Sequence[Tensor], index: int = 0) -> dict[str, Tensor]:
-    """(K,) class probabilities of one image by output: each scale, and mean softmax of several.
+def probabilities(
+    logits: Sequence[Tensor], temperatures: Mapping[str, float], index: int = 0
+) -> dict[str, Tensor]:
+    """(K,) calibrated class probabilities of one image: each scale, and mean softmax of several.
 
     Args:
         logits: (B, K) per scale.
+        temperatures: by output; 1 where there is none.
         index: of the image in the batch.
     """
     fused = fuse(tuple(scale[index : index + 1] for scale in logits))
     names = [name for name in output_names(len(logits)) if name != "mean logits"]
-    return {name: values[0].cpu() for name, values in zip(names, fused, strict=False)}
+    return {
+        name: temper(values[0], temperatures.get(name, 1.0)).cpu()
+        for name, values in zip(names, fused, strict=False)
+    }
+
+
+def temper(probabilities: Tensor, temperature: float) -> Tensor:
+    """Class probabilities (..., K) with logarithms divided by a temperature; 1 changes nothing."""
+    if temperature == 1:
+        return probabilities
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return (probabilities.clamp(min=smallest).log() / temperature).softmax(dim=-1)
+
+
+@torch.inference_mode()
+def fit_calibration(
+    model: ImageClassifier,
+    table: pd.DataFrame,
+    transform: ImageTransform,
+    batch_size: int = 32,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> pd.DataFrame:
+    """Fit the temperature of each output, and the confidence above which it can be relied on.
+
+    Args:
+        model: in evaluation mode, on its device.
+        table: the validation split; of more than ``CALIBRATED`` images, a sample is used.
+        transform: the deterministic one of the test.
+        batch_size: images per batch and process.
+        workers: loader processes per process.
+        processes: those that share the images; each calls this and gets the whole result.
+
+    Returns:
+        One row per output: ``output``; ``temperature`` with the smallest nll, not below 1 where no
+        image is wrong; ``unsure_below``, the smallest calibrated confidence such that ``RELIABLE``
+        of the images that have it or more are right, 1 where there is none. Without images, 1 and
+        NaN.
+    """
+    processes = processes or Processes(device=model.device)
+    table = table.sample(min(len(table), CALIBRATED), random_state=0).reset_index(drop=True)
+    logits = torch.zeros(len(table), model.num_scales, model.classifier.out_features)
+    mine = range(processes.rank, len(table), processes.world)
+    for batch in iterate_batches(model, table, transform, batch_size, workers, mine):
+        logits[batch["index"]] = torch.stack(model(batch["pixels"]).logits, dim=1).float().cpu()
+    logits = sum_over_processes(logits.to(processes.device), processes).cpu()
+    labels, rows = torch.from_numpy(table["label"].to_numpy()), []
+    for name, values in zip(output_names(model.num_scales), fuse(logits.unbind(1)), strict=True):
+        temperature = fit_temperature(values, labels) if len(table) else 1.0
+        confidence, prediction = temper(values, temperature).max(dim=1)
+        unsure_below = reliable_confidence(confidence, prediction == labels)
+        rows.append({"output": name, "temperature": temperature, "unsure_below": unsure_below})
+    return pd.DataFrame(rows)
+
+
+def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature with the smallest nll, see `fit_calibration`: (N, K), (N,)."""
+
+    def nll(exponent: float) -> float:
+        true = temper(probabilities.double(), math.exp(exponent)).gather(1, labels[:, None])
+        return -float(true.clamp(min=1e-300).log().mean())
+
+    low, high = TEMPERATURES
+    if (probabilities.argmax(dim=1) == labels).all():
+        low = 1.0  # else any confidence could be made 1
+    found = minimize_scalar(nll, bounds=(math.log(low), math.log(high)), method="bounded")
+    return math.exp(found.x)
+
+
+def reliable_confidence(confidence: Tensor, correct: Tensor) -> float:
+    """The smallest confidence from which on ``RELIABLE`` are right, see `fit_calibration`: (N,)."""
+    order = confidence.argsort(descending=True, stable=True)
+    confidence, correct = confidence[order], correct[order]
+    accuracy = correct.double().cumsum(0) / torch.arange(1, len(order) + 1)
+    ends = torch.cat([confidence[1:] < confidence[:-1], confidence[:1] > -1])  # of equal values
+    reliable = confidence[(accuracy >= RELIABLE) & ends]
+    return float(reliable[-1]) if len(reliable) else 1.0 if len(order) else math.nan
 
 
 def iterate_batches(
@@ -112,8 +200,9 @@ def predict(
 
     Returns:
         One row per image and output: ``path, label, output, prediction, confidence,
-        true_probability, rank`` (classes ranked before the true one; 0 is correct) and, per scale,
-        its region as ``top, left, bottom, right`` in pixels of the upright image.
+        true_probability, rank`` (classes ranked before the true one; 0 is correct), ``calibrated``
+        (the confidence at the model's temperature) and, per scale, its region as ``top, left,
+        bottom, right`` in pixels of the upright image.
 
     Raises:
         InputError: an image that cannot be read, or for which the model gives no number.
@@ -152,10 +241,12 @@ def _rows(model: ImageClassifier, transform: ImageTransform, batch: dict) -> Ten
         for boxes in output.boxes
     ]
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
-    rows = []
+    rows, names = [], output_names(model.num_scales)
     for number, probabilities in enumerate(fuse(output.logits)):
         region = regions[number].double() if number < len(regions) else no_region
-        rows.append(torch.cat([prediction_metrics(probabilities, labels), region], dim=1))
+        temperature = model.temperatures.get(names[number], 1.0)
+        metrics = prediction_metrics(probabilities, labels, temperature)
+        rows.append(torch.cat([metrics, region], dim=1))
     return torch.stack(rows, dim=1)
 
 
@@ -164,22 +255,25 @@ def first_region(boxes: Tensor, images: int) -> Tensor:
     return boxes.unflatten(0, (images, -1))[:, 0]
 
 
-def prediction_metrics(probabilities: Tensor, labels: Tensor) -> Tensor:
+def prediction_metrics(probabilities: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """What class probabilities predict, and how right they are.
 
     Args:
         probabilities: (B, K).
         labels: (B, 1).
+        temperature: of the calibrated confidence.
 
     Returns:
-        (B, 4) float64 on the CPU: prediction, confidence, probability and rank of the true class.
+        (B, 5) float64 on the CPU: prediction, confidence, probability and rank of the true class,
+        calibrated confidence.
     """
     classes = torch.arange(probabilities.shape[1], device=labels.device)
     confidence, prediction = probabilities.max(dim=1, keepdim=True)
     true = probabilities.gather(1, labels)
     ahead = (probabilities > true) | ((probabilities == true) & (classes < labels))
     rank = ahead.sum(dim=1, keepdim=True)
-    return torch.cat([prediction, confidence, true, rank], dim=1).double().cpu()
+    calibrated = temper(probabilities, temperature).amax(dim=1, keepdim=True)
+    return torch.cat([prediction, confidence, true, rank, calibrated], dim=1).double().cpu()
 
 
 def tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -207,7 +301,8 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per output: ``images, top1, standard_error, top5, mean_per_class_accuracy, ece,
         nll``; accuracies and ``ece`` (expected calibration error) in percent, the standard error
-        that of ``top1``, ``nll`` (negative log-likelihood) in nats.
+        that of ``top1``, ``nll`` (negative log-likelihood) in nats; ``ece_calibrated`` of the
+        calibrated confidence, where the table has it.
     """
     rows = []
     for name, group in predictions.groupby("output", sort=False):
@@ -225,6 +320,9 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
                 "nll": -np.log(group["true_probability"].clip(lower=1e-12)).mean(),
             }
         )
+        if "calibrated" in group:
+            gap = expected_calibration_error(group["calibrated"], correct)
+            rows[-1]["ece_calibrated"] = 100 * gap
     return pd.DataFrame(rows)
 
 
@@ -297,19 +395,19 @@ def early_exit(model: ImageClassifier, pixels: Tensor, threshold: float) -> tupl
     Args:
         model: in evaluation mode.
         pixels: (B, 3, Hs, Ws), see `ImageClassifier.forward`.
-        threshold: confidence in [0, 1] that scale 1 must exceed; 1 runs all scales.
+        threshold: calibrated confidence in [0, 1] that scale 1 must exceed; 1 runs all scales.
 
     Returns:
-        Class probabilities (B, K), and (B,) bool, true where scale 1 was enough.
+        Calibrated class probabilities (B, K), and (B,) bool, true where scale 1 was enough.
     """
     outputs = model.forward_scales(pixels)
-    first = next(outputs).logits
-    probabilities = first.float().softmax(dim=1)
+    first, temperatures = next(outputs).logits, model.temperatures
+    probabilities = temper(first.float().softmax(dim=1), temperatures.get("scale 1", 1.0))
     confident = probabilities.amax(dim=1) > threshold
     if model.num_scales > 1 and not confident.all():
         later = [outputs.send(~confident).logits, *(output.logits for output in outputs)]
-        fused = fuse((first[~confident], *later))
-        probabilities[~confident] = fused[output_names(model.num_scales).index("mean softmax")]
+        fused = fuse((first[~confident], *later))[model.num_scales]  # mean softmax
+        probabilities[~confident] = temper(fused, temperatures.get("mean softmax", 1.0))
     return probabilities, confident
 
 
@@ -333,7 +431,8 @@ def predict_early_exit(
 
     Returns:
         One row per image, which `score` reads: ``path, label, output`` ("early exit"),
-        ``prediction, confidence, true_probability, rank`` and ``scales``, how many were run.
+        ``prediction, confidence, true_probability, rank, calibrated`` and ``scales``, how many
+        were run; both confidences are the calibrated one.
 
     Raises:
         InputError: an image that cannot be read, or for which the model gives no number.
@@ -364,7 +463,7 @@ def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     first, full = (predictions.query("output == @name") for name in ("scale 1", "mean softmax"))
     if full.empty:
         raise InputError("early exit chooses between scales; give predictions of two or more")
-    confidence = first["confidence"].to_numpy()
+    confidence = first.get("calibrated", first["confidence"]).to_numpy()
     correct = [(part["rank"] == 0).to_numpy() for part in (first, full)]
     rows = []
     for threshold in sorted({0.0, *confidence, 1.0}):

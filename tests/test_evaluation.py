@@ -90,7 +90,7 @@ def test_processes_share_the_images_without_overlap(table, monkeypatch, world, p
         predict(model, table, TRANSFORM, 4, processes=Processes(rank, world))
     filled = torch.stack([part[:, 0, 1] > 0 for part in parts])
     assert filled.sum(dim=0).tolist() == [1] * 17
-    columns = ["prediction", "confidence", "true_probability", "rank", *BOX_COLUMNS]
+    columns = ["prediction", "confidence", "true_probability", "rank", "calibrated", *BOX_COLUMNS]
     total = sum(parts).numpy().reshape(-1, len(columns))
     np.testing.assert_allclose(total, whole[columns].to_numpy(float), rtol=1e-4)
 
@@ -177,7 +177,7 @@ def test_fusions_are_means():
 class Fixed(torch.nn.Module):
     """Gives each image the logits that are written for it."""
 
-    num_scales, image_size = 1, (48, 48)
+    num_scales, image_size, device, temperatures = 1, (48, 48), torch.device("cpu"), {}
 
     def __init__(self, logits):
         super().__init__()

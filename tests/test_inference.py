@@ -66,7 +66,7 @@ def test_photos_are_predicted_as_in_the_test_of_the_run(trained):
     assert len(found) == len(expected) == 15 * 4
     both = found.merge(expected, on=["path", "output"], suffixes=("", "_expected"))
     assert both["class_name"].tolist() == [f"bird {number}" for number in both["prediction"]]
-    assert both["probability"].to_numpy() == pytest.approx(both["confidence"].to_numpy(), abs=1e-3)
+    assert both["probability"].to_numpy() == pytest.approx(both["calibrated"].to_numpy(), abs=1e-3)
     sides = ["top", "left", "bottom", "right"]
     for side in sides:
         np.testing.assert_allclose(both[side], both[f"{side}_expected"])

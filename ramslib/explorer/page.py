@@ -279,8 +279,9 @@ class Explorer:
         is_complete = known == settings.scales
         text = "attention only: this backbone has no trained classifier"
         if self.loaded.classes:
-            shown = probabilities(inspector.logits(known)), self.loaded.classes, inspector.label
-            text = panels.probability_bars(top_classes(*shown, CLASSES))
+            shown = probabilities(inspector.logits(known), inspector.model.temperatures)
+            shown = top_classes(shown, self.loaded.classes, inspector.label, CLASSES)
+            text = panels.probability_bars(shown)
         text += "" if is_complete else panels.caption_html("computing the next scale …")
         self.scores.value = f'<div class="rams-title">Class probabilities</div>{text}'
         return is_complete

@@ -191,7 +191,8 @@ def plot_recursion(
             plot_mask(inputs[scale], output.proposal, places[scale], scale + 2, mask)
             plot_image(inputs[scale + 1], title=f"crop: input of scale {scale + 2}", ax=crop)
         if len(classes):
-            shown = probabilities([output.logits for output in outputs], index)
+            logits = [output.logits for output in outputs]
+            shown = probabilities(logits, model.temperatures, index)
             plot_probabilities(shown, classes, label, ax=row[-1])
     return axes
 

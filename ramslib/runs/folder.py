@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -275,20 +275,33 @@ def read_run(run: Path | str, root: Path | str | None = None) -> tuple[Config, d
     return config, metadata, locate_images(table[list(TABLE)], stored, root)
 
 
-def read_csv(path: Path, kinds: dict[str, type], remedy: str) -> pd.DataFrame:
+def read_csv(
+    path: Path, kinds: dict[str, type], remedy: str, added: Mapping[str, object] = {}
+) -> pd.DataFrame:
     """A table of a run, whatever version wrote it, with at least these columns.
+
+    Args:
+        path: the file.
+        kinds: types of the columns.
+        remedy: what to do where it cannot be read.
+        added: values of columns that older versions did not write, or functions of the table.
 
     Raises:
         InputError: it is missing or damaged.
     """
     texts = {name: kind for name, kind in kinds.items() if kind is str}  # a class may be called NA
-    missing = {side: [""] for side in BOX_COLUMNS}
+    missing = {name: [""] for name in (*BOX_COLUMNS, *added)}
     how = {"dtype": texts, "keep_default_na": False, "na_values": missing}
     try:
         table = pd.read_csv(path, encoding_errors="surrogateescape", **how)
-        return current_columns(table).astype(kinds)
+        return add_columns(current_columns(table), added).astype(kinds)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
+
+
+def add_columns(table: pd.DataFrame, added: Mapping[str, object]) -> pd.DataFrame:
+    """A table with those of the columns added that it does not have."""
+    return table.assign(**{name: added[name] for name in added if name not in table})
 
 
 def read_metadata(run: Path) -> tuple[Config, dict]:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exception
 from types import ModuleType
@@ -31,6 +31,7 @@ from ramslib.inspector import Inspector
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
 from ramslib.runs.folder import read_run, run_key
+from ramslib.runs.results import read_calibration
 from ramslib.weights import cache_folder
 
 OPSET = 20  # of exported ONNX files; antialiased resizing needs 18
@@ -52,6 +53,7 @@ class LoadedModel:
         table: the images of its dataset; empty where there is none.
         origin: one sentence about its weights.
         key: names all that decides what it computes.
+        unsure_below: confidence by output, see `evaluation.fit_calibration`; empty where unknown.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LoadedModel:
     table: pd.DataFrame
     origin: str
     key: str
+    unsure_below: dict[str, float] = field(default_factory=dict)
 
 
 def load(run: Path | str, checkpoint: str = "best") -> ImageClassifier:
@@ -113,8 +116,10 @@ def load_model(
     transform = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
     key = f"{run_key(config, metadata['data_fingerprint'])}-{checkpoint}"
     origin = f"{run}, {checkpoint} checkpoint"
-    model = model.eval().to(_device())
-    return LoadedModel(Path(run).name, model, transform, metadata["classes"], table, origin, key)
+    model, calibration = model.eval().to(_device()), read_calibration(run, checkpoint)
+    model.temperatures = calibration["temperature"].to_dict()
+    what = Path(run).name, model, transform, metadata["classes"], table, origin, key
+    return LoadedModel(*what, calibration["unsure_below"].dropna().to_dict())
 
 
 def load_backbone(
@@ -194,6 +199,7 @@ class ExportedModel:
         found = self.session.get_modelmeta().custom_metadata_map
         self.about = {name: json.loads(value) for name, value in found.items()}
         self.image_size = tuple(self.about["image_size"])
+        self.temperatures = self.about["temperatures"]
 
     def named_outputs(self, pixels: Tensor) -> dict[str, Tensor]:
         """What `NamedOutputs` gives."""
@@ -224,7 +230,8 @@ def load_exported(path: Path | str) -> LoadedModel:
             f"{path}: not a readable .onnx file of ramslib ({one_line(error)}); "
             "write one with 'ramslib export'"
         ) from None
-    return LoadedModel(name, model, transform, classes, table, f"{path}, exported", key)
+    origin = f"{path}, exported"
+    return LoadedModel(name, model, transform, classes, table, origin, key, about["unsure_below"])
 
 
 def export_model(
@@ -342,6 +349,8 @@ def about_export(loaded: LoadedModel) -> dict:
         "image_sizes": getattr(model, "image_sizes", [model.image_size]),
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
+        "temperatures": model.temperatures,
+        "unsure_below": loaded.unsure_below,
         "run": loaded.name,
         "key": loaded.key,
         "ramslib": __version__,

@@ -1,19 +1,28 @@
 """Classify photos of one's own, with the model of a run or an exported one."""
 
+import io
 import os
+import re
+import shutil
+from base64 import b64encode
 from collections.abc import Sequence
 from glob import glob
+from itertools import chain, count
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pandas as pd
 
-from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError, write_atomically, writing
 from ramslib.evaluation import predict as predict_table
 from ramslib.runs.inference import load_exported, load_model
+
+SHEET = Path(__file__).with_name("contact_sheet.html.j2")
+THUMBNAIL = 240  # pixels
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -45,7 +54,11 @@ def _photos(folder: Path) -> list[Path]:
 
 
 def predict(
-    run: Path | str, paths: Sequence[str | Path], checkpoint: str = "best", batch_size: int = 16
+    run: Path | str,
+    paths: Sequence[str | Path],
+    checkpoint: str = "best",
+    batch_size: int = 16,
+    unsure_below: float | None = None,
 ) -> pd.DataFrame:
     """Classify images with a trained run, or with an exported ``.onnx`` file and no model built.
 
@@ -54,15 +67,21 @@ def predict(
         paths: image files, folders or patterns.
         checkpoint: ``best`` or ``last``.
         batch_size: images per forward pass.
+        unsure_below: the probability below which an answer is unsure; by default that of the run,
+            see `evaluation.fit_calibration`.
 
     Returns:
-        One row per image and output: ``path, output, class_name, probability``, per scale its
-        region as ``top, left, bottom, right`` in pixels of the upright image, and ``error``: why a
-        file could not be read, which then has a single row.
+        One row per image and output: ``path, output, class_name``; ``probability``, calibrated;
+        ``unsure``, missing where the run has no such probability; per scale its region as ``top,
+        left, bottom, right`` in pixels of the upright image; and ``error``: why a file could not be
+        read, which then has a single row.
 
     Raises:
-        InputError: no run there, no image there, or none that can be read.
+        InputError: no run there, no image there, or none that can be read; or a probability outside
+            of 0 to 1.
     """
+    if unsure_below is not None and not 0 <= unsure_below <= 1:
+        raise InputError(f"unsure_below is {unsure_below}; give a probability from 0 to 1")
     is_file = Path(run).suffix == ".onnx" or Path(run).is_file()
     loaded = load_exported(run) if is_file else load_model(run, checkpoint)
     files = pd.DataFrame({"path": [str(file) for file in find_images(paths)], "label": 0})
@@ -77,7 +96,13 @@ def predict(
         predictions = predict_table(loaded.model, sound, loaded.transform, batch_size)
     names = np.array(loaded.classes, dtype=object)[predictions["prediction"]]
     table = predictions[["path", "output"]].assign(class_name=names)
-    table["probability"] = predictions["confidence"].round(4)
+    table["probability"] = predictions["calibrated"].round(4)
+    known = loaded.unsure_below
+    if unsure_below is not None:
+        known = dict.fromkeys(predictions["output"], unsure_below)
+    limits = predictions["output"].map(lambda name: known.get(name, np.nan))
+    unsure = (predictions["calibrated"] < limits).astype("boolean")
+    table["unsure"] = unsure.mask(limits.isna())
     table[BOX_COLUMNS] = predictions[BOX_COLUMNS]
     failed = pd.DataFrame({"path": errors.keys(), "error": errors.values()})
     return pd.concat([table.assign(error=""), failed], ignore_index=True)
@@ -134,3 +159,95 @@ def picture_paths(paths: Sequence[str], folder: Path | str) -> dict[str, Path]:
         if os.path.lexists(target):
             raise InputError(f"{target} exists; choose another folder for the pictures")
     return targets
+
+
+def answers(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count: a row per readable photo, of the mean softmax or of a single scale."""
+    readable = predictions[predictions["error"] == ""]
+    names = readable["output"].unique()
+    return readable[readable["output"] == ("mean softmax" if len(names) > 1 else names[0])]
+
+
+def save_contact_sheet(predictions: pd.DataFrame, path: Path | str) -> None:
+    """Write a page of thumbnails with regions, class and probability, unsure ones first.
+
+    Args:
+        predictions: from `predict`.
+        path: the new page, HTML that holds its pictures.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    regions = predictions.dropna(subset=BOX_COLUMNS).groupby("path")
+    order = answers(predictions).sort_values(["class_name", "probability"])
+    order = order.sort_values("unsure", ascending=False, kind="stable")
+    failed = predictions[predictions["error"] != ""].to_dict("records")
+    rows = [
+        {**row, "picture": _thumbnail(row["path"], regions.get_group(row["path"]))}
+        for row in order.fillna({"unsure": False}).to_dict("records")
+    ]
+    page = jinja2.Template(SHEET.read_text("utf-8"), autoescape=True)
+    content = page.render(rows=rows, failed=failed).encode("utf-8", "replace")
+    write_atomically(Path(path), lambda part: part.write_bytes(content))
+
+
+def _thumbnail(path: str, regions: pd.DataFrame) -> str:
+    """A small JPEG with the regions of scale 2 and further ones, in base64."""
+    from ramslib.plots.drawing import draw_box, output_color
+
+    picture, content = open_image(path, 2 * THUMBNAIL), io.BytesIO()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    scale = picture.width / image_size(path)[1]
+    for row in regions.iloc[1:].itertuples():
+        box = np.array([row.top, row.left, row.bottom, row.right]) * scale
+        picture = draw_box(picture, box, output_color(row.output))
+    picture.save(content, "JPEG")
+    return b64encode(content.getvalue()).decode()
+
+
+def sort_into(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
+    """Copy photos into a folder per predicted class; the photos stay where they are.
+
+    Args:
+        predictions: from `predict`.
+        folder: a new or an empty one.
+
+    Returns:
+        The copies; of photos with one name, further ones end in a number.
+
+    Raises:
+        InputError: the folder holds something, or a copy cannot be written.
+    """
+    check_empty(folder)
+    found, copies = answers(predictions), []
+    places: dict[str, str] = {}
+    for name in sorted(found["class_name"].unique()):
+        places[name] = _unused(safe_name(name), {each.lower() for each in places.values()})
+    taken = {name: set() for name in places}
+    for row in found.itertuples():
+        name = _unused(Path(row.path).name, taken[row.class_name])
+        taken[row.class_name].add(name.lower())
+        copies.append(Path(folder, places[row.class_name], name))
+        with writing(copies[-1]):
+            copies[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(row.path, copies[-1])
+    return copies
+
+
+def check_empty(folder: Path | str) -> None:
+    """Raise InputError for a folder that holds something."""
+    with writing(Path(folder)):
+        if os.path.lexists(folder) and os.listdir(folder):
+            raise InputError(f"{folder}: holds files already; choose a new folder")
+
+
+def safe_name(class_name: str) -> str:
+    """A class name as the name of a folder on any system."""
+    return re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", class_name)[:80].strip(". ") or "_"
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, with a number before its ending where it is taken, whatever the case."""
+    stem, suffix = os.path.splitext(name)
+    numbered = (f"{stem} {number}{suffix}" for number in count(2))
+    return next(each for each in chain([name], numbered) if each.lower() not in taken)

@@ -1,5 +1,7 @@
 """What a finished run leaves: predictions, scores with their uncertainty, and the model card."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -9,24 +11,39 @@ from ramslib.config import Config
 from ramslib.data.annotations import SPLITS
 from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import score
-from ramslib.runs.folder import is_finished, locate_images, read_csv, read_run, shorten_paths
+from ramslib.runs.folder import (
+    add_columns,
+    is_finished,
+    locate_images,
+    read_csv,
+    read_run,
+    shorten_paths,
+)
 
 CARD = Path(__file__).with_name("card.md.j2")
 RESULTS = {"output": str, "checkpoint": str, "images": int, "top1": float, "standard_error": float}
 RESULTS |= {"top5": float, "mean_per_class_accuracy": float, "ece": float, "nll": float}
 RESULTS |= {"best_epoch": int, "epochs": int}
+RESULTS |= {"temperature": float, "unsure_below": float, "ece_calibrated": float}
+UNCALIBRATED = {"temperature": 1.0, "unsure_below": math.nan, "ece_calibrated": math.nan}
 PREDICTIONS = {"path": str, "label": int, "output": str, "prediction": int, "confidence": float}
-PREDICTIONS |= {"true_probability": float, "rank": int}
+PREDICTIONS |= {"true_probability": float, "rank": int, "calibrated": float}
 REMEDY = "restore it, or remove results.csv and train again: only the results are written anew"
 
 
-def write_results(run: Path, predictions: dict[str, pd.DataFrame], columns: dict) -> None:
+def write_results(
+    run: Path,
+    predictions: Mapping[str, pd.DataFrame],
+    columns: dict,
+    calibration: Mapping[str, pd.DataFrame] = {},
+) -> None:
     """Write the files that end a run; ``results.csv`` comes last and means that it is finished.
 
     Args:
         run: its folder.
         predictions: of the test split, by checkpoint.
         columns: further columns of the results: epochs, best_epoch, seconds, processes.
+        calibration: from `evaluation.fit_calibration`, by checkpoint.
     """
     _, metadata, _ = read_run(run)
     scores = [
@@ -34,6 +51,10 @@ def write_results(run: Path, predictions: dict[str, pd.DataFrame], columns: dict
         for checkpoint, table in predictions.items()
     ]
     results = pd.concat(scores).assign(**columns)
+    if calibration:
+        fitted = pd.concat(calibration, names=["checkpoint"]).reset_index("checkpoint")
+        results = results.merge(fitted, on=["checkpoint", "output"])
+    results = add_columns(results, UNCALIBRATED)
     for checkpoint, table in predictions.items():
         write_table(shorten_paths(table, metadata["root"]), run / f"predictions_{checkpoint}.csv")
     card = model_card(run, results).encode("utf-8", "surrogateescape")
@@ -49,8 +70,16 @@ def read_results(run: Path | str) -> pd.DataFrame:
     """
     if not is_finished(run):
         raise InputError(f"{run}: the run is not finished; train it to the end first")
-    results = read_csv(Path(run) / "results.csv", RESULTS, REMEDY)
+    results = read_csv(Path(run) / "results.csv", RESULTS, REMEDY, UNCALIBRATED)
     return results.sort_values("checkpoint", kind="stable", ignore_index=True)
+
+
+def read_calibration(run: Path | str, checkpoint: str) -> pd.DataFrame:
+    """``temperature`` and ``unsure_below`` by output; empty where the run is not finished."""
+    if not is_finished(run):
+        return pd.DataFrame(columns=["temperature", "unsure_below"], dtype=float)
+    results = read_results(run)
+    return results[results["checkpoint"] == checkpoint].set_index("output")
 
 
 def read_predictions(
@@ -68,7 +97,7 @@ def read_predictions(
     """
     config, metadata, table = read_run(run, root)
     path = Path(run) / f"predictions_{checkpoint}.csv"
-    predictions = read_csv(path, PREDICTIONS, REMEDY)
+    predictions = read_csv(path, PREDICTIONS, REMEDY, {"calibrated": lambda t: t["confidence"]})
     images, found = (table["split"] == "test").sum(), predictions["output"].value_counts()
     if found.empty or (found != images).any():
         count = int(found.min()) if len(found) else 0

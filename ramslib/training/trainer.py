@@ -28,7 +28,7 @@ from ramslib.data.health import check_readable
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
-from ramslib.evaluation import predict, score
+from ramslib.evaluation import fit_calibration, predict, score
 from ramslib.model import build_model
 from ramslib.runs import checkpoint, folder
 from ramslib.runs.results import write_results
@@ -253,7 +253,8 @@ class Trainer:
         """Log the scores of the validation split; returns the nll of the last output."""
         if self.validation.empty:
             return math.inf
-        scores, seconds = score(self._predict(self.validation)), round(self.state.seconds, 2)
+        predictions = self._predict(self.validation).drop(columns="calibrated")
+        scores, seconds = score(predictions), round(self.state.seconds, 2)
         place = {"step": self.state.step, "epoch": epoch, "split": "validation"}
         self._log([place | row | {"seconds": seconds} for row in scores.to_dict("records")])
         nll = float(scores["nll"].iloc[-1])
@@ -283,14 +284,26 @@ class Trainer:
     def _finish(self) -> None:
         """Predict the test split with the best and the last checkpoint, and write the results."""
         epochs, best_epoch = ceil(self.state.step / self.epoch_steps), self.state.best_epoch
-        last = best = self._predict(self.test)
+        if self.validation.empty:
+            self._say("no validation split: temperatures are 1, probabilities not calibrated")
+        last = best = self._calibrate_and_test()
         if best_epoch != epochs:
             self.load_weights(self.best)
-            best = self._predict(self.test)
+            best = self._calibrate_and_test()
         columns = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
         columns["train_seconds"] = round(self.state.seconds, 1)
         if self.processes.is_first:
-            write_results(self.run, {"best": best, "last": last}, columns)
+            both = zip(best, last, strict=True)  # each (calibration, predictions)
+            calibration, predictions = ({"best": one, "last": other} for one, other in both)
+            write_results(self.run, predictions, columns, calibration)
+
+    def _calibrate_and_test(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Calibration on the validation split, and predictions of the test split with it."""
+        options = self.config.batch_size, self.config.workers, self.processes
+        calibration = fit_calibration(self.eval_model(), self.validation, self.transform, *options)
+        temperatures = calibration.set_index("output")["temperature"].to_dict()
+        self.eval_model().temperatures = temperatures
+        return calibration, self._predict(self.test)
 
     def _save(self, path: Path) -> None:
         self.read_step()
