@@ -776,6 +776,8 @@ def test_lists_out_of_shape(tmp_path, name, column):
 def test_lists_may_lie_elsewhere(tmp_path):
     root = write_folder(tmp_path / "photos", crow=4, wren=4)
     lists = tmp_path / "lists"
+    found = message(lambda: read("folder", root, lists=str(lists)))
+    assert f"{lists}: no such folder" in found
     write(lists / "exclude.csv", "path,reason\ncrow/photo0.png,dark\n")
     with pytest.warns(UserWarning, match="1 of 8 images left out"):
         table = read("folder", root, lists=str(lists))

@@ -105,6 +105,7 @@ def test_small_odd_and_blank_images(tmp_path):
     photo(90, (15, 40)).save(root / "train/crow/small.png")
     photo(91, (400, 90)).save(root / "train/crow/long.png")
     Image.new("RGB", (60, 60), "gray").save(root / "train/crow/blank.png")
+    photo(94).save(root / "train/crow/phone.jpg", "MPO", save_all=True, append_images=[photo(95)])
     frames = [photo(92), photo(93)]
     frames[0].save(root / "train/crow/film.gif", save_all=True, append_images=frames[1:])
     problems = problems_of(root)

@@ -50,6 +50,8 @@ def load_table(config: Config) -> pd.DataFrame:
     reader, root = resolve(config.data, READERS, "data"), absolute(config.root)
     options = {"year": config.year} if reader is readers.read_inaturalist else {}
     folder, fraction = absolute(config.lists or root), config.test_fraction
+    if config.lists and not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; make it, or leave the setting lists out")
     table = annotations.complete_table(reader(Path(root), **options), root, config.data)
     keys = pd.Series([os.path.relpath(path, root) for path in table["path"]])
     groups = keys.map(read_list(folder, "group", keys)[0]).astype(str)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy.fft import dctn
+from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
@@ -27,7 +29,11 @@ from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
 
 SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature is made of
-ALIKE = 0.6  # cosine of two signatures; of 10 million pairs of different photos 3 were above
+# Cosine of two signatures that tells near duplicates: about one of `PAIRS` pairs of different birds
+# is above, and ten times as many are above 0.1 less. Pairs from `DOUBT` less on are laid over each
+# other, and are near duplicates if they correlate; different birds correlate up to 0.84.
+ALIKE, PAIRS, DOUBT, CORRELATED = 0.6, 3e5, 0.25, 0.9
+THUMB, PARTS = 48, (1, 0.95, 0.9, 0.85, 0.8)  # pixels of a side, and shares of it that a crop keeps
 BURST = 3  # seconds between two photos of a burst
 FEW, FEW_IN_ALL, UNEQUAL = 5, 200, 10  # test images of a class; of all; largest class / smallest
 COLUMNS = ["kind", "across", "group", "path", "detail"]
@@ -52,7 +58,7 @@ def measure_images(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The table with ``error`` (why an image cannot be read, or ""), ``height, width`` (pixels,
         upright), ``remark`` (what is odd, or ""), ``digest`` (of the decoded pixels), ``camera,
-        taken`` (from EXIF, or "") and ``signature`` (what it looks like).
+        taken`` (from EXIF, or ""), ``signature`` and ``thumb`` (what it looks like).
     """
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # threads share the filters
         found = pool.map(_measure, table["path"])
@@ -62,11 +68,13 @@ def measure_images(table: pd.DataFrame) -> pd.DataFrame:
 
 def _measure(path: str) -> dict:
     found = dict.fromkeys(("error", "remark", "digest", "camera", "taken"), "")
-    found |= {"height": np.nan, "width": np.nan, "signature": np.zeros(WAVES**2)}
+    found |= {"height": np.nan, "width": np.nan, "signature": np.zeros(WAVES**2), "thumb": None}
     try:
         with annotations.image_file(path) as image:
             height, width = annotations.upright_size(image)
-            frames = getattr(image, "n_frames", 1)
+            frames = (
+                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            )  # phones' previews
             exif = image.getexif() if "exif" in image.info else Image.Exif()
         image = open_image(path, SIDE)
     except InputError as error:
@@ -75,6 +83,7 @@ def _measure(path: str) -> dict:
         found["camera"] = f"{exif.get(0x010F)} {exif.get(0x0110)}"
         found["taken"] = str(exif.get_ifd(0x8769).get(0x9003, ""))
     found |= {"height": height, "width": width, "signature": signature(image)}
+    found["thumb"] = np.asarray(image.convert("L").resize((THUMB, THUMB), reducing_gap=3))
     found["digest"] = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
     remarks = {f"{frames} frames": frames > 1, "blank": not found["signature"].any()}
     remarks[f"{height} x {width} pixels"] = max(height, width) > 4 * min(height, width)
@@ -126,7 +135,8 @@ def find_problems(
     ]
     found.append(_share("duplicate", sound, sound["digest"]))
     if len(seen := sound[sound["signature"].map(np.any)]):
-        names = pd.Series(_alike(np.stack(seen["signature"])), seen.index)
+        names = _alike(np.stack(seen["signature"]), seen["thumb"].tolist())
+        names = pd.Series(names, seen.index)
         several = seen["digest"].groupby(names).transform("nunique") > 1
         found.append(_share("near duplicate", seen, names.where(several)))
     found += [_share("burst", sound, sound["class_name"] + names) for names in _bursts(sound)]
@@ -159,12 +169,34 @@ def _share(kind: str, table: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
     return rows[grouped["path"].transform("size") > 1].sort_values(["group", "path"])
 
 
-def _alike(signatures: np.ndarray) -> np.ndarray:
+def _alike(signatures: np.ndarray, thumbs: list[np.ndarray]) -> np.ndarray:
     """Numbers of sets of near duplicates, mirrored ones too; an image may be alone in its set."""
-    mirrored = signatures * np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
-    search = NearestNeighbors(radius=np.sqrt(2 - 2 * ALIKE), algorithm="brute").fit(signatures)
-    near = search.radius_neighbors_graph(signatures) + search.radius_neighbors_graph(mirrored)
-    return connected_components(near, directed=False)[1]
+    count, mirror = len(signatures), np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
+    limit = ALIKE + 0.1 * np.log10(max(count**2 / PAIRS, 1))
+    radius = np.sqrt(2 - 2 * (limit - DOUBT))
+    search = NearestNeighbors(radius=radius, algorithm="brute").fit(signatures)
+    near = [search.radius_neighbors_graph(each) for each in (signatures, signatures * mirror)]
+    rows, columns = triu(near[0] + near[1], 1).nonzero()
+    cosines = [(signatures[rows] * signatures[columns] * sign).sum(axis=1) for sign in (1, mirror)]
+    certain = np.maximum(*cosines) >= limit
+    for pair in np.flatnonzero(~certain):
+        certain[pair] = _correlate(thumbs[rows[pair]], thumbs[columns[pair]]) >= CORRELATED
+    edges = (certain[certain], (rows[certain], columns[certain]))
+    return connected_components(csr_array(edges, (count, count)), directed=False)[1]
+
+
+def _correlate(one: np.ndarray, other: np.ndarray) -> float:
+    """Greatest correlation of two thumbs, where one may be a part of the other, or mirrored."""
+    best = -1.0
+    for whole, part in ((one, other), (other, one), (one[:, ::-1], other), (other[:, ::-1], one)):
+        for side in (round(THUMB * share) for share in PARTS):
+            small = Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR)
+            windows = sliding_window_view(whole, (side, side)).reshape(-1, side**2)
+            vectors = np.vstack([np.ravel(small), windows]).astype(np.float32)
+            vectors -= vectors.mean(axis=1, keepdims=True)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6
+            best = max(best, (vectors[1:] @ vectors[0]).max())
+    return best
 
 
 def _bursts(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
