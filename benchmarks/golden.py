@@ -3,12 +3,15 @@
 ``tests/test_golden.py`` says what the files of a set hold and how close each number must come.
 """
 
+from inspect import signature
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ramslib.backbone import extend_class_tokens, overlap_patches
@@ -59,9 +62,24 @@ def build_backbone(
     )
     if config.patch_stride:
         overlap_patches(backbone, config.patch_stride)
-    options = {"pos_embed_resize": config.pos_embed_resize, "final_norm": config.final_norm}
-    load_pretrained(backbone, name, str(path), **options)
+    is_zoomed = config.pos_embed_resize == "zoom"
+    aligns = "align_corners" in signature(checkpoint_filter_fn).parameters  # timm from 1.0.31
+    resize = "timm" if is_zoomed and not aligns else config.pos_embed_resize
+    load_pretrained(backbone, name, str(path), resize, config.final_norm)
+    if is_zoomed and not aligns:
+        _zoom_positions(backbone, np.load(path)["Transformer/posembed_input/pos_embedding"])
     return backbone
+
+
+def _zoom_positions(backbone: nn.Module, stored: np.ndarray) -> None:
+    """Positions resampled linearly with aligned corners, as newer versions of timm do it."""
+    first, rest = torch.from_numpy(stored).split([1, stored.shape[1] - 1], dim=1)
+    side = isqrt(rest.shape[1])
+    grid = rest.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    size = backbone.patch_embed.grid_size
+    grid = F.interpolate(grid, size, mode="bilinear", align_corners=True)
+    positions = torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
+    backbone.pos_embed.data.copy_(positions)
 
 
 def build(

@@ -13,6 +13,7 @@ Where there is no GPU the same steps run at a tiny size, as a test of this scrip
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -429,6 +430,7 @@ def main(arguments: list[str] | None = None) -> dict:
     options.repeats, options.calls = (11, 3) if on_gpu else (1, 1)
     options.deadline = time.monotonic() + 60 * options.minutes
     torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it once, at its first
     with tempfile.TemporaryDirectory() as folder:
         options.work = Path(folder)
         return measure(options)

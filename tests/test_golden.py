@@ -72,6 +72,12 @@ def model(name, golden):
     return build(name, golden, folder=FOLDER)
 
 
+def test_positions_are_zoomed_alike_where_timm_cannot(name, golden, monkeypatch):
+    wanted = build_backbone(name, golden, folder=FOLDER).pos_embed
+    monkeypatch.setattr("benchmarks.golden.checkpoint_filter_fn", lambda state, model: state)
+    torch.testing.assert_close(build_backbone(name, golden, folder=FOLDER).pos_embed, wanted)
+
+
 @pytest.fixture(scope="module")
 def outputs(model, images):
     """Both scales, at the released threshold."""
