@@ -118,7 +118,7 @@ def fit_calibration(
     for batch in iterate_batches(model, table, transform, batch_size, workers, mine):
         logits[batch["index"]] = torch.stack(model(batch["pixels"]).logits, dim=1).float().cpu()
     logits = sum_over_processes(logits.to(processes.device), processes).cpu()
-    labels, rows = torch.from_numpy(table["label"].to_numpy()), []
+    labels, rows = torch.tensor(table["label"].to_numpy()), []
     for name, values in zip(output_names(model.num_scales), fuse(logits.unbind(1)), strict=True):
         temperature = fit_temperature(values, labels) if len(table) else 1.0
         confidence, prediction = temper(values, temperature).max(dim=1)
