@@ -132,6 +132,7 @@ def test_another_model_is_asked_the_same(inspector, places):
     assert len(figure.subfigs) == 2 and views.load_once.cache_info().currsize == 1
 
 
+@pytest.mark.slow
 def test_the_exported_page_holds_the_librarys_numbers(loaded, places, tmp_path):
     paths = loaded.table["path"].head(12).tolist()
     out = tmp_path / "page.html"
