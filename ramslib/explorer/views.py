@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ramslib import plots
 from ramslib.attention import CLASS_STRENGTHS, border_sum, on_grid, principal_components
-from ramslib.boxes import box_iou, full_image_boxes
+from ramslib.boxes import box_iou
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import upsample
 from ramslib.errors import InputError, write_atomically
@@ -290,7 +290,7 @@ def export_page(run: Path | str, images: Sequence[Path | str], out: Path) -> Pat
     inspector = inspector_of(loaded := load(run))
     known = loaded.table.set_index("path")
     pages = []
-    for path in map(str, images):
+    for path in map(os.path.abspath, images):
         row = known.loc[path] if path in known.index else None
         label, box = (None, None) if row is None else (int(row["label"]), row[BOX_COLUMNS])
         inspector.set_image(path, label, box)
@@ -310,18 +310,18 @@ def _page_of(inspector: Inspector, settings: ProposalSettings) -> dict:
     picture, content = inspector.picture.copy(), io.BytesIO()
     picture.thumbnail((PAGE_SIDE, PAGE_SIDE))
     picture.save(content, "jpeg", quality=80)
-    seen = inspector.image_boxes(full_image_boxes(inspector.outputs(settings)[0].input))
-    steps = []
+    seen = inspector.image_boxes(torch.tensor([[0, 0, *inspector.model.image_size]]))
+    steps, shown = [], {}
     for eta in PAGE_THRESHOLDS:
-        outputs = inspector.outputs(settings, threshold=eta)
-        shown, (first, second) = inspector.probabilities(outputs), outputs
-        named = shown, inspector.classes, inspector.label, 4
-        top = top_classes(*named).iterrows() if inspector.classes else ()
-        kept = first.proposal.component[0].flatten().int().tolist()
-        step = {"box": inspector.image_boxes(second.boxes[:1])[0].round().tolist(), "kept": kept}
-        steps.append(step | {"classes": [[name, *row.round(3)] for name, row in top]})
+        region = inspector.region(0, settings, threshold=eta)
+        step = {"box": inspector.image_boxes(region.boxes[:1])[0].round().tolist(), "classes": []}
+        steps.append(step | {"kept": region.proposal.component[0].flatten().int().tolist()})
+        if inspector.classes:
+            shown = inspector.probabilities(inspector.outputs(settings, threshold=eta))
+            top = top_classes(shown, inspector.classes, inspector.label, 4).round(3)
+            steps[-1]["classes"] = top.reset_index().to_numpy().tolist()
     truth = [box for box in inspector.box.round().tolist() if box[0] == box[0]]
-    finer = upsample(first.strength, settings.upsampling)[0]
+    finer = upsample(region.strength, settings.upsampling)[0]
     relative = drawing.relative_strength(finer).flatten().double()
     return {
         "name": Path(inspector.path).name,
