@@ -763,6 +763,18 @@ def test_excluded_photos_leave_the_table(tmp_path):
     pd.testing.assert_frame_equal(after.set_index("path"), kept)
 
 
+def test_a_class_may_be_left_out_as_a_whole(tmp_path):
+    root = write_folder(tmp_path, crow=4, owl=3, wren=4)
+    rows = [f"owl/photo{index}.png,no owls" for index in range(3)]
+    write(root / "exclude.csv", "\n".join(["path,reason", *rows]))
+    with pytest.warns(UserWarning, match="3 of 11 images left out"):
+        table = read("folder", root)
+    assert table.groupby("class_name")["label"].unique().map(list).to_dict() == {
+        "crow": [0],
+        "wren": [1],
+    }
+
+
 @pytest.mark.parametrize("name,column", [("exclude", "reason"), ("groups", "group")])
 def test_lists_out_of_shape(tmp_path, name, column):
     root = write_folder(tmp_path, crow=4, wren=4)

@@ -65,6 +65,7 @@ def load_table(config: Config) -> pd.DataFrame:
         report = f"{is_out.sum():,} of {len(table):,} images left out"
         warnings.warn(f"{folder}/{LISTS['reason']}: {report}", stacklevel=2)
     table = annotations.check_images(table[~is_out], root, config.allow_missing)
+    table["label"] = table["label"].rank(method="dense").astype(np.int64) - 1  # a class may be out
     if config.validation_fraction and not (table["split"] == "validation").any():
         train = table[table["split"] == "train"]
         paths = relative_paths(table)[train.index]
