@@ -160,7 +160,7 @@ class Explorer:
             model = load(model, root=self.root, table=self.table)
         self.model, self.loaded, self.inspector = named, model, None
         self.models.tooltip = model.origin
-        self.controls.fit(self._new_inspector())
+        self.controls.fit(inspector_of(model))
         self.guard(self.tabs.use, "validation")()
         self.guard(self.browser.use, "image")(model.table if len(model.table) else self.table)
 
@@ -223,16 +223,13 @@ class Explorer:
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise InputError(f"{item['name']}: not a state that was saved here") from None
 
-    def _new_inspector(self) -> Inspector:
-        """One per image, so that work in the background on the image before cannot change it."""
-        return inspector_of(self.loaded)
-
     def _pick(self, row: pd.Series) -> None:
         """Open an image; if it cannot be opened, the one before remains."""
         if self.loaded is not None:
             label = None if row["label"] < 0 else int(row["label"])
             box = row[BOX_COLUMNS].to_numpy(float)
-            self.inspector = self._new_inspector().set_image(row["path"], label, box)
+            new = inspector_of(self.loaded)  # work on the image before cannot change it
+            self.inspector = new.set_image(row["path"], label, box)
             self.moved()
 
     def _moved(self) -> None:

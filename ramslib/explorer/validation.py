@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from ramslib import localization
 from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import predict, score_boxes
-from ramslib.experiments.comparison import paired_image_differences
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.runs.inference import LoadedModel
@@ -170,6 +169,8 @@ def compare_models(
     Raises:
         InputError: not evaluated on the same images and labels, or one has no trained classifier.
     """
+    from ramslib.experiments.comparison import paired_image_differences  # 20 MiB with Optuna
+
     if not (mine.is_classified and other.is_classified):
         raise InputError("one of the two models has no trained classifier; choose two runs")
     tables = [each.predictions for each in (mine, other)]
