@@ -131,7 +131,7 @@ def test_the_probe_comes_first_and_again_only_after_a_change(folder, capsys):
     run_all(folder)
     assert "frozen features: 2 %, 997, True" in capsys.readouterr().out
     run_all(folder, data="diagnostic", out=folder / "drawn")
-    assert "frozen features: 0 %, 167, False" in capsys.readouterr().out
+    assert "frozen features: 0 %, 100, False" in capsys.readouterr().out
 
 
 def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, capsys):

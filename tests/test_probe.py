@@ -151,6 +151,7 @@ def test_everything_is_chosen_on_the_training_images():
 
     assert (of("rival") == of("scale 1")).all()
     sure = of("scale 1") > outcome.exit_threshold
+    assert outcome.exit_rate == sure.mean()
     np.testing.assert_array_equal(of("early exit"), np.where(sure, of("scale 1"), of(READ)))
     surest = np.maximum(of("scale 1"), of("scale 2"))
     np.testing.assert_allclose(of("most confident"), surest)
@@ -190,7 +191,7 @@ def outcome_of(correct, train=20):
         for name, right in correct.items()
     ]
     held = [table.iloc[:1].loc[[0] * train] for table in predictions]
-    return Outcome(pd.concat(predictions), pd.concat(held), np.ones(2), 1.0)
+    return Outcome(pd.concat(predictions), pd.concat(held), np.ones(2), 1.0, 0.0)
 
 
 def test_intervals_of_one_split_are_over_its_images():
@@ -228,6 +229,7 @@ def test_intervals_of_many_splits_are_paired_and_widened():
     assert summarize_splits(same, READ)["low"].max() < 80, "ten right answers are not certain"
 
 
+@pytest.mark.slow
 def test_the_probe_writes_what_it_says_and_reuses_features(config, tmp_path, monkeypatch):
     lines = probe(config, tmp_path / "out")
     assert len(lines) == 8 and lines[0].startswith("27 images of 3 classes, 9 of them to test on")
@@ -252,6 +254,7 @@ def test_the_probe_writes_what_it_says_and_reuses_features(config, tmp_path, mon
     assert probe(config, tmp_path / "out") == lines
 
 
+@pytest.mark.slow
 def test_one_scale_has_the_center_crop_as_its_rival(config, tmp_path):
     plain = config.replace(model="vit", region_size=None)
     lines = probe(plain, tmp_path / "out", head="logistic")

@@ -49,7 +49,7 @@ CLONE = PACKAGE.parent
 NOTEBOOKS = CLONE / "notebooks"
 CELL_TIMEOUT = 14 * 24 * 3600  # seconds a cell may take: training on a cluster takes days
 # Of the inputs of all scales: 1,000 photos of the default sizes, some minutes on two cores; of the
-# synthetic dataset, which tells a person nothing about photos, a sixth
+# synthetic dataset, which tells a person nothing about photos, a tenth
 PROBED_PIXELS = 25_000_000
 RECORD, OLD_RECORD = "notebooks.json", "road.json"  # the question that a folder answers
 KINDS = (bool, int, (int, float), str, (list, tuple, dict), object)  # a value keeps its default's
@@ -241,7 +241,7 @@ def _probe(out: Path, question: dict, finished: dict[str, str], package: str) ->
     if finished.get("probe") != inputs() or not record.exists():
         config, drawn = choose_config(question, Path.cwd()), question["data"] == "diagnostic"
         pixels = sum(height * width for height, width in config.input_sizes())
-        images = PROBED_PIXELS // (pixels * (6 if drawn else 1)) + 1
+        images = PROBED_PIXELS // (pixels * (10 if drawn else 1)) + 1
         probe.probe(config, record.parent, images=images, with_rivals=not drawn)
         finished["probe"] = inputs()
         _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))

@@ -232,12 +232,14 @@ class Outcome(NamedTuple):
         held: likewise of the training images, each predicted without it.
         weights: (S,) of the scales in the weighted logits.
         exit_threshold: confidence of scale 1 above which it is the answer.
+        exit_rate: share of the test images of which that is so.
     """
 
     predictions: pd.DataFrame
     held: pd.DataFrame
     weights: Array
     exit_threshold: float
+    exit_rate: float
 
 
 def evaluate_split(
@@ -263,7 +265,7 @@ def evaluate_split(
     labels, classes = table["label"].to_numpy(), int(table["label"].max()) + 1
     groups = _groups(table.iloc[train])
     features = {f"scale {number}": values for number, values in enumerate(scales, start=1)}
-    names, weights, threshold = list(features), np.ones(1), 1.0
+    names, weights, threshold, confident = list(features), np.ones(1), 1.0, np.zeros(1)
     if len(scales) > 1:
         features["concatenated"] = np.concatenate(scales, axis=1)
     held, found = {}, {}
@@ -279,7 +281,7 @@ def evaluate_split(
             confident = np.exp(side["scale 1"]).max(axis=1, keepdims=True) > threshold
             side["early exit"] = np.where(confident, side["scale 1"], side[READ])
     tables = _predictions(table.iloc[test], found), _predictions(table.iloc[train], held)
-    return Outcome(*tables, weights, threshold)
+    return Outcome(*tables, weights, threshold, float(confident.mean()))
 
 
 def _fuse(scales: Sequence[Array], weights: Array) -> dict[str, Array]:
@@ -348,7 +350,7 @@ def summarize_splits(outcomes: Sequence[Outcome], read: str) -> pd.DataFrame:
     if len(outcomes) == 1:
         predictions = outcomes[0].predictions
         pairs = paired_image_differences(predictions, predictions, read)
-        gain = -pairs[["difference", "high", "low"]].to_numpy().T
+        gain = 0 - pairs[["difference", "high", "low"]].to_numpy().T
     else:
         shares = [len(each.predictions) / len(each.held) for each in outcomes]
         widened = np.sqrt(1 / len(outcomes) + np.mean(shares))
@@ -433,19 +435,22 @@ def _write(
     given, folds, scales = outcomes[0], outcomes[1:], len(outcomes[0].weights)
     read = READ if scales > 1 else "scale 1"
     parts = {"split": [given] * bool(len(given.predictions)), "cross-validation": folds}
-    parts = {name: summarize_splits(part, read) for name, part in parts.items() if part}
-    results = pd.concat(parts, names=["evaluation", "output"]).reset_index()
     costs = {f"scale {number + 1}": tokens[number + 1] for number in range(scales)} | dict(tokens)
-    confidence = given.held.query("output == 'scale 1'")["confidence"]
-    exit_rate = (confidence > given.exit_threshold).mean()
-    costs["early exit"] = exit_rate * tokens[1] + (1 - exit_rate) * tokens[scales]
-    results.insert(2, "tokens", results["output"].map(costs).fillna(tokens[scales]))
+    tables = {}
+    for name, part in parts.items():
+        if part:
+            tables[name] = summarize_splits(part, read)
+            exit_rate = np.mean([each.exit_rate for each in part])
+            costs["early exit"] = exit_rate * tokens[1] + (1 - exit_rate) * tokens[scales]
+            each = tables[name].index.map(costs).fillna(tokens[scales])
+            tables[name].insert(0, "tokens", each)
+    results = pd.concat(tables, names=["evaluation", "output"]).reset_index()
     predictions = [each.predictions.assign(split=n) for n, each in enumerate(outcomes)]
     held = given.held[given.held["output"] == read].drop(columns=["output", "rank"])
     write_table(results, out / "probe.csv")
     write_table(shorten_paths(pd.concat(predictions), config.root), out / "predictions.csv")
     write_table(shorten_paths(held, config.root), out / "out_of_sample.csv")
-    lines = _describe(table, results[results["evaluation"] == list(parts)[-1]], read, tokens)
+    lines = _describe(table, results[results["evaluation"] == list(tables)[-1]], read, tokens)
     facts = {"settings": asdict(config), "images": len(table), "lines": lines}
     facts |= {"weights": given.weights.tolist(), "exit_threshold": given.exit_threshold}
     facts |= {"outputs": results.to_dict("records")}
