@@ -258,7 +258,7 @@ def test_the_probe_writes_what_it_says_and_reuses_features(config, tmp_path, mon
 def test_one_scale_has_the_center_crop_as_its_rival(config, tmp_path):
     plain = config.replace(model="vit", region_size=None)
     lines = probe(plain, tmp_path / "out", head="logistic")
-    assert len(lines) == 4 and lines[2].startswith("75% center crop at 32 px")
+    assert len(lines) == 4 and lines[2].startswith("75 % center crop at 32 px")
     assert len(probe(plain, tmp_path / "out", with_rivals=False)) == 3
 
 

@@ -412,7 +412,7 @@ def _rivals(config: Config, found: Mapping[str, Array]) -> dict[str, Config]:
     rivals = {f"whole image at {size}": config.replace(**plain)} if len(tokens) > 1 else {}
     if config.crop_fraction > CROP:
         center = config.replace(**plain, crop_fraction=CROP)
-        rivals[f"{CROP:.0%} center crop at {size}"] = center
+        rivals[f"{100 * CROP:.0f} % center crop at {size}"] = center
     return rivals
 
 
@@ -472,7 +472,7 @@ def _describe(
     rows = results.set_index("output")
     test, folds = (table["split"] == "test").sum(), rows["splits"].iloc[0]
     about = f"{len(table)} images of {table['label'].nunique()} classes, {test} of them to test on"
-    few = f": too few for one split, so {folds} folds of repeated cross-validation are tested"
+    few = f": too few for one split, so the numbers are of {folds} folds of all"
     several = read == READ
     scales = max(name for name in tokens if isinstance(name, int))
     whole = f"{scales} scales" if several else "scale 1"
