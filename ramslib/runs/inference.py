@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import format_exception
@@ -196,8 +196,10 @@ class ExportedModel:
         self.session = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
         self.num_scales = len(self.names) // 2
-        found = self.session.get_modelmeta().custom_metadata_map
-        self.about = {name: json.loads(value) for name, value in found.items()}
+        self.about = {}
+        for name, value in self.session.get_modelmeta().custom_metadata_map.items():
+            with suppress(ValueError):  # other tools, such as quantizers, add texts of their own
+                self.about[name] = json.loads(value)
         self.image_size = tuple(self.about["image_size"])
         self.temperatures = self.about["temperatures"]
 
