@@ -19,7 +19,6 @@ from PIL import Image
 from scipy.fft import dctn
 from scipy.sparse import csr_array, triu
 from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
 from ramslib.data import annotations, readers
@@ -171,6 +170,8 @@ def _share(kind: str, table: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
 
 def _alike(signatures: np.ndarray, thumbs: list[np.ndarray]) -> np.ndarray:
     """Numbers of sets of near duplicates, mirrored ones too; an image may be alone in its set."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import, and training needs none of it
+
     count, mirror = len(signatures), np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
     limit = ALIKE + 0.1 * np.log10(max(count**2 / PAIRS, 1))
     radius = np.sqrt(2 - 2 * (limit - DOUBT))
