@@ -271,13 +271,11 @@ def _check_settings(backbone: nn.Module, settings: ProposalSettings, per_scale: 
 def build_rams(config: Config, num_classes: int) -> RAMSTrans:
     """RAMS-Trans, or with one scale a plain Vision Transformer, as configured."""
     per_scale = config.class_token == "per_scale"
-    sizes = config.input_sizes()
-    backbone = build_backbone(config, sizes, config.scales if per_scale else 1)
+    backbone = build_backbone(config, class_tokens=config.scales if per_scale else 1)
     backbone.set_grad_checkpointing(config.grad_checkpointing)
-    chosen = config.strength, config.proposal, config.scales
-    shape = {"margin": config.margin, "keep_aspect": config.keep_aspect}
-    upsampling = config.upsampling
-    settings = ProposalSettings(config.thresholds(), *chosen, upsampling=upsampling, **shape)
+    names = "strength", "proposal", "scales", "upsampling", "margin", "keep_aspect"
+    chosen = {name: getattr(config, name) for name in names}
+    settings = ProposalSettings(config.thresholds(), **chosen)
     return RAMSTrans(
         backbone,
         num_classes,
@@ -286,7 +284,7 @@ def build_rams(config: Config, num_classes: int) -> RAMSTrans:
         legacy_boxes=config.legacy_boxes,
         align_corners=config.align_corners,
         mean_std=configured_mean_std(config),
-        image_sizes=sizes,
+        image_sizes=config.input_sizes(),
     )
 
 
@@ -297,17 +295,15 @@ def build_transfg(config: Config, num_classes: int) -> ImageClassifier:
             "model transfg exchanges tokens between blocks; use grad_checkpointing=False"
         )
     options = config.contrastive_weight, config.contrastive_margin, configured_mean_std(config)
-    return TransFG(build_backbone(config, config.input_sizes()), num_classes, *options)
+    return TransFG(build_backbone(config), num_classes, *options)
 
 
-def build_backbone(
-    config: Config, sizes: Sequence[tuple[int, int]], class_tokens: int = 1
-) -> nn.Module:
+def build_backbone(config: Config, class_tokens: int = 1) -> nn.Module:
     """The backbone that a configuration describes, with its pre-trained weights.
 
-    It is built for the largest of the sizes: positions lose least when they are resampled.
+    It is built for the largest input of a scale: positions lose least when they are resampled.
     """
-    largest, *others = sorted(sizes, key=math.prod, reverse=True)
+    largest, *others = sorted(config.input_sizes(), key=math.prod, reverse=True)
     return create_backbone(
         config.backbone,
         largest,
