@@ -4,7 +4,7 @@
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page
 ## make bench    what two scales cost on this machine, side by side and against the last time:
-##               15 minutes; ARGS=--long: up to an hour
+##               about 15 minutes; ARGS=--long: up to an hour
 ## make bench-gpu  on a CUDA GPU: correctness, ratios, accuracies; with $(PYTHON) as it is, no network
 ## make docs/story.png docs/explorer.png   the README's pictures, from what make run made
 ## make format   rewrite code and notebooks in the house style

@@ -1,4 +1,4 @@
-"""What a GPU gives: ``make bench-gpu``, at most eight minutes on one CUDA GPU, without a network.
+"""What a GPU gives: ``make bench-gpu``, meant for eight minutes on one CUDA GPU, no network.
 
 Correctness first (the released codes' numbers, the CPU's numbers, bfloat16, resuming), then ratios
 of times and memory, then, where photos are given, accuracies over seeds. All of it is kept as
