@@ -765,6 +765,7 @@ def test_a_run_whose_code_is_not_trusted_is_not_offered(places, ideas, tmp_path,
     run = make_run(places / "photos", tmp_path / "runs" / "own", proposal=f"{ideas}:upper_half")
     trusted.write_text("")
     page = Explorer("folder", places / "photos", tmp_path / "runs", model=places / "runs" / "one")
+    assert page.model == str(places / "runs" / "one")
     assert len(page.models.options) == 1 and messages_of(page) == ""
     assert f"ramslib trust {run}" in text_of(page.notice)
     page.other.value = str(run)

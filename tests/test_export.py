@@ -92,7 +92,7 @@ IDEAS = [
 def test_onnxruntime_gives_boxes_and_logits_of_the_model_at_any_batch_size(changes):
     model, size = opinionated(**changes), (72, 96)
     size = size if changes.get("highres_size", 72) else (48, 64)
-    about = {"image_size": (48, 64), "classes": ["a", "\u00e9"]}
+    about = {"image_size": (48, 64), "classes": ["a", "\u00e9"], "temperatures": {}}
     content, run = inference._to_onnx(export_model(model, size), about)
     for batch in (1, 3, 8):
         with torch.no_grad():

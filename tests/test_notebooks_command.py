@@ -150,9 +150,8 @@ def test_executes_again_after_a_change_of_data_or_code_or_a_lost_page(folder, ca
     assert not is_reused()
     (out / "01_first.html").unlink()
     assert not is_reused()
-    (out / "notebooks.json").unlink()
-    (out / "results.csv").unlink()
-    (out / "index.html").unlink()
+    for name in ("notebooks.json", "results.csv", "index.html", "01_first.ipynb", "01_first.html"):
+        (out / name).unlink()
     assert not is_reused()
 
 

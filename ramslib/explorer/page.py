@@ -154,7 +154,7 @@ class Explorer:
         """Show a run, by its folder, or a backbone, by its timm name."""
         if not model:
             return
-        named = str(getattr(model, "name", model))
+        named = model.name if isinstance(model, LoadedModel) else str(model)
         if not isinstance(model, LoadedModel):
             self.messages.show("model", f"loading {model} …", is_error=False)
             model = load(model, root=self.root, table=self.table)
