@@ -1,5 +1,5 @@
 ## make run      prepare data, execute the notebooks, list what came out (the first time: install)
-## make check    style, notebooks without outputs, unit tests: under a minute
+## make check    style, notebooks without outputs, and the quick tests
 ## make test     everything: also trainings, two processes, notebooks, a browser
 ## make lab      open JupyterLab
 ## make app      the explorer alone, as a page

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     probe("--images", type=int, metavar="N", help="draw about N images instead of using all")
     _add_settings(probe)
     predict = add("predict", _predict, "classify images with a run or an exported model")
-    model = predict.__self__.add_mutually_exclusive_group(required=True).add_argument
+    model = commands.choices["predict"].add_mutually_exclusive_group(required=True).add_argument
     model("--run", type=_path, help="folder of the run")
     model("--model", type=_path, metavar="FILE", help=".onnx file of 'export'; needs onnxruntime")
     predict("paths", nargs="+", type=_path, help="image files, folders or patterns")

@@ -59,7 +59,7 @@ class Config:
     pos_embed_resize: Literal["timm", "zoom"] = "timm"  # of a file's position grid; release: zoom
     final_norm: bool = True  # load the final LayerNorm; the release does not
     scales: int = within(2, 1, 16)  # 1 is a plain ViT
-    strength: str = "last_class"  # best on real birds (docs/results.md); release: rollout_mean
+    strength: str = "last_class"  # see docs/results.md for others; release: rollout_mean
     threshold: float | tuple[float, ...] = within(1.0, -1e6, 1e6)  # eta, or one per proposal
     proposal: str = "attention"  # a key of dppm.PROPOSALS, or your own
     upsampling: int = within(1, 1, 16)  # of the strength before threshold and box

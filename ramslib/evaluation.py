@@ -10,12 +10,12 @@ smallest. No prediction changes. ``confidence`` stays that of the logits; ``cali
 
 Early exit: an image whose scale 1 is confident is not looked at again. Above a threshold of its
 largest softmax probability, scale 1 is the answer; otherwise the later scales run for that image
-alone and the mean softmax of all is. `choose_exit_threshold` finds the threshold in predictions of
-the validation split, without a model.
+alone and the mean softmax of all is. `choose_exit_threshold` needs predictions alone, no model.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -111,13 +111,10 @@ def fit_calibration(
         of the images that have it or more are right, 1 where there is none. Without images, 1 and
         NaN.
     """
-    processes = processes or Processes(device=model.device)
     table = table.sample(min(len(table), CALIBRATED), random_state=0).reset_index(drop=True)
-    logits = torch.zeros(len(table), model.num_scales, model.classifier.out_features)
-    mine = range(processes.rank, len(table), processes.world)
-    for batch in iterate_batches(model, table, transform, batch_size, workers, mine):
-        logits[batch["index"]] = torch.stack(model(batch["pixels"]).logits, dim=1).float().cpu()
-    logits = sum_over_processes(logits.to(processes.device), processes).cpu()
+    shape = model.num_scales, model.classifier.out_features
+    given = processes, model, table, transform, batch_size, workers
+    logits = _map_images(lambda b: torch.stack(model(b["pixels"]).logits, dim=1), shape, *given)
     labels, rows = torch.tensor(table["label"].to_numpy()), []
     for name, values in zip(output_names(model.num_scales), fuse(logits.unbind(1)), strict=True):
         temperature = fit_temperature(values, labels) if len(table) else 1.0
@@ -179,6 +176,21 @@ def iterate_batches(
             yield batch
 
 
+def _map_images(
+    function: Callable, shape: tuple[int, ...], processes: Processes | None, *given
+) -> Tensor:
+    """What a function of a batch gives, (B, *shape), for all images: (N, *shape), on the CPU.
+
+    The processes share the work. ``given`` are the first five arguments of `iterate_batches`.
+    """
+    model, table = given[:2]
+    processes = processes or Processes(device=model.device)
+    results = torch.zeros(len(table), *shape, dtype=torch.float64)
+    for batch in iterate_batches(*given, range(processes.rank, len(table), processes.world)):
+        results[batch["index"]] = function(batch).double().cpu()
+    return sum_over_processes(results.to(processes.device), processes).cpu()
+
+
 @torch.inference_mode()
 def predict(
     model: ImageClassifier,
@@ -207,13 +219,10 @@ def predict(
     Raises:
         InputError: an image that cannot be read, or for which the model gives no number.
     """
-    processes = processes or Processes(device=model.device)
-    mine = range(processes.rank, len(table), processes.world)
     names = output_names(model.num_scales)
-    results = torch.zeros(len(table), len(names), len(COLUMNS), dtype=torch.float64)
-    for batch in iterate_batches(model, table, transform, batch_size, workers, mine):
-        results[batch["index"]] = _rows(model, transform, batch)
-    results = sum_over_processes(results.to(processes.device), processes).cpu().numpy()
+    given = processes, model, table, transform, batch_size, workers
+    rows = partial(_rows, model, transform)
+    results = _map_images(rows, (len(names), len(COLUMNS)), *given).numpy()
     check_finite(results[:, :, COLUMNS.index("confidence")].sum(axis=1), table)
     return tidy(results, table, names)
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ramslib.data import annotations, readers
 from ramslib.data.annotations import BOX_COLUMNS, LISTS, SPLITS
 from ramslib.data.datasets import absolute, read_list, write_list
-from ramslib.data.transforms import open_image
+from ramslib.data.transforms import open_image, reading_error
 from ramslib.errors import InputError
 
 SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature is made of
@@ -313,7 +314,11 @@ def check_readable(table: pd.DataFrame) -> None:
     Raises:
         InputError: some cannot be read.
     """
-    if errors := list(filter(None, measure_images(table)["error"])):
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        found = pool.map(partial(reading_error, at_least=SIDE), table["path"])
+        found = tqdm(found, "decoding", len(table), unit=" images", disable=None, leave=False)
+        errors = [error for error in found if error]
+    if errors:
         raise InputError(
             f"{len(errors):,} of {len(table):,} images cannot be read, first: {errors[0]}; or "
             "leave them out by: ramslib describe-data --fix"

@@ -46,6 +46,15 @@ def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
     return _open(path, at_least)[0]
 
 
+def reading_error(path: Path | str, at_least: int | None = None) -> str:
+    """Why `open_image` refuses a file; empty where it does not."""
+    try:
+        open_image(path, at_least)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def _open(path: Path | str, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     """The image, and its upright (height, width) in the file whatever size it was decoded at."""
     with image_file(path) as image:

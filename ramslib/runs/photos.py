@@ -16,7 +16,7 @@ import pandas as pd
 
 from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
-from ramslib.data.transforms import open_image
+from ramslib.data.transforms import open_image, reading_error
 from ramslib.errors import InputError, write_atomically, writing
 from ramslib.evaluation import predict as predict_table
 from ramslib.runs.inference import load_exported, load_model
@@ -89,7 +89,7 @@ def predict(
     try:
         predictions = predict_table(loaded.model, files, loaded.transform, batch_size)
     except InputError:
-        errors = {path: error for path in files["path"] if (error := _reading_error(path))}
+        errors = {path: error for path in files["path"] if (error := reading_error(path))}
         if len(errors) in (0, len(files)):  # the model is at fault, or nothing is left
             raise
         sound = files[~files["path"].isin(errors)].reset_index(drop=True)
@@ -106,14 +106,6 @@ def predict(
     table[BOX_COLUMNS] = predictions[BOX_COLUMNS]
     failed = pd.DataFrame({"path": errors.keys(), "error": errors.values()})
     return pd.concat([table.assign(error=""), failed], ignore_index=True)
-
-
-def _reading_error(path: str) -> str:
-    try:
-        open_image(path)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
