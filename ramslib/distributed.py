@@ -217,11 +217,22 @@ def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
     options |= {"pin_memory": torch.cuda.is_available()}
     options |= {"generator": torch.Generator()}  # else it draws a number from the global one
     try:
-        yield from DataLoader(dataset, **options)
+        yield from _begin(DataLoader(dataset, **options))
     except InputError as error:  # torch wraps that of a worker into its traceback
         message = str(error).strip().split(f"{InputError.__name__}: ")[-1]
         traceback.clear_frames(error.__traceback__)  # releases the loader, which ends its workers
         raise InputError(message) from None
+
+
+def _begin(loader: DataLoader) -> Iterator[dict]:
+    """Begin to load; a stop cannot kill a worker before it has got to `_leave_signals`."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)  # starts the workers, which inherit what is blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals(worker: int) -> None:

@@ -9,11 +9,13 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ramslib.__main__ import _end_with_parent
 from ramslib.distributed import (
     Processes,
+    _begin,
+    _leave_signals,
     first_process_first,
     load_batches,
     process_group,
@@ -87,6 +89,25 @@ def test_loaders_leave_a_stop_to_the_process_that_trains():
     os.waitpid(sender, 0)
     time.sleep(0.2)
     assert len(list(batches)) == 38
+
+
+def test_a_stop_while_loaders_start_is_left_to_the_process_that_trains():
+    def start_slowly(worker):
+        time.sleep(0.5)
+        _leave_signals(worker)
+
+    loader = DataLoader(Numbers(), batch_size=1, num_workers=2, worker_init_fn=start_slowly)
+    batches = _begin(loader)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == set(), "blocked for a moment only"
+    workers = [child.pid for child in multiprocessing.active_children()]
+    sender = os.fork()
+    if sender == 0:
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+        os._exit(0)
+    os.waitpid(sender, 0)
+    assert len(list(batches)) == 40
+    assert not multiprocessing.active_children()
 
 
 def test_a_process_ends_with_the_one_that_started_it():
