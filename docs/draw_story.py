@@ -1,7 +1,7 @@
 """The README's picture of the method: ``python docs/draw_story.py FILE RUN``.
 
 It shows four test images, one per class, that a trained run of several scales classifies correctly
-at scale 2 and by the mean of all scales: those whose true class gains most by scale 2.
+at scale 2 and by all scales together: those whose true class gains most by scale 2.
 """
 
 import sys
@@ -22,7 +22,7 @@ WIDTH = 1300  # pixels
 def choose_images(predictions: pd.DataFrame, count: int) -> list[str]:
     """Paths of correct images of different classes, the greatest gain by scale 2 first."""
     rows = predictions.pivot(index=["path", "label"], columns="output")
-    correct = (rows["rank"][["scale 2", "mean softmax"]] == 0).all(axis=1)
+    correct = (rows["rank"][["scale 2", "mean logits"]] == 0).all(axis=1)
     gain = rows["true_probability"]["scale 2"] - rows["true_probability"]["scale 1"]
     best = gain[correct].sort_values(ascending=False, kind="stable").reset_index()
     return best.drop_duplicates("label")["path"].head(count).tolist()

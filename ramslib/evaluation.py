@@ -2,7 +2,9 @@
 
 Predictions are one tidy table with a row per image and output: ``scale 1`` .. ``scale S``, and for
 S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from that table,
-so a notebook can recompute any of them from the CSV of a finished run.
+so a notebook can recompute any of them from the CSV of a finished run. The last output of an image
+is its answer: it chooses the checkpoint, is what results are headed by, what `runs.photos` and
+early exit say, and what pages show beside the scales.
 
 Calibration (Guo et al., "On Calibration of Modern Neural Networks", 2017): the logarithms of an
 output's probabilities are divided by its temperature, which makes the nll of the validation split
@@ -10,7 +12,7 @@ smallest. No prediction changes. ``confidence`` stays that of the logits; ``cali
 
 Early exit: an image whose scale 1 is confident is not looked at again. Above a threshold of its
 largest softmax probability, scale 1 is the answer; otherwise the later scales run for that image
-alone and the mean softmax of all is. `choose_exit_threshold` needs predictions alone, no model.
+alone and the last output is. `choose_exit_threshold` needs predictions alone, no model.
 """
 
 import math
@@ -39,7 +41,7 @@ RELIABLE = 0.95  # share of right images among those that are not unsure
 
 
 def output_names(scales: int) -> list[str]:
-    """Names of the rows that an image has in a table of predictions; the last but one is read."""
+    """Names of the rows that an image has in a table of predictions; the last is its answer."""
     fused = ["mean softmax", "mean logits"] if scales > 1 else []
     return [f"scale {scale + 1}" for scale in range(scales)] + fused
 
@@ -63,7 +65,7 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def probabilities(
     logits: Sequence[Tensor], temperatures: Mapping[str, float], index: int = 0
 ) -> dict[str, Tensor]:
-    """(K,) calibrated class probabilities of one image: each scale, and mean softmax of several.
+    """(K,) calibrated class probabilities of one image: each scale, and the answer of several.
 
     Args:
         logits: (B, K) per scale.
@@ -71,10 +73,10 @@ def probabilities(
         index: of the image in the batch.
     """
     fused = fuse(tuple(scale[index : index + 1] for scale in logits))
-    names = [name for name in output_names(len(logits)) if name != "mean logits"]
     return {
         name: temper(values[0], temperatures.get(name, 1.0)).cpu()
-        for name, values in zip(names, fused, strict=False)
+        for name, values in zip(output_names(len(logits)), fused, strict=True)
+        if name != "mean softmax"
     }
 
 
@@ -415,8 +417,8 @@ def early_exit(model: ImageClassifier, pixels: Tensor, threshold: float) -> tupl
     confident = probabilities.amax(dim=1) > threshold
     if model.num_scales > 1 and not confident.all():
         later = [outputs.send(~confident).logits, *(output.logits for output in outputs)]
-        fused = fuse((first[~confident], *later))[model.num_scales]  # mean softmax
-        probabilities[~confident] = temper(fused, temperatures.get("mean softmax", 1.0))
+        temperature = temperatures.get(output_names(model.num_scales)[-1], 1.0)
+        probabilities[~confident] = temper(fuse((first[~confident], *later))[-1], temperature)
     return probabilities, confident
 
 
@@ -469,9 +471,10 @@ def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: predictions of one scale, or of no image.
     """
-    first, full = (predictions.query("output == @name") for name in ("scale 1", "mean softmax"))
-    if full.empty:
+    outputs = predictions["output"].unique()
+    if len(outputs) < 2:
         raise InputError("early exit chooses between scales; give predictions of two or more")
+    first, full = (predictions[predictions["output"] == outputs[place]] for place in (0, -1))
     confidence = first.get("calibrated", first["confidence"]).to_numpy()
     correct = [(part["rank"] == 0).to_numpy() for part in (first, full)]
     rows = []

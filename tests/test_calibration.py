@@ -174,7 +174,7 @@ def test_what_is_shown_is_calibrated(trained):
     inspector = ramslib.inspect(run).set_image(path)
     shown = inspector.probabilities(inspector.outputs())
     rows = read_predictions(run).query("path == @path").set_index("output")
-    assert set(shown) == {"scale 1", "scale 2", "mean softmax"}
+    assert set(shown) == {"scale 1", "scale 2", "mean logits"}
     for name, values in shown.items():
         assert float(values.max()) == pytest.approx(rows["calibrated"][name], abs=1e-4)
 
@@ -183,10 +183,10 @@ def test_early_exit_compares_and_gives_calibrated_confidences(trained):
     config, run = trained
     loaded = load_model(run)
     table = load_table(config).query("split == 'test'").reset_index(drop=True)
-    loaded.model.temperatures = {"scale 1": 0.5, "mean softmax": 3.0}
+    loaded.model.temperatures = {"scale 1": 0.5, "mean logits": 3.0}
     wanted = predict(loaded.model, table, loaded.transform).groupby("output")
     first = wanted.get_group("scale 1")["calibrated"].to_numpy()
-    fused = wanted.get_group("mean softmax")["calibrated"].to_numpy()
+    fused = wanted.get_group("mean logits")["calibrated"].to_numpy()
     threshold = np.sort(first)[6:8].mean()
     found, exits = [], []
     for batch in iterate_batches(loaded.model, table, loaded.transform, 4):
@@ -226,8 +226,8 @@ def test_an_unfinished_run_and_one_of_an_older_version_have_a_temperature_of_1(t
 
 def test_probabilities_use_the_temperature_of_their_output():
     logits = [torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.3, 0.1, 3.0]])]
-    found = probabilities(logits, {"scale 2": 2.0, "mean softmax": 0.5})
-    single = [softmax(each[0].numpy()) for each in logits]
-    expected = single[0], softmax(logits[1][0].numpy() / 2), np.mean(single, axis=0) ** 2
+    found = probabilities(logits, {"scale 2": 2.0, "mean logits": 0.5})
+    first, second = (each[0].numpy() for each in logits)
+    expected = softmax(first), softmax(second / 2), softmax(first + second)
     for values, wanted in zip(found.values(), expected, strict=True):
-        np.testing.assert_allclose(values, wanted / wanted.sum(), rtol=1e-5)
+        np.testing.assert_allclose(values, wanted, rtol=1e-5)

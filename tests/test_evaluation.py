@@ -304,7 +304,7 @@ def middle(predictions):
     return confidence[7:9].mean()
 
 
-@pytest.mark.parametrize("threshold, name", [(0.0, "scale 1"), (1.0, "mean softmax")])
+@pytest.mark.parametrize("threshold, name", [(0.0, "scale 1"), (1.0, "mean logits")])
 def test_the_extremes_are_one_scale_and_all(model, table, threshold, name):
     expected = predict(model, table, TRANSFORM, batch_size=4).query("output == @name")
     found = predict_early_exit(model, table, TRANSFORM, threshold, batch_size=4)
@@ -319,7 +319,7 @@ def test_the_extremes_are_one_scale_and_all(model, table, threshold, name):
 def test_each_image_gets_its_own_answer_in_any_batch(model, table, batch_size):
     full = predict(model, table, TRANSFORM, batch_size=17)
     first, fused = (
-        full.query("output == @name").reset_index(drop=True) for name in ("scale 1", "mean softmax")
+        full.query("output == @name").reset_index(drop=True) for name in ("scale 1", "mean logits")
     )
     threshold = middle(full)
     found = predict_early_exit(model, table, TRANSFORM, threshold, batch_size)
@@ -369,7 +369,7 @@ def predictions_of(confidence, first, full):
     """A table of predictions as `predict` gives it, of confidences and ranks."""
     rows = []
     for index, values in enumerate(zip(confidence, first, full, strict=True)):
-        for name, rank in zip(("scale 1", "mean softmax"), values[1:], strict=True):
+        for name, rank in zip(("scale 1", "mean logits"), values[1:], strict=True):
             rows.append({"path": index, "output": name, "confidence": values[0], "rank": rank})
     return pd.DataFrame(rows)
 

@@ -176,7 +176,7 @@ def test_class_probabilities_are_the_models_at_rest(explorer):
     inspector = explorer.inspector
     outputs = inspector.outputs(explorer.controls.settings())
     shown = inspector.probabilities(outputs)
-    assert list(shown) == ["scale 1", "scale 2", "mean softmax"]
+    assert list(shown) == ["scale 1", "scale 2", "mean logits"]
     for values in shown.values():
         assert f"{float(values.max()):.3f}" in text_of(explorer.scores)
 
@@ -619,7 +619,7 @@ def test_images_that_only_one_of_two_models_gets_right(explorer):
     pair = explorer.tabs.pair
     right = [
         {row.path for row in each.predictions.itertuples() if row.output == name and row.rank == 0}
-        for each, name in zip(pair.cached, ("mean softmax", "scale 1"), strict=True)
+        for each, name in zip(pair.cached, ("mean logits", "scale 1"), strict=True)
     ]
     only = right[0] - right[1], right[1] - right[0]
     for (side, _), expected in zip(pair.menu.options, only, strict=True):

@@ -149,6 +149,7 @@ def test_an_onnx_file_tells_what_it_is(exported, trained):
     about = {each.key: json.loads(each.value) for each in model.metadata_props}
     loaded = load_model(trained[1])
     assert about["classes"] == loaded.classes and about["key"] == loaded.key
+    assert about["output"] == "mean logits"
     assert about["resized"] == [55, 55] and about["image_size"] == [32, 32]
     assert about["mean"] == pytest.approx(loaded.model.mean.flatten().tolist())
     assert about["std"] == pytest.approx(loaded.model.std.flatten().tolist())
@@ -315,7 +316,7 @@ def test_the_example_of_the_documentation_serves(exported, trained, tmp_path):
     try:
         for path in sorted((photos / "test").rglob("0.png")):
             found = post(f"http://localhost:{port}", path.read_bytes())
-            row = predict(run, [path]).query("output == 'mean softmax'").iloc[0]
+            row = predict(run, [path]).query("output == 'mean logits'").iloc[0]
             assert found["class_name"] == row["class_name"]
             assert found["probability"] == pytest.approx(row["probability"], abs=2e-4)
     finally:

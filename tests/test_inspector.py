@@ -115,8 +115,8 @@ def test_more_scales_than_trained_read_the_last_token(inspector):
         with torch.no_grad():
             logits = inspector.model.run_scale(output.input, min(scale, 1))[0]
         assert torch.allclose(output.logits, logits, atol=1e-5)
-    mean = torch.stack([output.logits[0].softmax(0) for output in outputs]).mean(0)
-    assert torch.allclose(inspector.probabilities(outputs)["mean softmax"], mean)
+    mean = torch.stack([output.logits[0] for output in outputs]).mean(0).softmax(0)
+    assert torch.allclose(inspector.probabilities(outputs)["mean logits"], mean)
 
 
 def test_a_model_of_one_scale_proposes_regions_too(table):

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from tiny import draw_photos, tiny_config
 
 from ramslib.__main__ import main
 from ramslib.errors import InputError
+from ramslib.experiments.comparison import headlines
+from ramslib.explorer.page import best_result
 from ramslib.runs.inference import load_model
 from ramslib.runs.photos import (
     answers,
@@ -23,6 +26,7 @@ from ramslib.runs.photos import (
     save_contact_sheet,
     sort_into,
 )
+from ramslib.runs.results import read_predictions, read_results
 from ramslib.training.trainer import train
 
 
@@ -78,6 +82,23 @@ def test_the_limit_can_be_given_and_may_be_unknown(trained, tmp_path):
             predict(run, [photos], unsure_below=wrong)
 
 
+# --- the answer --------------------------------------------------------------------------------
+
+
+def test_what_photos_get_is_the_output_that_heads_the_results(trained):
+    photos, run = trained
+    found = answers(predict(run, [photos / "test"]))
+    right = found["path"].map(lambda path: Path(path).parent.name) == found["class_name"]
+    assert set(found["output"]) == {"mean logits"} and len(found) == 15
+    assert 100 * right.mean() == pytest.approx(best_result(run)["top1"])
+    (line,) = headlines([read_results(run).assign(condition="photos")])
+    assert line.startswith(f"photos (mean logits): {100 * right.mean():.1f} ± ")
+    stored = read_predictions(run).set_index(["output", "path"])["calibrated"]
+    shown = found.set_index("path")["probability"]
+    np.testing.assert_allclose(shown, stored["mean logits"][shown.index], atol=1e-4)
+    assert abs(shown - stored["mean softmax"]).max() > 1e-3, "another output would be noticed"
+
+
 # --- contact sheet -----------------------------------------------------------------------------
 
 
@@ -112,7 +133,7 @@ def test_regions_lie_in_a_thumbnail_where_they_lie_in_the_photo(tmp_path):
     predictions = made_up([tmp_path / "a.png"] * 2, "a", 0.9, [False] * 2)
     predictions["output"] = ["scale 1", "scale 2"]
     predictions.loc[1, ["top", "left", "bottom", "right"]] = [200.0, 400.0, 600.0, 800.0]
-    both = pd.concat([predictions, predictions[:1].assign(output="mean softmax", top=np.nan)])
+    both = pd.concat([predictions, predictions[:1].assign(output="mean logits", top=np.nan)])
     save_contact_sheet(both, tmp_path / "sheet.html")
     picture = re.search(r"base64,(.*?)\"", (tmp_path / "sheet.html").read_text())[1]
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))).max(axis=2) > 100

@@ -388,7 +388,7 @@ def test_story_shows_correct_images_of_different_classes(tmp_path, backbone_of, 
     predictions = predict(model, table[table["split"] == "test"], transform)
     chosen = choose_images(predictions, 2)
     rows = predictions[predictions["path"].isin(chosen)]
-    assert (rows.loc[rows["output"].isin(["scale 2", "mean softmax"]), "rank"] == 0).all()
+    assert (rows.loc[rows["output"].isin(["scale 2", "mean logits"]), "rank"] == 0).all()
     assert 1 <= len(chosen) <= 2 and rows.groupby("label")["path"].nunique().max() == 1
     loaded = SimpleNamespace(model=model, table=table, transform=transform, classes=list("abc"))
     assert draw_story(loaded, tmp_path / "story.png", 2) == chosen

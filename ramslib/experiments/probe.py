@@ -298,7 +298,7 @@ def _fuse(scales: Sequence[Array], weights: Array) -> dict[str, Array]:
 
 def _choose_exit(table: pd.DataFrame, held: Mapping[str, Array]) -> float:
     """Threshold of early exit; all scales together are the output that is read."""
-    outputs = {"scale 1": held["scale 1"], "mean softmax": held[READ]}
+    outputs = {"scale 1": held["scale 1"], READ: held[READ]}
     return choose_exit_threshold(_predictions(table, outputs), EXIT_DROP)
 
 

@@ -161,7 +161,7 @@ def compare_models(
 ) -> tuple[pd.Series, dict[str, list[str]]]:
     """How much more accurate one model is than another on the same images, and where they differ.
 
-    Each is read at the mean of its scales' probabilities.
+    Each is read at its last output.
 
     Returns:
         A row of `paired_image_differences`; and paths of the images that only one gets right.
@@ -174,7 +174,7 @@ def compare_models(
     if not (mine.is_classified and other.is_classified):
         raise InputError("one of the two models has no trained classifier; choose two runs")
     tables = [each.predictions for each in (mine, other)]
-    names = [table["output"].unique()[-2:][0] for table in tables]  # the last is mean logits
+    names = [table["output"].iloc[-1] for table in tables]
     differences = paired_image_differences(*tables, names[1]).set_index("output")
     first, second = (
         table[table["output"] == name].set_index("path")["rank"] == 0
@@ -200,7 +200,7 @@ def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
         orders["corrected by scale 2"] = change.loc[second & ~first][::-1]
         orders["misclassified by scale 2"] = change.loc[first & ~second]
     if cached.is_classified:
-        confidence = rows["confidence"].get("mean softmax", rows["confidence"]["scale 1"])
+        confidence = rows["confidence"][cached.predictions["output"].iloc[-1]]
         orders["most uncertain"] = confidence.sort_values(kind="stable")
     if "scale 2" in correct and cached.strengths.table["top"].notna().any():
         scores = score_boxes(cached.predictions, cached.strengths.table)

@@ -202,7 +202,7 @@ def plot_confusion(
     Args:
         predictions: from `evaluation.predict`.
         classes: K names.
-        output: such as ``mean softmax``.
+        output: such as ``mean logits``.
         limit: of more classes, only those with the most mistakes are shown.
         ax: where to draw.
     """

@@ -27,6 +27,7 @@ from ramslib.data.annotations import TABLE_COLUMNS
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.dppm import random_proposal
 from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.evaluation import output_names
 from ramslib.inspector import Inspector
 from ramslib.model import RAMSTrans, build_model
 from ramslib.runs.checkpoint import load_module, read_checkpoint
@@ -336,14 +337,17 @@ def about_export(loaded: LoadedModel) -> dict:
     """What an exported file tells about itself: ``ramslib.json`` in it, or ONNX properties in JSON.
 
     Returns:
-        ``classes``; ``resized`` and ``highres_size``, the (height, width) that a photo is resized
-        to and that of the center crop which is the input; ``image_size`` (H, W) of scale 1, in
-        whose pixels boxes are; ``image_sizes`` of the scales, the last one also of further ones;
-        ``mean`` and ``std``, applied inside; name, key with checkpoint, and version of the run.
+        ``classes``; ``output``, the name of the answer (of several scales ``mean logits``, the mean
+        of all logits); ``resized`` and ``highres_size``, the (height, width) that a photo is
+        resized to and that of the center crop which is the input; ``image_size`` (H, W) of scale
+        1, in whose pixels boxes are; ``image_sizes`` of the scales, the last one also of further
+        ones; ``mean`` and ``std``, applied inside; name, key with checkpoint, and version of the
+        run.
     """
     model, transform = loaded.model, loaded.transform
     return {
         "classes": loaded.classes,
+        "output": output_names(model.num_scales)[-1],
         "resized": transform.resized,
         "highres_size": transform.size,
         "crop_fraction": transform.crop_fraction,

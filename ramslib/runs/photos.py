@@ -71,7 +71,8 @@ def predict(
             see `evaluation.fit_calibration`.
 
     Returns:
-        One row per image and output: ``path, output, class_name``; ``probability``, calibrated;
+        One row per image and output, whose last is the answer, see `answers`: ``path, output,
+        class_name``; ``probability``, calibrated;
         ``unsure``, missing where the run has no such probability; per scale its region as ``top,
         left, bottom, right`` in pixels of the upright image; and ``error``: why a file could not be
         read, which then has a single row.
@@ -154,10 +155,8 @@ def picture_paths(paths: Sequence[str], folder: Path | str) -> dict[str, Path]:
 
 
 def answers(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The rows that count: a row per readable photo, of the mean softmax or of a single scale."""
-    readable = predictions[predictions["error"] == ""]
-    names = readable["output"].unique()
-    return readable[readable["output"] == ("mean softmax" if len(names) > 1 else names[0])]
+    """The rows that count: of each readable photo its last output, see `evaluation`."""
+    return predictions[predictions["error"] == ""].groupby("path", sort=False).tail(1)
 
 
 def save_contact_sheet(predictions: pd.DataFrame, path: Path | str) -> None:
