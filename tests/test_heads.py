@@ -11,10 +11,9 @@ from ramslib.experiments.heads import (
     HEADS,
     combine,
     cross_fit,
+    discriminant_scores,
     draw_folds,
-    fit_discriminants,
-    fit_logistic,
-    out_of_sample_probabilities,
+    logistic_scores,
     stack,
 )
 
@@ -35,10 +34,10 @@ def test_discriminants_are_those_of_scikit_learn(size, classes):
     features, labels = draw(classes, size=size)
     features, labels = features[:-7], labels[:-7]  # classes of unequal size
     shrinkages = (0.1, 0.5, 1.0)
-    heads = fit_discriminants(features, labels, shrinkages)
-    for shrinkage, head in zip(shrinkages, heads, strict=True):
+    scores = discriminant_scores(features, labels, features, shrinkages)
+    for shrinkage, found in zip(shrinkages, scores, strict=True):
         known = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, labels)
-        found, expected = head(features), known.decision_function(features)
+        expected = known.decision_function(features)
         found = found[:, 1] - found[:, 0] if classes == 2 else found
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
@@ -46,8 +45,8 @@ def test_discriminants_are_those_of_scikit_learn(size, classes):
 def test_discriminants_of_single_images_are_the_nearest_mean():
     features, labels = draw(4, each=1, size=8)
     new = features[[2, 0, 3]] + 0.01
-    for head in fit_discriminants(features, labels):
-        assert head(new).argmax(axis=1).tolist() == [2, 0, 3]
+    nearest = discriminant_scores(features, labels, new).argmax(axis=2)
+    assert (nearest == [2, 0, 3]).all() and len(nearest) == 6
 
 
 def test_logistic_regression_is_that_of_scikit_learn_on_standardized_features():
@@ -56,9 +55,17 @@ def test_logistic_regression_is_that_of_scikit_learn_on_standardized_features():
     scaled = StandardScaler().fit_transform(features)
     models = [LogisticRegression(C=c, max_iter=1000).fit(scaled, labels) for c in (0.001, 0.1, 1)]
     expected = models[1].predict_log_proba(scaled)
-    np.testing.assert_allclose(fit_logistic(scaled, labels, [0.1])[0](scaled), expected)
+    np.testing.assert_allclose(logistic_scores(scaled, labels, scaled, [0.1])[0], expected)
     chosen = fitted.outside.argmax(axis=1)
     assert any((chosen == model.predict(scaled)).all() for model in models)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_there_may_be_no_new_images(head):
+    features, labels = draw(3)
+    found = cross_fit(features, labels, None, features[:0], 3, head)
+    expected = cross_fit(features, labels, None, features, 3, head)
+    assert found.outside.shape == (0, 3) and (found.inside == expected.inside).all()
 
 
 def loss(logs, labels):
@@ -97,8 +104,8 @@ def test_groups_stay_together_and_close_the_leak():
     random = np.random.default_rng(0)
     features = np.repeat(random.normal(size=(40, 100)), 2, axis=0)
     labels, groups = np.repeat(random.permutation([0, 1] * 20), 2), np.repeat(np.arange(40), 2)
-    alone = out_of_sample_probabilities(features, labels)
-    together = out_of_sample_probabilities(features, labels, groups)
+    alone = cross_fit(features, labels, None, features[:0], 2).inside
+    together = cross_fit(features, labels, groups, features[:0], 2).inside
     assert (alone.argmax(axis=1) == labels).mean() > 0.8
     assert (together.argmax(axis=1) == labels).mean() < 0.7
     for fit, out in draw_folds(labels, groups, seed=0):
@@ -129,10 +136,10 @@ def test_classes_of_few_images_give_probabilities(head, counts):
 def test_a_wrong_label_stands_out():
     features, labels = draw(3, each=20, spread=0.2)
     labels[5] = 2
-    probabilities = out_of_sample_probabilities(features, labels)
-    assert probabilities[np.arange(60), labels].argmin() == 5
-    again = out_of_sample_probabilities(features.astype(np.float32), labels.tolist())
-    np.testing.assert_allclose(again, probabilities, atol=1e-4)
+    inside = cross_fit(features, labels, None, features[:0], 3).inside
+    assert inside[np.arange(60), labels].argmin() == 5
+    again = cross_fit(features.astype(np.float32), labels, None, features[:0], 3).inside
+    np.testing.assert_allclose(np.exp(again), np.exp(inside), atol=1e-4)
 
 
 def test_constant_features_do_no_harm():

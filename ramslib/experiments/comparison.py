@@ -292,42 +292,41 @@ def paired_image_differences(
     Raises:
         InputError: the two were not tested on the same images and labels.
     """
-    other = _correct(baseline, baseline_output)
-    rows = []
-    for output in predictions["output"].unique():
-        one = _correct(predictions, output)
-        if not one.index.sort_values().equals(other.index.sort_values()):
-            raise InputError("two models tested on different images; compare runs of one dataset")
-        other = other.reindex(one.index)
-        better, worse = int((one & ~other).sum()), int((other & ~one).sum())
-        rows.append({"output": output, "images": len(one)} | _paired(better, worse, len(one)))
-    return pd.DataFrame(rows)
+    one, other = _correct_images(predictions), _correct_images(baseline).get(baseline_output)
+    if other is None or one.isna().any(axis=None) or not one.index.equals(other.index):
+        raise InputError("two models tested on different images; compare runs of one dataset")
+    better, worse = one.gt(other, axis=0).sum(), one.lt(other, axis=0).sum()
+    return _paired(better, worse, len(one)).rename_axis("output").reset_index()
 
 
-def _correct(predictions: pd.DataFrame, output: str) -> pd.Series:
-    """Whether one output is right, for each image by path and label."""
-    rows = predictions[predictions["output"] == output]
-    return (rows.set_index(["path", "label"])["rank"] == 0).rename("correct")
+def _correct_images(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Whether each output (columns) is right, by path and label of the image, in their order."""
+    correct = predictions.assign(correct=predictions["rank"] == 0)
+    images = correct.pivot(index=["path", "label"], columns="output", values="correct")
+    return images[predictions["output"].unique()]
 
 
-def _paired(better: int, worse: int, images: int) -> dict[str, float]:
-    """Statistics of a sample of pairs, from the numbers of those that only one side gets right."""
+def _paired(better: pd.Series, worse: pd.Series, images: int) -> pd.DataFrame:
+    """Statistics of samples of pairs, from the numbers of those that only one side gets right."""
     difference, error = _mean_and_error(better, worse, images)
     center, padded_error = _mean_and_error(better + 0.5, worse + 0.5, images + 2)  # Agresti and Min
     reach = stats.norm.ppf(0.975) * padded_error
-    decided = better + worse
-    return {
-        "difference": difference,
-        "standard_error": error,
-        "low": max(-100.0, center - reach),
-        "high": min(100.0, center + reach),
-        "better": better,
-        "worse": worse,
-        "p_value": stats.binomtest(better, decided).pvalue if decided else 1.0,
-    }
+    decided = zip(better, better + worse, strict=True)
+    return pd.DataFrame(
+        {
+            "images": images,
+            "difference": difference,
+            "standard_error": error,
+            "low": (center - reach).clip(lower=-100.0),
+            "high": (center + reach).clip(upper=100.0),
+            "better": better,
+            "worse": worse,
+            "p_value": [stats.binomtest(one, max(both, 1)).pvalue for one, both in decided],
+        }
+    )
 
 
-def _mean_and_error(better: float, worse: float, images: float) -> tuple[float, float]:
+def _mean_and_error(better: pd.Series, worse: pd.Series, images: int) -> tuple[pd.Series, ...]:
     """Mean in points, and its standard error, of values 1 (better), -1 (worse) and 0."""
     mean = (better - worse) / images
     return 100 * mean, 100 * np.sqrt(((better + worse) / images - mean**2) / images)

@@ -1,13 +1,12 @@
 """Linear heads on frozen features, every choice about them made by cross-validation.
 
 `cross_fit` regularizes and calibrates a head without seeing more than the training images, and also
-returns what it says about each of these when it was fitted without it; `stack` weights several
-heads; `out_of_sample_probabilities` is for whoever looks for suspicious labels.
+returns what it says about each of these when it was fitted without it, by which suspicious labels
+are found; `stack` weights several heads.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +18,14 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 FOLDS = 5  # of cross-validation
 
 Array = np.ndarray
-Head = Callable[[Array], Array]  # features (n, D) -> scores (n, K) of the classes
 
 
-def fit_discriminants(
-    features: Array, labels: Array, shrinkages: Sequence[float] = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)
-) -> list[Head]:
+def discriminant_scores(
+    features: Array,
+    labels: Array,
+    new: Array,
+    shrinkages: Sequence[float] = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9),
+) -> Array:
     """Linear discriminant analysis, with the covariance within classes shrunk to a multiple of I.
 
     Each is scikit-learn's ``LinearDiscriminantAnalysis(solver="lsqr")``, but one decomposition
@@ -33,39 +34,44 @@ def fit_discriminants(
     Args:
         features: (N, D), standardized.
         labels: (N,) 0 to K - 1, all of which occur.
-        shrinkages: in (0, 1].
+        new: (n, D) likewise.
+        shrinkages: in (0, 1], R of them.
+
+    Returns:
+        Scores (R, n, K) of the new images, for each shrinkage.
     """
     counts = np.bincount(labels)
     means = np.eye(len(counts))[labels].T @ features / counts[:, None]
     _, deviations, axes = linalg.svd(features - means[labels], full_matrices=False)
     variances = deviations**2 / len(labels)
     average = variances.sum() / features.shape[1] or 1.0
-    heads = []
+    scores = []
     for shrinkage in shrinkages:
         outside = 1 / (shrinkage * average)  # precision of the directions without any variance
         gain = 1 / ((1 - shrinkage) * variances + shrinkage * average) - outside
         weights = outside * means + means @ axes.T * gain @ axes
         bias = np.log(counts / len(labels)) - (means * weights).sum(axis=1) / 2
-        heads.append(partial(_linear, weights.T, bias))
-    return heads
+        scores.append(new @ weights.T + bias)
+    return np.stack(scores)
 
 
-def _linear(weights: Array, bias: Array, features: Array) -> Array:
-    return features @ weights + bias
+def logistic_scores(
+    features: Array,
+    labels: Array,
+    new: Array,
+    inverse_penalties: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0),
+) -> Array:
+    """Log probabilities by scikit-learn's logistic regression, for each value of its C."""
+    models = [LogisticRegression(C=each, max_iter=1000) for each in inverse_penalties]
+    if not len(new):  # which scikit-learn refuses
+        return np.empty((len(models), 0, labels.max() + 1))
+    return np.stack([model.fit(features, labels).predict_log_proba(new) for model in models])
 
 
-def fit_logistic(
-    features: Array, labels: Array, inverse_penalties: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0)
-) -> list[Head]:
-    """Logistic regressions of scikit-learn, one for each value of its C."""
-    models = (LogisticRegression(C=penalty, max_iter=1000) for penalty in inverse_penalties)
-    return [model.fit(features, labels).predict_log_proba for model in models]
-
-
-# how a kind of head is fitted to features (N, D) and labels: once for each regularization
-HEADS: dict[str, Callable[[Array, Array], list[Head]]] = {
-    "discriminant": fit_discriminants,
-    "logistic": fit_logistic,
+# how a kind of head, fitted to features (N, D) and labels, scores new images: (R, n, K)
+HEADS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "discriminant": discriminant_scores,
+    "logistic": logistic_scores,
 }
 
 
@@ -86,8 +92,7 @@ def _scores(head: str, old: Array, labels: Array, new: Array, classes: int) -> A
     deviation[deviation == 0] = 1
     found = np.zeros((1, len(new), len(seen)))
     if len(seen) > 1:
-        heads, new = HEADS[head]((old - mean) / deviation, index), (new - mean) / deviation
-        found = np.stack([fitted(new) if len(new) else found[0] for fitted in heads])
+        found = HEADS[head]((old - mean) / deviation, index, (new - mean) / deviation)
     scores = np.repeat(found.min(axis=2, keepdims=True), classes, axis=2)
     scores[:, :, seen] = found
     return log_softmax(scores, axis=2)
@@ -170,19 +175,3 @@ def cross_fit(
     calibrated = [combine([each], weight) for each, weight in zip(inside, weights, strict=True)]
     best = np.argmax([each[np.arange(len(labels)), labels].mean() for each in calibrated])
     return Fitted(calibrated[best], combine([outside[best]], weights[best]))
-
-
-def out_of_sample_probabilities(
-    features: Array, labels: Array, groups: Array | None = None, head: str = "discriminant"
-) -> Array:
-    """Class probabilities of every image, from heads that were fitted without it: (N, K).
-
-    Args:
-        features: (N, D).
-        labels: (N,) 0 to K - 1.
-        groups: (N,), see `cross_fit`.
-        head: a key of ``HEADS``.
-    """
-    features, labels = np.asarray(features, dtype=float), np.asarray(labels)
-    inside = cross_fit(features, labels, groups, features[:0], int(labels.max()) + 1, head)[0]
-    return np.exp(inside)

@@ -42,6 +42,7 @@ from ramslib.evaluation import (
     first_region,
     iterate_batches,
     prediction_metrics,
+    score,
     tidy,
 )
 from ramslib.experiments.comparison import paired_image_differences
@@ -166,22 +167,21 @@ def extract_features(config: Config, table: pd.DataFrame, folder: Path) -> dict[
     model = model.to(device)
     transform = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
     parts = _read_chunks(folder)
-    start = done = sum(len(part["tokens"]) for part in parts)
-    pending: list[dict[str, Tensor]] = []
-    batches = iterate_batches(
-        model, table, transform, BATCH, config.workers, range(start, len(table))
+    start = sum(len(part["tokens"]) for part in parts)
+    rows = range(start, len(table))
+    batches = iterate_batches(model, table, transform, BATCH, config.workers, rows)
+    options = {"total": -(-len(rows) // BATCH), "unit": " batches", "leave": False}
+    computed = (
+        _batch_features(model, transform, batch)
+        for batch in tqdm(batches, "features", disable=None, **options)
     )
-    options = {"total": -(-(len(table) - start) // BATCH), "unit": " batches", "leave": False}
     with torch.inference_mode(), torch.autocast(device, amp, enabled=amp is not None):
-        for batch in tqdm(batches, "features", disable=None, **options):
-            pending.append(_batch_features(model, transform, batch))
-            done += len(batch["label"])
-            if done - start >= CHUNK or done == len(table):
-                parts.append(_join(pending))
-                folder.mkdir(parents=True, exist_ok=True)
-                file = folder / f"{start:07d}.safetensors"
-                write_atomically(file, partial(save_file, parts[-1]))
-                start, pending = done, []
+        while chunk := list(itertools.islice(computed, CHUNK // BATCH)):
+            parts.append(_join(chunk))
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{start:07d}.safetensors"
+            write_atomically(file, partial(save_file, parts[-1]))
+            start += len(parts[-1]["tokens"])
     return {name: values.numpy() for name, values in _join(parts).items()}
 
 
@@ -340,9 +340,9 @@ def summarize_splits(outcomes: Sequence[Outcome], read: str) -> pd.DataFrame:
         because these share images (Nadeau and Bengio, 2003; Bouckaert and Frank, 2004); those of
         accuracies are at least Wilson's of as many images.
     """
-    scores = [_score(each.predictions) for each in outcomes]
+    scores = [score(each.predictions).set_index("output") for each in outcomes]
     top1, nll = (pd.DataFrame([each[name] for each in scores]) for name in ("top1", "nll"))
-    held = pd.DataFrame([_score(each.held)["top1"] for each in outcomes])
+    held = pd.DataFrame([score(each.held).set_index("output")["top1"] for each in outcomes])
     images = pd.concat([each.predictions["path"] for each in outcomes]).nunique()
     right = (top1.mean() / 100 * images).round().astype(int)
     wilson = [stats.binomtest(k, images).proportion_ci(method="wilson") for k in right]
@@ -363,13 +363,6 @@ def summarize_splits(outcomes: Sequence[Outcome], read: str) -> pd.DataFrame:
     found = found.assign(low=np.maximum(low, 0), high=np.minimum(high, 100))
     found = found.assign(held_top1=held.mean(), nll=nll.mean())
     return found.assign(**dict(zip(GAIN, gain, strict=True)))
-
-
-def _score(predictions: pd.DataFrame) -> pd.DataFrame:
-    """``top1`` in percent and ``nll`` by output."""
-    nll = -np.log(predictions["true_probability"].clip(lower=1e-12))
-    rows = pd.DataFrame({"top1": 100.0 * (predictions["rank"] == 0), "nll": nll})
-    return rows.groupby(predictions["output"], sort=False).mean()
 
 
 # ---------------------------------------------------------------- results
