@@ -211,7 +211,7 @@ def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
         **options: of torch's DataLoader.
 
     Raises:
-        InputError: as the dataset raised it, from a loader process too.
+        InputError: as the dataset raised it, from a loader process too; or one of these was killed.
     """
     options |= {"num_workers": workers, "worker_init_fn": _leave_signals}
     options |= {"pin_memory": torch.cuda.is_available()}
@@ -222,17 +222,33 @@ def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
         message = str(error).strip().split(f"{InputError.__name__}: ")[-1]
         traceback.clear_frames(error.__traceback__)  # releases the loader, which ends its workers
         raise InputError(message) from None
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise InputError(
+            f"a loader process of {workers} was killed, as the system does when memory runs out; "
+            f"free memory, or take fewer (workers={workers // 2}) or a smaller batch_size, and try "
+            "again"
+        ) from None
 
 
 def _begin(loader: DataLoader) -> Iterator[dict]:
-    """Begin to load; a stop cannot kill a worker before it has got to `_leave_signals`."""
+    """Begin to load; a stop cannot kill a worker before it has got to `_leave_signals`.
+
+    Torch's handler would raise the death of a worker in the midst of what uses the batches; without
+    it, waiting for the next batch does.
+    """
     if not hasattr(signal, "sigwaitinfo"):
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)  # starts the workers, which inherit what is blocked
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _leave_signals(worker: int) -> None:

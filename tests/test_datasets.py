@@ -775,6 +775,16 @@ def test_a_class_may_be_left_out_as_a_whole(tmp_path):
     }
 
 
+def test_the_only_photo_of_a_class_may_be_left_out(tmp_path):
+    root = write_folder(tmp_path, crow=4, owl=1, wren=4)
+    assert "owl/photo0.png: the only photo of its class" in message(lambda: read("folder", root))
+    write(root / "exclude.csv", "path,reason\nowl/photo0.png,no owls\n")
+    for _ in range(2):  # split.csv is drawn, then read
+        with pytest.warns(UserWarning, match="1 of 9 images left out"):
+            table = read("folder", root)
+        assert set(table["class_name"]) == {"crow", "wren"} and set(table["label"]) == {0, 1}
+
+
 @pytest.mark.parametrize("name,column", [("exclude", "reason"), ("groups", "group")])
 def test_lists_out_of_shape(tmp_path, name, column):
     root = write_folder(tmp_path, crow=4, wren=4)

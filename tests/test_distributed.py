@@ -35,6 +35,8 @@ class Numbers(Dataset):
         return 40
 
     def __getitem__(self, index):
+        if self.bad is RuntimeError:
+            raise RuntimeError("its own")
         if index == self.bad:
             raise InputError(f"photo {index}: is bad, replace it")
         return {"index": index}
@@ -56,6 +58,28 @@ def test_a_bad_photo_is_told_in_its_own_words(workers):
         list(load_batches(Numbers(bad=13), workers, batch_size=4))
     assert str(error.value) == "photo 13: is bad, replace it"
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line_and_does_not_interrupt_what_uses_the_batches():
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = load_batches(Numbers(), 2, batch_size=1)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    for _ in range(1000):  # a signal's handler runs between two operations
+        assert signal.getsignal(signal.SIGCHLD) == before
+    with pytest.raises(InputError) as error:
+        list(batches)
+    assert "a loader process of 2 was killed" in str(error.value)
+    assert "(workers=1)" in str(error.value) and "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_other_errors_of_a_worker_keep_their_type():
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
+        list(load_batches(Numbers(bad=RuntimeError), 1, batch_size=4))
 
 
 def _load_and_exit():

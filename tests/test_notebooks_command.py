@@ -265,15 +265,22 @@ def test_settings_reach_every_notebook_as_the_configuration(folder, monkeypatch)
     write_notebook(folder, "01_first", shown, more="settings = {}\n")
     write_notebook(folder, "02_second")
     given = {"batch_size": "5", "proposal": "ideas.py:mine", "settings": "{'image_size': (32, 48)}"}
+    given |= {"lists": "mine"}
+    (folder / "mine").mkdir()
     out = run_all(folder, parameters=given).parent
     (cell,) = [c for c in nbformat.read(out / "01_first.ipynb", 4).cells if c.source == shown]
     settings = json.loads(cell.outputs[0].text)
     expected = {"batch_size": "5", "proposal": f"{folder}/ideas.py:mine", "image_size": [32, 48]}
+    expected |= {"lists": f"{folder}/mine"}
     assert settings == expected
     record = (out / "notebooks.json").read_text()
     (folder / "ideas.py").write_text("def mine(strength, threshold, recorded): return strength\n")
     run_all(folder, parameters=given)
     assert record != (out / "notebooks.json").read_text(), "a changed idea is executed again"
+    record = (out / "notebooks.json").read_text()
+    (folder / "mine" / "groups.csv").write_text("path,group\n")
+    run_all(folder, parameters=given)
+    assert record != (out / "notebooks.json").read_text(), "so is a changed list"
 
 
 def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
@@ -281,11 +288,12 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
     more = "scales = [1, 2]\nshare = 0.5\nquick = False\nsettings = {}\n"
     write_notebook(folder, "01_first", more=more)
     given = {"data": "cub", "root": "data/cub", "out": "runs/x", "preset": "tiny", "other": 3}
-    given |= {"scales": "[1, 3]", "share": "1", "quick": "True", "settings": "{'epochs': 7}"}
+    given |= {"scales": "[1, 3]", "share": "1", "quick": "True", "settings": "{'lists': 'mine'}"}
     read = notebooks_command.read_parameters("01_first", given, folder / "notebooks")
     assert (read.scales, read.share, read.quick) == ([1, 3], 1, True)
     assert read.root == folder / "data" / "cub" and read.out == folder / "runs" / "x"
-    assert read.config == Config.preset("tiny", data="cub", root=str(read.root), epochs=7)
+    places = {"root": str(read.root), "lists": f"{folder}/mine"}
+    assert read.config == Config.preset("tiny", data="cub", **places)
     assert read.table == read.out / "results" / "01_first.csv" and read.table.parent.is_dir()
     assert read.runs == read.out / "runs" and not hasattr(read, "other")
     (read.out / "cells").mkdir()

@@ -56,12 +56,13 @@ def load_table(config: Config) -> pd.DataFrame:
     keys = pd.Series([os.path.relpath(path, root) for path in table["path"]])
     groups = keys.map(read_list(folder, "group", keys)[0]).astype(str)
     table["group"] = table["group"].fillna(groups)
+    is_out = keys.isin(read_list(folder, "reason", keys)[0])
     if table["split"].isna().all() and reader is read_folder:
-        table["split"] = _keep_draw(folder, keys, table, fraction)
+        table["split"] = _keep_draw(folder, keys, table, fraction, is_out)
     elif table["split"].isna().all():
         drawn = _draw(table, relative_paths(table), fraction, seed=0)
         table["split"] = np.where(drawn, "test", "train")
-    if (is_out := keys.isin(read_list(folder, "reason", keys)[0])).any():
+    if is_out.any():
         report = f"{is_out.sum():,} of {len(table):,} images left out"
         warnings.warn(f"{folder}/{LISTS['reason']}: {report}", stacklevel=2)
     table = annotations.check_images(table[~is_out], root, config.allow_missing)
@@ -305,14 +306,16 @@ def _kind(entry: os.DirEntry) -> str:
     return os.path.splitext(entry.name)[1].lower() or "without suffix"
 
 
-def _keep_draw(folder: str, keys: pd.Series, table: pd.DataFrame, fraction: float) -> pd.Series:
+def _keep_draw(
+    folder: str, keys: pd.Series, table: pd.DataFrame, fraction: float, is_out: pd.Series
+) -> pd.Series:
     """Splits as split.csv says; photos that it does not know are drawn, and appended to it.
 
-    A photo whose group has a split gets that.
+    A photo whose group has a split gets that. Photos that will be left out have a split, too, for
+    their return.
     """
-    counts = table["class_name"].value_counts()
-    if counts.min() < 2:
-        alone = table["path"][table["class_name"].isin(counts.index[counts < 2])]
+    size = table.groupby("class_name")["path"].transform("size")
+    if len(alone := table["path"][(size < 2) & ~is_out]):
         raise InputError(
             f"{alone.iloc[0]}: the only photo of its class ({len(alone)} such classes); a class "
             "needs at least 2, one to train and one to test on"

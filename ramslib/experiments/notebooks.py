@@ -160,15 +160,18 @@ def choose_config(values: Mapping[str, object], folder: Path) -> Config:
         folder: where relative paths in settings start.
     """
     changes = {"data": values["data"], "root": str(values["root"])} | values.get("settings", {})
-    located = {name: _locate(value, folder) for name, value in changes.items()}
-    return Config.preset(values["preset"], **located)
+    return Config.preset(values["preset"], **_locate(changes, folder))
 
 
-def _locate(value: object, folder: Path) -> object:
-    """A setting that names a file, or something in it (``ideas.py:mine``), by its absolute path."""
-    path = str(folder / Path(value).expanduser()) if isinstance(value, str) else ""
-    named = [file for file in (path, path.rpartition(":")[0]) if Path(file).is_file()]
-    return path if named else value
+def _locate(settings: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """Settings by absolute paths: ``lists``, a file, or something in a file (``ideas.py:mine``)."""
+    located = dict(settings)
+    for name, value in settings.items():
+        path = str(folder / Path(value).expanduser()) if value and isinstance(value, str) else ""
+        files = path, path.rpartition(":")[0]
+        if path and (name == "lists" or any(map(os.path.isfile, files))):
+            located[name] = path
+    return located
 
 
 def runs_folder(out: Path) -> Path:
@@ -205,7 +208,7 @@ def run_notebooks(
             the message is the notebook's own InputError or names its executed copy.
     """
     out = Path(out).absolute()
-    common = {"data": _locate(data, Path.cwd()), "root": str(Path(root).absolute())}
+    common = _locate({"data": data}, Path.cwd()) | {"root": str(Path(root).absolute())}
     common |= {"out": str(out), "preset": preset}
     paths = sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb"))
     chosen = choose_parameters(paths, common, parameters or {})
@@ -269,9 +272,9 @@ def choose_parameters(
         hint = f"did you mean {near[0]!r}?" if near else f"notebooks take {', '.join(known)}"
         raise InputError(f"unknown parameter or setting {name!r}; {hint}")
     values = common | {n: read_value(n, v, known[n]) for n, v in given.items() if n in known}
-    settings = {n: _locate(v, Path.cwd()) for n, v in given.items() if n not in known}
+    settings = values.get("settings", {}) | {n: v for n, v in given.items() if n not in known}
     if settings:
-        values["settings"] = values.get("settings", {}) | settings
+        values["settings"] = _locate(settings, Path.cwd())
     choose_config(values, Path.cwd())  # what no notebook could use is refused before the first one
     values = json.loads(json.dumps(values))  # papermill passes tuples in dictionaries as text
     return {path: {n: values[n] for n in values if n in declared[path]} for path in paths}
@@ -312,9 +315,11 @@ def _hash_package() -> str:
 
 def fingerprint(cells: list, parameters: dict, package: str) -> str:
     """Hash of what the outputs of a notebook's cells depend on: code, parameters and dataset."""
-    own_code = key_values(parameters | parameters.get("settings", {}))
-    data = sorted((str(f), f.lstat().st_mtime_ns) for f in Path(parameters["root"]).rglob("*"))
-    return _hash([package, cells, parameters, own_code, data])
+    settings = parameters.get("settings", {})
+    folders = {parameters["root"], settings.get("lists") or parameters["root"]}
+    files = sorted(file for folder in folders for file in Path(folder).rglob("*"))
+    data = [(str(file), file.lstat().st_mtime_ns) for file in files]
+    return _hash([package, cells, parameters, key_values(parameters | settings), data])
 
 
 def execute(path: Path, parameters: dict, copy: Path | None = None) -> NotebookNode:
