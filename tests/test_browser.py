@@ -43,6 +43,16 @@ RUN_ALL = """async () => {
     await sessionContext.session.kernel.info;
     await app.commands.execute('notebook:run-all-cells');
 }"""
+SETTLED = "() => ![...document.querySelectorAll('.rams-outdated')].some(e => e.offsetParent)"
+MARK_CONTROLS = """() => {
+    const kinds = 'select, input, button, textarea, a[href], [tabindex="0"], [contenteditable]';
+    const all = `.rams :is(${kinds})`;
+    const used = [...document.querySelectorAll(all)].filter(
+        e => e.getClientRects().length && !e.disabled && e.contentEditable != 'false');
+    document.querySelectorAll('[data-number]').forEach(e => delete e.dataset.number);
+    used.forEach((e, number) => e.dataset.number = number);
+    return used.length;
+}"""
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = playwright.expect
@@ -237,12 +247,11 @@ def visit_the_tabs(page, name):
 
 def ask_and_propose(page, name):
     """Ask a patch and drag a box, by mouse and keyboard; save the figure."""
-    settled = "() => ![...document.querySelectorAll('.rams-outdated')].some(e => e.offsetParent)"
     field = page.locator(".rams-pointer input:visible")
     page.get_by_role("tab", name="attention", exact=True).click()
     area = page.locator(".rams-area:visible").first
     area.scroll_into_view_if_needed()
-    page.wait_for_function(settled)
+    page.wait_for_function(SETTLED)
     box = area.bounding_box()
     page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 0.4 * box["height"])
     expect(field).to_have_value("1, 2")
@@ -254,7 +263,7 @@ def ask_and_propose(page, name):
         "style", re.compile("inset: 0.00% ")
     )
     page.wait_for_timeout(500)
-    page.wait_for_function(settled)
+    page.wait_for_function(SETTLED)
     page.screenshot(path=SCREENSHOTS / f"{name}_attention.png")
     page.locator(".rams-area:visible").nth(1).scroll_into_view_if_needed()
     grid = page.locator(".rams-area:visible").nth(1).bounding_box()
@@ -278,7 +287,7 @@ def ask_and_propose(page, name):
     moved = [*given[:3], round(given[3] + width / 20)]
     expect(field).to_have_value(", ".join(map(str, moved)))
     page.wait_for_timeout(500)
-    page.wait_for_function(settled)
+    page.wait_for_function(SETTLED)
     page.screenshot(path=SCREENSHOTS / f"{name}_by_hand.png")
     page.get_by_role("button", name="Save figure").click()
     link = page.get_by_role("link", name="by hand.csv")
@@ -293,6 +302,96 @@ def ask_and_propose(page, name):
         ".map(e => e.getAttribute('aria-label') || e.alt)"
     )
     assert names and all(names), "sliders and images have names for screen readers"
+
+
+def name_of_focus(page, client):
+    """The name that the browser gives a screen reader for what has the focus."""
+    active = client.send("Runtime.evaluate", {"expression": "document.activeElement"})["result"]
+    query = {"objectId": active["objectId"], "fetchRelatives": False}
+    node = client.send("Accessibility.getPartialAXTree", query)["nodes"][0]
+    return node.get("name", {}).get("value", "").strip()
+
+
+def press_tab_through(page):
+    """Tab reaches every control once, in order, and leaves; back likewise. Returns the names."""
+    client, number = page.context.new_cdp_session(page), "document.activeElement.dataset.number"
+    page.wait_for_timeout(500)
+    page.wait_for_function(SETTLED)
+    names, reached, controls = [], [], page.evaluate(MARK_CONTROLS)
+    page.locator("[data-number='0']").focus()
+    for _ in range(controls):
+        reached.append(page.evaluate(number))
+        names.append(name_of_focus(page, client))
+        page.keyboard.press("Tab")
+    assert reached == list(map(str, range(controls))), names
+    assert all(names), names
+    assert page.evaluate(number) in (None, "0"), "left, or round the window to the first"
+    page.locator(f"[data-number='{controls - 1}']").focus()
+    for expected in reversed(reached):
+        assert page.evaluate(number) == expected
+        page.keyboard.press("Shift+Tab")
+    return names
+
+
+def tab_to(page, name):
+    """Press Tab until a control of this name has the focus."""
+    client = page.context.new_cdp_session(page)
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if name_of_focus(page, client).startswith(name):
+            return
+    raise AssertionError(f"Tab does not reach {name}")
+
+
+def open_tab(page, name):
+    """Choose a tab of the analyses by its arrow keys."""
+    page.locator(".rams-tabs [role=tab][tabindex='0']").focus()
+    for _ in range(9):
+        if page.evaluate("() => document.activeElement.textContent") == name:
+            page.keyboard.press("Enter")
+            expect(page.locator(".rams-tabs [role=tab][aria-selected=true]")).to_have_text(name)
+            return
+        page.keyboard.press("ArrowRight")
+    raise AssertionError(f"arrow keys do not reach {name}")
+
+
+def use_the_keyboard_alone(page):
+    """Image, threshold, patch, box and files, without a mouse; every control has a name."""
+    area, field = page.locator(".rams-area:visible"), page.locator(".rams-pointer input:visible")
+    page.locator(".rams-head select").focus()
+    chosen = page.locator(".rams-browser select[size]")
+    tab_to(page, "images")
+    for key in ("ArrowDown", "ArrowDown", "b"):  # JupyterLab's commands for cells, outside
+        page.keyboard.press(key)
+    expect(chosen).to_be_focused()
+    tab_to(page, "threshold of scale 1")
+    page.keyboard.press("Home")
+    page.locator(".rams-note", has_text="16 of 16 patches above 0.00").first.wait_for()
+    for title in ("threshold", "attention", "by hand", "compare", "validation set"):
+        open_tab(page, title)
+        names = press_tab_through(page)
+        assert "threshold of scale 1" in names and title in names
+        if title == "attention":
+            for typed, pressed in (("class 1", "0, 0"), ("0, 3", "1, 3")):
+                field.focus()
+                page.keyboard.press("Control+A")
+                page.keyboard.type(typed)
+                page.keyboard.press("Shift+Tab")
+                expect(area.first).to_be_focused()
+                page.keyboard.press("ArrowDown")
+                expect(field).to_have_value(pressed)
+            style = re.compile("inset: 25.00% 0.00% 50.00% 75.00%")
+            expect(page.locator(".rams-spot:visible")).to_have_attribute("style", style)
+        if title == "by hand":
+            area.first.focus()
+            before = [int(side) for side in field.input_value().split(", ")]
+            page.keyboard.press("Shift+ArrowLeft")
+            moved = before[3] - int(area.first.get_attribute("data-columns")) / 20
+            expect(field).to_have_value(", ".join(map(str, [*before[:3], round(moved)])))
+    tab_to(page, "Save figure")
+    page.keyboard.press("Space")
+    page.get_by_role("link", name=".csv").first.wait_for()
+    assert "state.json" in press_tab_through(page)
 
 
 def test_an_exported_page_moves_without_kernel_and_network(browser, places, tmp_path):
@@ -353,6 +452,9 @@ def test_jupyterlab_runs_the_notebook_and_its_slider(page, places, tmp_path):
         reader.slider.scroll_into_view_if_needed()
         move_the_threshold(reader, page, "jupyterlab")
         ask_and_propose(page, "jupyterlab")
+        cells = page.locator(".jp-Cell").count()
+        use_the_keyboard_alone(page)
+        assert page.locator(".jp-Cell").count() == cells
 
 
 def test_app_serves_the_explorer_without_code(page, places, tmp_path):
@@ -368,6 +470,7 @@ def test_app_serves_the_explorer_without_code(page, places, tmp_path):
         move_the_threshold(reader, page, "app")
         visit_the_tabs(page, "app")
         ask_and_propose(page, "app")
+        use_the_keyboard_alone(page)
         upload_a_large_photo(page, tmp_path / "large.png")
 
 
@@ -375,7 +478,7 @@ def upload_a_large_photo(page, path):
     """More than the 10 MiB of a websocket message by default."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (2400, 2500, 3), np.uint8)).save(path)
     assert path.stat().st_size > 15 * 2**20
-    page.get_by_role("button", name="upload", exact=True).click()
+    page.get_by_role("radio", name="upload", exact=True).click()
     with page.expect_file_chooser() as chooser:  # the widget's input is no part of the page
         page.get_by_role("button", name="Choose photos").click()
     chooser.value.set_files(path)

@@ -123,8 +123,8 @@ class ImageBrowser(widgets.VBox):
             "folder": ([self.folder], self._in_folder),
             "upload": ([self.upload], self._uploaded),
         }
-        self.source = widgets.ToggleButtons(options=tuple(self.sources))
-        self.list, self.count = widgets.Select(rows=14), widgets.HTML()
+        self.source = widgets.RadioButtons(options=tuple(self.sources), orientation="horizontal")
+        self.list, self.count = widgets.Select(rows=14, tooltip="images"), widgets.HTML()
         super().__init__()
         self.add_class("rams-browser")
         for control in (self.source, self.split, self.class_name, self.search, self.folder):

@@ -7,13 +7,23 @@ if (!window.ramsExplorer) {
     if (found) handler(found, event);
   }, true);
   const name = () => {  // widgets.Image(tooltip=...) is not shown at all by ipywidgets 8.1.9
-    for (const image of document.querySelectorAll('.rams-panel img:not([alt])'))
-      image.alt = image.closest('.rams-panel').querySelector('.rams-title').textContent;
-    for (const handle of document.querySelectorAll('.rams .noUi-handle:not([aria-label])'))
-      handle.setAttribute('aria-label',
-        handle.closest('.widget-slider').querySelector('.widget-label').textContent);
+    for (const image of document.querySelectorAll('.rams img:not([alt])'))
+      image.alt = image.closest('.rams-panel')?.querySelector('.rams-title').textContent ?? '';
+    for (const part of document.querySelectorAll('.rams :is(.noUi-handle, .widget-readout):not([aria-label])')) {
+      const slider = part.closest('.widget-slider');
+      part.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
+      if (part.isContentEditable) part.setAttribute('role', 'textbox');
+    }
+    const titled = ':is(.widget-text, .widget-combobox, .widget-select, .rams-matrix) [title]';
+    for (const part of document.querySelectorAll(`.rams ${titled}:not([aria-label])`))
+      part.setAttribute('aria-label', part.title);  // their label is empty, which counts first
   };
+  name();
   new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  document.body.addEventListener('keydown', event => {  // or JupyterLab takes "b" for a new cell
+    const isShortcut = event.ctrlKey || event.metaKey || event.altKey;
+    if (!isShortcut && event.target.closest('.rams')) event.stopPropagation();
+  });
   const limits = area => [+area.dataset.rows, +area.dataset.columns];
   const field = area => area.closest('.rams-pointer').querySelector('input');
   const write = (area, numbers) => {

@@ -86,7 +86,7 @@ class Explorer:
         """Make the page."""
         self.models = widgets.Dropdown(description="model")
         hint = "or a run's folder, or timm's name of a Vision Transformer; then Enter"
-        self.other = widgets.Text(placeholder=hint, continuous_update=False)
+        self.other = widgets.Text(placeholder=hint, tooltip=hint, continuous_update=False)
         self.controls, self.stage = controls, widgets.VBox()
         self.rows = [panels.ScaleRow(*each) for each in enumerate(controls.thresholds)]
         self.notice, self.scores = widgets.HTML(), widgets.HTML()
