@@ -4,6 +4,7 @@
 - `last_block_for_one_token`: the last block's projection and MLP for the class token alone;
 - `selective_checkpointing`: outputs of norms and GELUs are computed again instead of kept, and
   free pages of the heap are returned to the operating system on the way;
+- `compile_blocks`: blocks by torch.compile;
 - `largest_component_tensor`, `crop_and_resize_batch`: tensor operations for exported programs.
 
 Inside `plain_path` the first two are off.
@@ -25,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+
+from ramslib.errors import InputError, one_line
 
 CACHED = 2**19  # probabilities formed at a time on a CPU: two MiB
 RECOMPUTED_OPS = (
@@ -121,6 +124,69 @@ def _token_wise(backbone: nn.Module) -> list[nn.Module]:
     # a checkpointed block runs again in the backward pass, when the hooks are gone
     runs_again = getattr(backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
     return parts if reads_one and not runs_again and None not in parts else []
+
+
+def compile_blocks(backbone: nn.Module, **options) -> None:
+    """Run all blocks of a backbone but the last by torch.compile; names of tensors stay.
+
+    Blocks of one structure share a graph, which returns what attention was given beside the tokens,
+    so that recording compiles nothing anew. The last block's parts are watched and exchanged by
+    hooks, see `last_block_for_one_token`; torch.compile does not notice that these come and go.
+
+    Args:
+        backbone: of timm; a copy of it is compiled as well.
+        **options: of torch.compile, such as ``backend``.
+    """
+    compiled = torch.compile(_block_and_attention, fullgraph=True, **options)
+    for block in backbone.blocks[:-1]:
+        block.forward = partial(_run_compiled, compiled, block)
+
+
+def _run_compiled(compiled: Callable, block: nn.Module, *args, **kwargs) -> Tensor:
+    return compiled_block(compiled, block, *args, **kwargs)[0]
+
+
+def compiled_block(
+    compiled: Callable, block: nn.Module, tokens: Tensor, *args, **kwargs
+) -> tuple[Tensor, list[dict]]:
+    """A block's tokens, and the arguments of each attention in it; modes see this one call.
+
+    Raises:
+        InputError: no compiler, or a block that cannot be compiled.
+    """
+    given = compiled, block, tokens, *args
+    if has_torch_function((tokens,)):
+        return handle_torch_function(compiled_block, (tokens,), *given, **kwargs)
+    try:
+        return compiled(*given[1:], **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        kind = type(block).__name__
+        raise InputError(
+            f"{kind} cannot be compiled ({one_line(error)}); use compile=false"
+        ) from None
+
+
+def _block_and_attention(block: nn.Module, *args, **kwargs) -> tuple[Tensor, list[dict]]:
+    """What is compiled."""
+    calls = []
+    with _AttentionCalls(calls):
+        tokens = type(block).forward(block, *args, **kwargs)
+    return tokens, calls
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Appends the arguments of attention, without value and gradient, to a list."""
+
+    def __init__(self, calls: list[dict]):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            given = {"query": args[0], "key": args[1], "value": None} | kwargs
+            self.calls.append({name: _detached(value) for name, value in given.items()})
+        return func(*args, **kwargs)
 
 
 class RecomputeEntry(NamedTuple):

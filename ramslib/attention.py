@@ -92,7 +92,11 @@ class record_attention(TorchFunctionMode):  # noqa: N801 (a verb: with record_at
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._keep(*args, **kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is acceleration.compiled_block:
+            for call in output[1]:
+                self._keep(**call)
+        return output
 
     def _keep(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
               scale=None, enable_gqa=False) -> None:  # fmt: skip

@@ -99,6 +99,7 @@ class Config:
         8, 0, 1000
     )  # first blocks that are not trained, and patch embedding
     amp: Literal["none", "bf16", "fp16"] = "none"
+    compile: bool = False  # the encoder's blocks by torch.compile, in training; a minute at first
     ema_decay: float = within(0.0, 0, 0.99999)  # 0 switches the moving average off
     patience: int = within(0, 0, 10**6)  # epochs without a better validation loss; 0: never stop
     seed: int = within(0, 0, 2**32 - 1)
@@ -293,6 +294,8 @@ def _check_combinations(config: Config) -> None:
     _check_count("loss", config.loss, config.scales, "scales")
     if isinstance(config.loss, tuple) and max(config.loss[: config.scales]) == 0:
         raise InputError(f"setting 'loss' is {config.loss}; one of the weights must be above 0")
+    if config.compile and config.drop_path:
+        raise InputError("'compile' makes blocks of one kind share code; use drop_path=0 with it")
     if config.patch_stride is not None and config.scales > 1:
         raise InputError("regions are cut along patches that tile; 'patch_stride' needs one scale")
 

@@ -1,7 +1,9 @@
 """Accelerated forms: equal to the plain ones; recomputed gradients bit-identical, and less kept."""
 
+import copy
 import mmap
 import platform
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,17 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
 from ramslib import acceleration
 from ramslib.acceleration import (
     RecomputeEntry,
+    compile_blocks,
     is_on,
     plain_path,
     selective_checkpointing,
     trim_heap,
 )
+from ramslib.config import Config
+from ramslib.errors import InputError
 from ramslib.model import ProposalSettings, RAMSTrans
+from ramslib.training.optimization import backward_scales
 from ramslib.transfg import TransFG
 
 FAMILIES = ["vit", "dinov2", "dinov3", "eva", "beit"]
@@ -92,6 +99,85 @@ def test_the_plain_path_computes_what_is_in_the_equations(backbone_of, images, m
     assert is_on()
     model.forward_preprocessed(images())
     assert seen == [1, 1, 13, 13, 1, 1], "class token, or class token and 12 patches"
+
+
+# --- compiled blocks ---------------------------------------------------------------------------
+
+
+KINDS = [("vit", None), ("vit", torch.bfloat16), ("dinov3", None)]
+KINDS += [
+    pytest.param(family, None, marks=pytest.mark.slow)
+    for family in ("dinov2_registers", "siglip", "beit", "relpos_mlp", "grouped_query")
+]
+
+
+def steps_of(model, amp=None):
+    """Two training steps on different images, then an evaluation of a copy on fewer of them."""
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(model.classifier.weight, generator=generator)
+    pixels, labels = torch.rand(3, 3, 24, 32, generator=generator), torch.tensor([0, 2, 1])
+    weights, losses = [1.0] * model.num_scales, []
+    torch.manual_seed(0)  # of dropout
+    for step in range(2):
+        given = model.train(), pixels.roll(step, 0), labels, weights
+        losses.append(backward_scales(*given, amp=amp))
+    with torch.inference_mode():
+        boxes = copy.deepcopy(model).eval()(pixels[:2]).boxes
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": torch.stack(losses), "boxes": torch.stack(boxes)} | gradients
+
+
+def compiled_and_not(model, backend, amp=None):
+    """`steps_of` a copy whose blocks are compiled, and of the model."""
+    other = copy.deepcopy(model)
+    compile_blocks(other.backbone, backend=backend)
+    assert list(other.state_dict()) == list(model.state_dict())
+    torch.compiler.reset()
+    counters.clear()
+    return steps_of(other, amp), steps_of(model, amp)
+
+
+@pytest.mark.parametrize("family, amp", KINDS)
+def test_compiled_blocks_give_the_same_bits_and_are_compiled_once(family, amp, backbone_of):
+    settings = ProposalSettings((1.0, 1.1), "rollout_mean", scales=3)
+    model = RAMSTrans(backbone_of(family), 3, settings, per_scale_token=False)
+    found, expected = compiled_and_not(model, "aot_eager", amp)
+    assert len(expected) > 10 and all(found[name].equal(expected[name]) for name in expected)
+    assert len(expected["boxes"].flatten(0, 1).unique(dim=0)) > 1, "not the whole image each time"
+    assert counters["stats"]["unique_graphs"] == 2, "training and evaluation, for all blocks"
+
+
+def test_compiled_blocks_of_transfg_and_computed_again(backbone_of):
+    found, expected = compiled_and_not(TransFG(backbone_of("vit"), 3), "aot_eager")
+    assert all(found[name].equal(expected[name]) for name in expected)
+    model = RAMSTrans(backbone_of("vit"), 3, per_scale_token=False)
+    model.backbone.set_grad_checkpointing(True)
+    found, expected = compiled_and_not(model, "aot_eager")
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_compiled_code_gives_the_same_to_rounding(backbone_of):
+    settings = ProposalSettings(strength="rollout_mean")
+    model = RAMSTrans(backbone_of("vit"), 3, settings, per_scale_token=False)
+    found, expected = compiled_and_not(model, "inductor")
+    assert found["boxes"].equal(expected["boxes"])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert any(not found[name].equal(expected[name]) for name in expected), "it was compiled"
+
+
+def test_what_cannot_be_compiled_is_one_line(backbone_of, images):
+    def broken(graph, inputs):
+        raise OSError("no compiler\nhere")
+
+    backbone = backbone_of("vit")
+    compile_blocks(backbone, backend=broken)
+    with pytest.raises(InputError, match="no compiler here.*use compile=false") as error:
+        backbone.forward_features(images())
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="use drop_path=0"):
+        Config().replace(compile=True, drop_path=0.1)
 
 
 # --- selective checkpointing -------------------------------------------------------------------

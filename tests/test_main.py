@@ -128,6 +128,7 @@ WRONG = {
     "frozen_blocks": ["-1", "7", "x"],
     "sampling": ["even", "1", "none"],
     "amp": ["fp8", "float16", ""],
+    "compile": ["maybe", "1"],
     "ema_decay": ["1", "-1", "x"],
     "patience": ["-1", "0.5", "x"],
     "seed": ["-1", "1.5", "x", str(2**70), "9" * 5000],

@@ -1,17 +1,21 @@
 """One step: micro-batches, the moving average, and the device that everything is on."""
 
+import itertools
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from tiny import draw_photos, tiny_config
+from tiny import draw_photos, same_run, tiny_config
 from waits import THERE, CountWaits, Elsewhere
 
+from ramslib import acceleration
 from ramslib.distributed import Processes, deterministic, process_group
 from ramslib.errors import InputError
 from ramslib.runs.folder import read_metrics
-from ramslib.training import optimization
+from ramslib.training import optimization, trainer
 from ramslib.training.trainer import Trainer, train
 
 LOSSES = """
@@ -95,6 +99,32 @@ def test_a_stop_is_passed_on(make):
     for step, stop in enumerate((True, False)):
         trainer.train_step(step, batches(1, 6), stop)
         assert trainer.stopping is stop
+
+
+def is_next(numbers, wanted):
+    """Whether the next number is the wanted one."""
+    return next(numbers) == wanted
+
+
+def test_a_run_is_compiled_stopped_and_resumed_without(photos, tmp_path, monkeypatch):
+    """The backend only runs what was traced: results are equal to the last bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(photos, epochs=2, ema_decay=0.9), whole)
+    compiled = []
+
+    def compile_blocks(backbone):
+        compiled.append(1)
+        acceleration.compile_blocks(backbone, backend="aot_eager")
+
+    monkeypatch.setattr(trainer, "compile_blocks", compile_blocks)
+    parts.mkdir()
+    for on, stop in ((True, 2), (False, 4), (True, None)):
+        config = tiny_config(photos, epochs=2, ema_decay=0.9, compile=on)
+        steps = itertools.count(1)
+        asked = SimpleNamespace(is_set=partial(is_next, steps, stop))
+        assert Trainer(config, parts, Processes()).fit(asked, 1e6) is (stop is None)
+    same_run(whole, parts)
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("name", ["joint", "staged"])

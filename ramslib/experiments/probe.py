@@ -62,7 +62,7 @@ EXIT_DROP = 0.5  # points of accuracy that early exit may cost on the training i
 # Settings of data and model that do not decide features, or that other parts of their key cover.
 NOT_IN_FEATURES = {"data", "root", "augment", "validation_fraction", "test_fraction", "workers"}
 NOT_IN_FEATURES |= {"allow_missing", "lists", "year", "pretrained", "drop_path", "dropout"}
-NOT_IN_FEATURES |= {"grad_checkpointing"}
+NOT_IN_FEATURES |= {"grad_checkpointing", "compile"}
 
 
 def probe(

@@ -38,7 +38,7 @@ from ramslib.data.datasets import fingerprint
 from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table, writing
 
 # settings that say where things are or how fast they go, not what comes out
-NON_RESULT_SETTINGS = ("root", "lists", "year", "workers", "grad_checkpointing")
+NON_RESULT_SETTINGS = ("root", "lists", "year", "workers", "grad_checkpointing", "compile")
 STARTING = {".lock", "output.log", "job.json", extensions.SOURCES}  # there before config.json is
 # what a kill while writing leaves: our temporary files and those of safetensors
 LEFTOVER = re.compile(

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramslib import distributed
+from ramslib.acceleration import compile_blocks
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import load_table
@@ -84,6 +85,8 @@ class Trainer:
         self.model = build_model(initial, int(self.table["label"].max()) + 1)
         optimization.freeze(self.model, config.frozen_blocks)
         self.model.to(self.processes.device)
+        if config.compile:
+            compile_blocks(self.model.backbone)
         self.optimizer = optimization.create_optimizer(self.model, config)
         length = config.warmup_steps, self.total_steps
         self.schedule = optimization.create_schedule(self.optimizer, *length)
