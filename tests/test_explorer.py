@@ -627,6 +627,12 @@ def test_images_that_only_one_of_two_models_gets_right(explorer):
         assert set(pair.images.paths) == expected
     text = text_of(pair.images.caption)
     assert f"{len(only[0])} right in this model only, {len(only[1])} in the other only" in text
+    folders = [str(each.folder) for each in pair.cached]
+    shown = explorer.state()["views"]
+    assert shown["differences"] == dict(zip(("stored", "other"), folders, strict=True))
+    tab.controls["other"].value = next(e for e in names if Path(e[0]).name == "two")
+    explorer.worker.wait()
+    assert list(explorer.state()["views"]) == ["compare"] and pair.layout.display == "none"
 
 
 def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
@@ -663,6 +669,22 @@ def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
     other.worker.wait()
     assert messages_of(other) == "" and other.loaded.name == "two"
     assert json.dumps(other.state()) == json.dumps(explorer.state())
+
+
+def test_figures_of_the_validation_images_are_saved(evaluated):
+    stored, saved = {"stored": str(evaluated.tabs.cached.folder)}, {}
+    for title in ("validation set", "gallery", "confusion"):
+        evaluated.tabs.selected_index = TITLES.index(title)
+        evaluated.worker.wait()
+        saved |= evaluated.state()["views"]
+    order, output = evaluated.tabs.gallery.menu.value, evaluated.tabs.confusion.menu.value
+    options = {"gallery": stored | {"order": order}, "confusion": stored | {"output": output}}
+    assert saved == {"all thresholds": stored, "calibration": stored} | options
+    evaluated.save.click()
+    evaluated.saver.wait()
+    names = re.findall(r'download="([^"]+)"', evaluated.saved.value)
+    assert names == ["state.json", *(f"confusion.{form}" for form in ("png", "svg", "pdf", "csv"))]
+    assert messages_of(evaluated) == ""
 
 
 def test_states_that_are_none_are_messages(explorer):

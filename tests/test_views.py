@@ -13,7 +13,9 @@ from PIL import Image
 
 from ramslib.__main__ import main
 from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.errors import InputError
 from ramslib.explorer import views
+from ramslib.explorer.validation import predict_validation, threshold_effect
 from ramslib.explorer.views import VIEWS, export_page, inspector_of, load
 
 BOX = [20.0, 30.0, 70.0, 90.0]
@@ -130,6 +132,34 @@ def test_another_model_is_asked_the_same(inspector, places):
         mine.reset_index(drop=True), other.reset_index(drop=True), check_exact=False
     )
     assert len(figure.subfigs) == 2 and views.load_once.cache_info().currsize == 1
+
+
+@pytest.mark.slow
+def test_numbers_of_the_validation_images(inspector, loaded, places):
+    folder = places / "stored"
+    mine = predict_validation(loaded, folder, log=str)
+    make_run(places / "photos", places / "runs" / "one", scales=1)
+    other = predict_validation(load(places / "runs" / "one"), folder, log=str)
+    stored, rows = {"stored": str(mine.folder)}, mine.predictions.set_index("output")
+    last = rows.loc["mean logits"]
+    table, figure = draw(inspector, "confusion", **stored, output="mean logits")
+    counts = table.set_index("true")
+    assert counts.to_numpy().sum() == len(last) and list(counts) == inspector.classes
+    assert np.trace(counts) == (last["rank"] == 0).sum() and len(figure.axes) == 2
+    table, figure = draw(inspector, "calibration", **stored)
+    assert table["output"].tolist() == list(rows.index.unique()) and len(figure.axes) == len(table)
+    assert table["top1"].iloc[-1] == pytest.approx(100 * (last["rank"] == 0).mean())
+    table, figure = draw(inspector, "gallery", **stored, order="most uncertain")
+    assert table["path"].tolist() == last.sort_values("confidence")["path"].tolist()
+    assert sum(len(ax.images) for ax in figure.axes) == len(last) and len(figure.axes) == 6
+    table, _ = draw(inspector, "all thresholds", **stored)
+    expected = threshold_effect(mine, inspector.settings, [1.3])["area"].item()
+    assert table.set_index("threshold")["area"][1.3] == pytest.approx(expected)
+    table, _ = draw(inspector, "differences", **stored, other=str(other.folder))
+    difference = (last["rank"] == 0).mean() - (other.predictions["rank"] == 0).mean()
+    assert table["difference"].iloc[-1] == pytest.approx(100 * difference)
+    with pytest.raises(InputError, match="evaluate the validation set"):
+        draw(inspector, "calibration", stored=str(places))
 
 
 @pytest.mark.slow

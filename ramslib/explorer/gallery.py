@@ -14,6 +14,8 @@ from ramslib.errors import InputError
 from ramslib.evaluation import confusion_matrix
 from ramslib.explorer.panels import caption_html, encode, set_options
 from ramslib.explorer.validation import (
+    CLASSES,
+    PAGE,
     VALUES,
     CachedValidation,
     compare_models,
@@ -22,9 +24,6 @@ from ramslib.explorer.validation import (
 )
 from ramslib.plots.drawing import clean_class_name
 from ramslib.plots.figures import CMAP
-
-PAGE = 18  # thumbnails at once
-CLASSES = 12  # in the confusion matrix
 
 
 class Thumbnails(widgets.VBox):
@@ -121,7 +120,9 @@ class Gallery(ValidationImages):
 
 
 class Disagreement(ValidationImages):
-    """The images that only one of two models gets right; ``cached`` is of both."""
+    """The images that only one of two models gets right; ``cached`` and ``of`` are of both."""
+
+    of = None
 
     def options(self, cached: tuple[CachedValidation, CachedValidation]) -> Sequence[str]:
         """Which of the two is right."""
@@ -129,12 +130,12 @@ class Disagreement(ValidationImages):
 
     def draw(self, side: str) -> None:
         """Show the images that one of them gets right, and the paired difference."""
-        row, paths = compare_models(*self.cached)
+        differences, paths = compare_models(*self.cached)
         text = (
             "{images:.0f} images, {better:.0f} right in this model only, {worse:.0f} in the other "
             "only: {difference:+.1f} points of accuracy, 95 % interval {low:+.1f} to {high:+.1f}, "
             "McNemar's exact p = {p_value:.3f}"
-        ).format(**row)
+        ).format(**differences.iloc[-1])
         names = [html.escape(Path(path).name) for path in paths[side]]
         self.images.show(paths[side], names, text)
 

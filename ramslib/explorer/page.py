@@ -172,7 +172,7 @@ class Explorer:
         """
         if self.inspector is None:
             raise InputError("no image is shown; choose one")
-        box, (shown, options) = self.inspector.box, self.tabs.front()
+        box = self.inspector.box
         values = {name: widget.value for name, widget in self._named().items()}
         if own := [name for name, value in values.items() if callable(value)]:
             raise InputError(f"{own[0]}: a function that is in no file; give path/to/file.py:name")
@@ -183,8 +183,7 @@ class Explorer:
             "box": None if box.isnan().any() else box[0].tolist(),
             "tab": self.tabs.selected_index,
             "widgets": values,
-            "views": shown,
-            "options": options,
+            "views": self.tabs.front(),
         }
 
     def _named(self) -> dict[str, widgets.Widget]:

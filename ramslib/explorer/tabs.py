@@ -156,14 +156,34 @@ class AnalysisTabs(widgets.Tab):
             "compare": make({"compare": Panel(COMPARE, "png")}, other=menu(description="model")),
         }
 
-    def front(self) -> tuple[list[str], dict]:
-        """The views of the tab in front (of tabs without any, all scales), and their options."""
-        title = TITLES[self.selected_index]
-        if title not in self.views:
-            return ["threshold", "recursion"][title != "threshold" :], {}
-        lacks = [] if self.explorer.loaded.classes else ["elsewhere"]
-        views = [view for view in self.views[title].panels if view not in lacks]
-        return views, self.views[title].options()
+    def front(self) -> dict[str, dict]:
+        """The views of the tab in front with their options; of tabs without any, all scales."""
+        title, stored = TITLES[self.selected_index], {}
+        if title in self.views:
+            lacks = [] if self.explorer.loaded.classes else ["elsewhere"]
+            tab = self.views[title]
+            shown = {view: tab.options() for view in tab.panels if view not in lacks}
+            if title == "compare" and self._is_paired():
+                folders = [str(each.folder) for each in self.pair.cached]
+                shown["differences"] = dict(zip(("stored", "other"), folders, strict=True))
+            return shown
+        if title == "threshold":
+            return {"threshold": {}}
+        if self.cached is None:
+            return {"recursion": {}}
+        stored = {"stored": str(self.cached.folder)}
+        if title == "gallery":
+            return {"gallery": stored | {"order": self.gallery.menu.value}}
+        if title == "confusion":
+            return {"confusion": stored | {"output": self.confusion.menu.value}}
+        has_effect = validation.has_effect(self.cached, self.explorer.controls.settings())
+        shown = {"all thresholds": stored} if has_effect else {}
+        return shown | ({"calibration": stored} if self.cached.classes else {})
+
+    def _is_paired(self) -> bool:
+        """Whether the two models that were compared on the validation set are those shown."""
+        now = self.explorer.loaded.key, self.views["compare"].options()["other"]
+        return self.pair.of == now
 
     def _enlarge(self, change: dict) -> None:
         """Choose the head that was clicked among all heads."""
@@ -227,6 +247,7 @@ class AnalysisTabs(widgets.Tab):
         loaded, name = self.explorer.loaded, self.views["compare"].options()["other"]
         cached = self._predict(loaded), self._predict(views.load_once(*name))
         yield partial(self.pair.use, loaded.classes, cached)
+        yield partial(setattr, self.pair, "of", (loaded.key, name))
         yield self.pair.fill
         yield partial(setattr, self.state, "value", "")
 
@@ -242,6 +263,8 @@ class AnalysisTabs(widgets.Tab):
         if tab == "threshold":
             key = inspector, functions, settings.from_high_res, settings.upsampling
             return _missing(self.curve, key, self._draw_curve(key, inspector, settings))
+        if tab == "compare":
+            self.pair.layout.display = None if self._is_paired() else "none"
         if tab in self.views:
             return self.views[tab].update(inspector, settings)
         if self.cached is None:

@@ -2,28 +2,36 @@
 
 `predict_validation` runs the model: predictions of every image, attention strengths of scale 1, and
 the accuracy of scale 2 on a grid of thresholds. From what it stored, `threshold_effect` computes
-what a threshold does to all images, and `sort_images` which images are worth a look.
+what a threshold does to all images, and `sort_images` which images are worth a look. ``FIGURES``
+are views of it (see `views`), whose option ``stored`` is the folder that holds it.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ramslib import localization
+from ramslib import localization, plots
+from ramslib.data.transforms import open_image
 from ramslib.errors import InputError, write_atomically, write_table
-from ramslib.evaluation import predict, score_boxes
+from ramslib.evaluation import confusion_matrix, predict, score, score_boxes
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
+from ramslib.runs.folder import TABLE, read_csv
 from ramslib.runs.inference import LoadedModel
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5)  # thresholds whose accuracy is stored
 LIMIT = 200  # images; of more, a sample is predicted
+PAGE = 18  # images at once
+CLASSES = 12  # in a confusion matrix
 VALUES = {  # the orders of images, and the value that each sorts by
     "corrected by scale 2": "change of the true class's probability",
     "misclassified by scale 2": "change of the true class's probability",
@@ -41,15 +49,15 @@ class CachedValidation:
         predictions: from `evaluation.predict`, with the model's own settings.
         strengths: of scale 1: the built-in ones that the backbone has, and the model's own.
         accuracy: from `accuracy_by_threshold`; empty for models that it does not fit.
-        total: the number of validation images, of which this may be a sample.
-        is_classified: whether the model has a trained classifier.
+        classes: names; empty without a trained classifier.
+        folder: where it is stored.
     """
 
     predictions: pd.DataFrame
     strengths: localization.StrengthMaps
     accuracy: pd.DataFrame
-    total: int
-    is_classified: bool
+    classes: Sequence[str]
+    folder: Path
 
 
 def validation_images(loaded: LoadedModel) -> tuple[pd.DataFrame, int]:
@@ -84,16 +92,29 @@ def predict_validation(
 
 def read_cached_validation(loaded: LoadedModel, folder: Path | str) -> CachedValidation | None:
     """What an earlier `predict_validation` stored below ``folder``, or None."""
-    table, total = validation_images(loaded)
-    cache = _cache(loaded, table, folder)
+    cache = _cache(loaded, validation_images(loaded)[0], folder)
     try:
-        maps = load_file(cache / "strengths.safetensors")
-        images = table, loaded.transform, maps.pop("sizes"), loaded.model.image_size
-        tables = [pd.read_csv(cache / f"{name}.csv") for name in ("predictions", "accuracy")]
-    except (OSError, ValueError, KeyError, SafetensorError):  # none, or damaged: computed again
+        return read_stored(cache, loaded)
+    except InputError:  # none, or damaged: computed again
         return None
-    strengths = localization.StrengthMaps(maps, *images)
-    return CachedValidation(tables[0], strengths, tables[1], total, bool(loaded.classes))
+
+
+def read_stored(folder: Path | str, model: LoadedModel | Inspector) -> CachedValidation:
+    """What is stored in a folder about a model.
+
+    Raises:
+        InputError: nothing, or it is damaged.
+    """
+    try:
+        maps = load_file((folder := Path(folder)) / "strengths.safetensors")
+        table = read_csv(folder / "images.csv", TABLE, "")
+        given = table, model.transform, maps.pop("sizes"), model.model.image_size
+        tables = [pd.read_csv(folder / f"{name}.csv") for name in ("predictions", "accuracy")]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        raise InputError(f"{folder}: no predictions; evaluate the validation set again") from None
+    return CachedValidation(
+        tables[0], localization.StrengthMaps(maps, *given), tables[1], model.classes, folder
+    )
 
 
 def _cache(loaded: LoadedModel, table: pd.DataFrame, folder: Path | str) -> Path:
@@ -110,6 +131,7 @@ def _evaluate(loaded: LoadedModel, folder: Path | str, log: Callable[[str], obje
     images, cache = (loaded.model, table, loaded.transform), _cache(loaded, table, folder)
     cache.mkdir(parents=True, exist_ok=True)
     log(f"predicting {len(table)} images, 1 of 3")
+    write_table(table, cache / "images.csv")
     write_table(predict(*images), cache / "predictions.csv")
     accuracy = pd.DataFrame(columns=["threshold", "output", "top1"])
     if loaded.classes and loaded.model.num_scales == 2:
@@ -158,32 +180,32 @@ def nearest_stored_accuracy(cached: CachedValidation, threshold: float) -> pd.Da
 
 def compare_models(
     mine: CachedValidation, other: CachedValidation
-) -> tuple[pd.Series, dict[str, list[str]]]:
+) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     """How much more accurate one model is than another on the same images, and where they differ.
 
     Each is read at its last output.
 
     Returns:
-        A row of `paired_image_differences`; and paths of the images that only one gets right.
+        `paired_image_differences` by output, the last one last; and paths of the images that only
+        one gets right.
 
     Raises:
         InputError: not evaluated on the same images and labels, or one has no trained classifier.
     """
     from ramslib.experiments.comparison import paired_image_differences  # 20 MiB with Optuna
 
-    if not (mine.is_classified and other.is_classified):
+    if not (mine.classes and other.classes):
         raise InputError("one of the two models has no trained classifier; choose two runs")
     tables = [each.predictions for each in (mine, other)]
     names = [table["output"].iloc[-1] for table in tables]
-    differences = paired_image_differences(*tables, names[1]).set_index("output")
+    differences = paired_image_differences(*tables, names[1])
     first, second = (
         table[table["output"] == name].set_index("path")["rank"] == 0
         for table, name in zip(tables, names, strict=True)
     )
     only = {"right in this model only": first & ~second}
     only["right in the other only"] = second & ~first
-    paths = {name: each.index[each].tolist() for name, each in only.items()}
-    return differences.loc[names[0]], paths
+    return differences, {name: each.index[each].tolist() for name, each in only.items()}
 
 
 def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
@@ -194,12 +216,12 @@ def sort_images(cached: CachedValidation) -> dict[str, pd.Series]:
     """
     rows, orders = cached.predictions.pivot(index="path", columns="output"), {}
     correct, probability = rows["rank"] == 0, rows["true_probability"]
-    if cached.is_classified and "scale 2" in correct:
+    if cached.classes and "scale 2" in correct:
         first, second = correct["scale 1"], correct["scale 2"]
         change = (probability["scale 2"] - probability["scale 1"]).sort_values(kind="stable")
         orders["corrected by scale 2"] = change.loc[second & ~first][::-1]
         orders["misclassified by scale 2"] = change.loc[first & ~second]
-    if cached.is_classified:
+    if cached.classes:
         confidence = rows["confidence"][cached.predictions["output"].iloc[-1]]
         orders["most uncertain"] = confidence.sort_values(kind="stable")
     if "scale 2" in correct and cached.strengths.table["top"].notna().any():
@@ -224,3 +246,70 @@ def images_of(cached: CachedValidation, label: int, prediction: int, output: str
     """Paths of one cell of the confusion matrix of an output."""
     rows = cached.predictions.query("label == @label and prediction == @prediction")
     return rows.loc[rows["output"] == output, "path"].tolist()
+
+
+def plot_effect(
+    inspector: Inspector, settings: ProposalSettings, figure: Figure, stored: str
+) -> pd.DataFrame:
+    """What the threshold of scale 1 does to all images, and its stored accuracies."""
+    cached = read_stored(stored, inspector)
+    curve = threshold_effect(cached, settings, np.linspace(0, 4, 41).round(1))
+    figure.set_size_inches(7, 2.8)
+    accuracy = cached.accuracy if settings.functions == inspector.settings.functions else None
+    plots.plot_threshold(curve, settings.threshold(0), accuracy, figure.subplots())
+    return curve
+
+
+def plot_calibration(inspector: Inspector, _, figure: Figure, stored: str) -> pd.DataFrame:
+    """Accuracy against confidence, and the scores, of each output."""
+    predictions = read_stored(stored, inspector).predictions
+    scores = score(predictions)
+    figure.set_size_inches(2.8 * len(scores), 3)
+    axes = figure.subplots(1, len(scores), squeeze=False)[0]
+    for ax, output in zip(axes, scores["output"], strict=True):
+        plots.plot_reliability(predictions, output, ax=ax)
+    return scores
+
+
+def plot_gallery(inspector: Inspector, _, figure: Figure, stored: str, order: str) -> pd.DataFrame:
+    """The first images in one of the orders of `sort_images`; the table has all."""
+    cached = read_stored(stored, inspector)
+    values, table = sort_images(cached)[order], cached.strengths.table.set_index("path")
+    rows = pd.DataFrame({order: values, "class": table["class_name"].reindex(values.index)})
+    lines = max(1, math.ceil(min(PAGE, len(rows)) / 6))
+    figure.set_size_inches(9, 1.7 * lines)
+    axes = figure.subplots(lines, 6).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, (path, value, name) in zip(axes, rows.head(PAGE).itertuples(), strict=False):
+        title = f"{value:.2f}, {plots.clean_class_name(name)}"
+        plots.plot_image(open_image(path, 200), title=title, ax=ax)
+    return rows.reset_index()
+
+
+def plot_mistakes(inspector: Inspector, _, figure: Figure, stored: str, output: str):
+    """Images by true and predicted class; of many classes, those with the most mistakes."""
+    predictions, classes = read_stored(stored, inspector).predictions, inspector.classes
+    counts = confusion_matrix(predictions, len(classes), output, CLASSES)
+    figure.set_size_inches(3.4 + 0.4 * len(counts), 2.4 + 0.4 * len(counts))
+    plots.plot_confusion(predictions, classes, output, CLASSES, figure.subplots())
+    names = [classes[label] for label in counts]
+    return counts.set_axis(names, axis=1).set_axis(names).rename_axis("true").reset_index()
+
+
+def plot_pair(inspector: Inspector, _, figure: Figure, stored: str, other: str) -> pd.DataFrame:
+    """Differences in accuracy of each output to another model's last, with their intervals."""
+    differences, _ = compare_models(*(read_stored(each, inspector) for each in (stored, other)))
+    figure.set_size_inches(6, 2.2)
+    shown = differences.assign(method="this − other", seed=0)
+    plots.plot_differences(shown, ax=figure.subplots())
+    return differences
+
+
+FIGURES: dict[str, Callable[..., pd.DataFrame]] = {
+    "all thresholds": plot_effect,
+    "calibration": plot_calibration,
+    "gallery": plot_gallery,
+    "confusion": plot_mistakes,
+    "differences": plot_pair,
+}

@@ -30,6 +30,7 @@ from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import upsample
 from ramslib.errors import InputError, write_atomically
 from ramslib.evaluation import first_region
+from ramslib.explorer import validation
 from ramslib.inspector import Inspector, Token
 from ramslib.model import ProposalSettings, RAMSTrans
 from ramslib.plots import drawing
@@ -228,9 +229,9 @@ def compare(
 def files(inspector: Inspector, settings: ProposalSettings, state: dict) -> dict[str, bytes]:
     """Views as PNG, SVG and PDF, their numbers as CSV and their state as JSON, by name."""
     found = {"state.json": json.dumps(state, indent=1).encode()}
-    for view in state["views"]:
+    for view, options in state["views"].items():
         figure = Figure()
-        numbers = VIEWS[view](inspector, settings, figure, **state["options"])
+        numbers = VIEWS[view](inspector, settings, figure, **options)
         for form in ("png", "svg", "pdf"):
             content = io.BytesIO()
             figure.savefig(content, format=form)
@@ -266,8 +267,8 @@ settings = inspector.changed(
     from_high_res={given["crop from"]},
     upsampling={given["upsampling"]},
 )
-options, numbers = {state["options"]!r}, {{}}
-for view in {state["views"]!r}:
+numbers = {{}}
+for view, options in {state["views"]!r}.items():
     numbers[view] = VIEWS[view](inspector, settings, plt.figure(), **options)
 """
 
@@ -381,6 +382,7 @@ VIEWS: dict[str, Callable[..., pd.DataFrame]] = {
     "by hand": by_hand,
     "elsewhere": elsewhere,
     "compare": compare,
+    **validation.FIGURES,
 }
 READ: dict[str, Callable[[ProposalSettings], object]] = {  # all else redraws nothing
     "blocks": lambda settings: settings.functions[0],
