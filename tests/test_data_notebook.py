@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.io import savemat
 
+from ramslib.backbone import create_backbone
 from ramslib.data import datasets
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks/01_data_preparation.ipynb"
@@ -89,7 +91,10 @@ def test_every_data_set_is_shown(tmp_path, data):
     parameters, *cells = CELLS
     variables = {}
     exec(parameters, variables)
-    variables |= {"data": data, "root": str(root), "out": str(tmp_path)}
+    weights = tmp_path / "test_vit.safetensors"
+    save_file(create_backbone("test_vit", 64).state_dict(), weights)
+    variables |= {"data": data, "root": str(root), "out": str(tmp_path), "preset": "tiny"}
+    variables |= {"settings": {"pretrained": str(weights), "workers": 0}, "checked": 40}
     for cell in cells:
         exec(cell, variables)
     plt.close("all")
@@ -98,3 +103,5 @@ def test_every_data_set_is_shown(tmp_path, data):
     has_boxes = data in ("coco", "diagnostic", "cub", "cars", "dogs", "nabirds", "aircraft")
     assert bool(len(variables["boxes"])) == has_boxes
     assert bool(len(variables["parts"])) == (data in ("diagnostic", "cub"))
+    held, labels = variables["held"], variables["table"].set_index("path")["label"]
+    assert len(held) == min(len(labels), 40) and held["label"].tolist() == [*labels[held["path"]]]

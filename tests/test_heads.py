@@ -1,6 +1,7 @@
 """Linear heads: against scikit-learn, properties of calibration, and that nothing leaks."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import log_softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -14,6 +15,7 @@ from ramslib.experiments.heads import (
     discriminant_scores,
     draw_folds,
     logistic_scores,
+    predict_held,
     stack,
 )
 
@@ -140,6 +142,29 @@ def test_a_wrong_label_stands_out():
     assert inside[np.arange(60), labels].argmin() == 5
     again = cross_fit(features.astype(np.float32), labels, None, features[:0], 3).inside
     np.testing.assert_allclose(np.exp(again), np.exp(inside), atol=1e-4)
+
+
+def test_what_is_said_of_an_image_comes_from_heads_without_it():
+    features, labels = draw(each=12, spread=0.3)
+    changed = labels.copy()
+    changed[[3, 20]] = [2, 0]
+    table = pd.DataFrame({"path": [f"{row}.jpg" for row in range(36)], "label": changed})
+    held = predict_held(features, table.assign(group=np.nan))
+    inside = np.exp(cross_fit(features, changed, None, features[:0], 3).inside)
+    assert held["path"].tolist() == table["path"].tolist()
+    assert held["prediction"][[3, 20]].tolist() == labels[[3, 20]].tolist()
+    np.testing.assert_allclose(held["confidence"], inside.max(axis=1))
+    np.testing.assert_allclose(held["true_probability"], inside[range(36), changed])
+    copies = np.repeat(features[::2], 2, axis=0) + np.random.default_rng(0).normal(size=(36, 1))
+    grouped = table.assign(label=np.random.default_rng(1).integers(3, size=18).repeat(2))
+    right = [
+        (found["prediction"] == found["label"]).mean()
+        for found in (
+            predict_held(copies, grouped),
+            predict_held(copies, grouped.assign(group=np.arange(18).repeat(2).astype(str))),
+        )
+    ]
+    assert right[1] < right[0], "copies of one group do not tell each other's label"
 
 
 def test_constant_features_do_no_harm():

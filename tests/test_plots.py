@@ -290,6 +290,30 @@ def test_samples_show_every_class_in_turn(tmp_path):
     assert sorted(ax.get_title(loc="left") for ax in axes.flat) == ["bird 0", "bird 1", "bird 2"]
 
 
+def test_every_kind_of_problem_has_its_pictures(tmp_path):
+    root = draw_photos(tmp_path / "photos")
+    paths = [str(path) for path in sorted((root / "train").rglob("*.png"))]
+    Path(paths[0]).write_text("no image")
+    rows = [
+        ("unreadable", "", "", paths[0], "not an image"),
+        ("few to test", "", "", "", "crow: 1"),
+    ]
+    rows += [("odd", "", "", path, "blank") for path in paths[1:12]]
+    rows += [
+        ("duplicate", "splits", paths[g], paths[g + i], "train, a")
+        for g in (3, 9, 15)
+        for i in (0, 1)
+    ]
+    problems = pd.DataFrame(rows, columns=["kind", "across", "group", "path", "detail"])
+    titles = [[ax.get_title(loc="left") for ax in row] for row in plots.plot_problems(problems)]
+    kinds = [[title.split("\n")[0] for title in row] for row in titles]
+    assert kinds[:3] == [["unreadable", "", "", ""], ["odd"] * 4, ["odd"] * 4]
+    assert kinds[3:] == [["duplicate", "duplicate", "", ""]] * 2, "two groups at most"
+    assert titles[0][0] == "unreadable\n0.png" and titles[1][0] == "odd\nblank"
+    assert plots.plot_problems(problems[:0]).shape == (1, 4)
+    plt.close("all")
+
+
 def test_class_balance_counts_images():
     table = pd.DataFrame({"label": [0, 0, 1, 1, 1], "split": ["train", "test", *["train"] * 3]})
     ax = plots.plot_class_balance(table)

@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy.fft import dctn
-from scipy.sparse import csr_array, triu
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
@@ -33,6 +33,10 @@ SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature i
 # is above, and ten times as many are above 0.1 less. Pairs from `DOUBT` less on are laid over each
 # other, and are near duplicates if they correlate; different birds correlate up to 0.84.
 ALIKE, PAIRS, DOUBT, CORRELATED = 0.6, 3e5, 0.25, 0.9
+BLOCK, DOUBTED = (
+    512,
+    3,
+)  # images that are compared at once, and doubtful pairs of each that are tried
 THUMB, PARTS = 48, (1, 0.95, 0.9, 0.85, 0.8)  # pixels of a side, and shares of it that a crop keeps
 BURST = 3  # seconds between two photos of a burst
 FEW, FEW_IN_ALL, UNEQUAL = 5, 200, 10  # test images of a class; of all; largest class / smallest
@@ -170,21 +174,31 @@ def _share(kind: str, table: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
 
 
 def _alike(signatures: np.ndarray, thumbs: list[np.ndarray]) -> np.ndarray:
-    """Numbers of sets of near duplicates, mirrored ones too; an image may be alone in its set."""
-    from sklearn.neighbors import NearestNeighbors  # slow to import, and training needs none of it
+    """Numbers of sets of near duplicates, mirrored ones too; an image may be alone in its set.
 
-    count, mirror = len(signatures), np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
+    Images are compared with all later ones, `BLOCK` at a time: never all pairs are in memory.
+    """
+    count, names = len(signatures), np.arange(len(signatures))
+    mirrored = signatures * np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
     limit = ALIKE + 0.1 * np.log10(max(count**2 / PAIRS, 1))
-    radius = np.sqrt(2 - 2 * (limit - DOUBT))
-    search = NearestNeighbors(radius=radius, algorithm="brute").fit(signatures)
-    near = [search.radius_neighbors_graph(each) for each in (signatures, signatures * mirror)]
-    rows, columns = triu(near[0] + near[1], 1).nonzero()
-    cosines = [(signatures[rows] * signatures[columns] * sign).sum(axis=1) for sign in (1, mirror)]
-    certain = np.maximum(*cosines) >= limit
-    for pair in np.flatnonzero(~certain):
-        certain[pair] = _correlate(thumbs[rows[pair]], thumbs[columns[pair]]) >= CORRELATED
-    edges = (certain[certain], (rows[certain], columns[certain]))
-    return connected_components(csr_array(edges, (count, count)), directed=False)[1]
+    for start in range(0, count, BLOCK):
+        others, block = signatures[start:].T, slice(start, start + BLOCK)
+        cosines = np.triu(np.maximum(signatures[block] @ others, mirrored[block] @ others), 1)
+        names = _join(names, *(np.argwhere(cosines >= limit).T + start))
+        cosines[cosines >= limit] = 0
+        nearest = np.argsort(cosines, axis=1)[:, -DOUBTED:]
+        rows, places = (np.take_along_axis(cosines, nearest, axis=1) >= limit - DOUBT).nonzero()
+        pairs = np.column_stack([rows, nearest[rows, places]]) + start
+        pairs = pairs[names[pairs[:, 0]] != names[pairs[:, 1]]]
+        alike = [_correlate(thumbs[one], thumbs[other]) >= CORRELATED for one, other in pairs]
+        names = _join(names, *pairs[np.array(alike, bool)].T)
+    return names
+
+
+def _join(names: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Numbers of sets, after those of pairs of members were joined."""
+    edges = csr_array((np.ones(len(ones)), (names[ones], names[others])), (len(names),) * 2)
+    return connected_components(edges, directed=False)[1][names]
 
 
 def _correlate(one: np.ndarray, other: np.ndarray) -> float:

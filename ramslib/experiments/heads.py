@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import linalg, optimize
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
@@ -140,6 +141,13 @@ def draw_folds(labels: Array, groups: Array | None, seed: int) -> list[tuple[Arr
         return list(kind(count, shuffle=True, random_state=seed).split(labels, labels, groups))
 
 
+def groups_of(table: pd.DataFrame) -> Array | None:
+    """The group of each image, those without one alone; None where no image has one."""
+    if "group" not in table or table["group"].isna().all():
+        return None
+    return table["group"].fillna(table["path"]).to_numpy()
+
+
 class Fitted(NamedTuple):
     """Log probabilities of the fitted images by heads that did not see them, and of new images."""
 
@@ -175,3 +183,21 @@ def cross_fit(
     calibrated = [combine([each], weight) for each, weight in zip(inside, weights, strict=True)]
     best = np.argmax([each[np.arange(len(labels)), labels].mean() for each in calibrated])
     return Fitted(calibrated[best], combine([outside[best]], weights[best]))
+
+
+def predict_held(features: Array, table: pd.DataFrame) -> pd.DataFrame:
+    """Predictions by heads that did not see the image, for `health.suspicious_labels`.
+
+    Args:
+        features: (N, D).
+        table: the N images.
+
+    Returns:
+        Columns ``path, label, prediction, confidence`` and ``true_probability``, of the label.
+    """
+    labels = table["label"].to_numpy()
+    given = features, labels, groups_of(table), features[:0], labels.max() + 1
+    shares = np.exp(cross_fit(*given).inside)
+    held = table[["path", "label"]].assign(prediction=shares.argmax(axis=1))
+    true = shares[np.arange(len(labels)), labels]
+    return held.assign(confidence=shares.max(axis=1), true_probability=true)

@@ -46,7 +46,15 @@ from ramslib.evaluation import (
     tidy,
 )
 from ramslib.experiments.comparison import paired_image_differences
-from ramslib.experiments.heads import HEADS, Array, combine, cross_fit, draw_folds, stack
+from ramslib.experiments.heads import (
+    HEADS,
+    Array,
+    combine,
+    cross_fit,
+    draw_folds,
+    groups_of,
+    stack,
+)
 from ramslib.model import build_model
 from ramslib.runs.folder import lock_folder, run_key, shorten_paths
 from ramslib.training.optimization import AMP_TYPES
@@ -263,7 +271,7 @@ def evaluate_split(
         seed: of the folds.
     """
     labels, classes = table["label"].to_numpy(), int(table["label"].max()) + 1
-    groups = _groups(table.iloc[train])
+    groups = groups_of(table.iloc[train])
     features = {f"scale {number}": values for number, values in enumerate(scales, start=1)}
     names, weights, threshold, confident = list(features), np.ones(1), 1.0, np.zeros(1)
     if len(scales) > 1:
@@ -313,16 +321,9 @@ def repeated_folds(
     table: pd.DataFrame, repeats: int = REPEATS, seed: int = 0
 ) -> list[tuple[Array, Array]]:
     """Training and test rows of repeated cross-validation over all images, by class and group."""
-    labels, groups = table["label"].to_numpy(), _groups(table)
+    labels, groups = table["label"].to_numpy(), groups_of(table)
     drawn = (draw_folds(labels, groups, seed + repeat) for repeat in range(repeats))
     return list(itertools.chain.from_iterable(drawn))
-
-
-def _groups(table: pd.DataFrame) -> Array | None:
-    """The group of each image, those without one alone; None where no image has one."""
-    if "group" not in table or table["group"].isna().all():
-        return None
-    return table["group"].fillna(table["path"]).to_numpy()
 
 
 def summarize_splits(outcomes: Sequence[Outcome], read: str) -> pd.DataFrame:

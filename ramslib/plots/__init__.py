@@ -22,6 +22,7 @@ from ramslib.plots.images import (
     plot_mask,
     plot_patch_grid,
     plot_probabilities,
+    plot_problems,
     plot_recursion,
     plot_samples,
     plot_strength,

@@ -4,7 +4,9 @@ An image is PIL's or a (3, H, W) uint8 tensor. Boxes are ``(top, left, bottom, r
 the image that is shown.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -280,4 +282,31 @@ def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):
         box = [row[side] for side in BOX_COLUMNS]
         plot_image(open_image(row["path"]), None, box, clean_class_name(row["class_name"]), ax)
+    return axes
+
+
+@styled
+def plot_problems(problems: pd.DataFrame, columns: int = 4) -> np.ndarray:
+    """Images with problems: at most two rows of each kind and place, a row per group.
+
+    Args:
+        problems: from `health.find_problems`; those of classes and of the dataset have no image.
+        columns: images in a row, the first of a group.
+    """
+    images = problems[problems["path"] != ""]
+    alone = images.groupby(["kind", "across"]).cumcount() // columns
+    group = images["group"].where(images["group"] != "", alone.astype(str))
+    rows = images.groupby([images["kind"], images["across"], group], sort=False)
+    first = rows.head(1).groupby(["kind", "across"], sort=False).head(2).index
+    chosen = [row.head(columns) for _, row in rows if row.index[0] in first]
+    height = max(len(chosen), 1)
+    axes = _new_grid(None, (2.4 * columns, 2.4 * height), height, columns)
+    for ax in axes.flat:
+        ax.axis("off")
+    for line, row in zip(axes, chosen, strict=False):
+        for ax, image in zip(line, row.itertuples(), strict=False):
+            unread = image.kind == "unreadable"
+            picture = Image.new("RGB", (4, 3), "lightgray") if unread else open_image(image.path)
+            detail = Path(image.path).name if unread else image.detail
+            plot_image(picture, title="\n".join([image.kind, *textwrap.wrap(detail, 26)]), ax=ax)
     return axes
