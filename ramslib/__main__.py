@@ -18,7 +18,10 @@ from pathlib import Path
 from ramslib.config import PRESETS, Config
 from ramslib.errors import InputError, one_line
 
+ABOUT = """Fine-grained image recognition with a Vision Transformer that looks twice. Settings are
+given as name=value, in any number; 'ramslib COMMAND --help' lists what a command takes."""
 PRESET_HELP = f"settings to start from: {', '.join(PRESETS)}; small by default"
+SETTINGS_HELP = "settings, such as epochs=5 seed=1; docs/training.md lists all"
 OLD_NAMES = {"data": "describe-data", "road": "notebooks"}  # of commands, in version 0.1
 
 
@@ -77,13 +80,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ramslib", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="ramslib", description=ABOUT, allow_abbrev=False)
     debug = {"action": "store_true", "help": "show the traceback of an error"}
     parser.add_argument("--debug", **debug)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run_command: Callable, text: str, run: str = "") -> Callable:
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
         command.set_defaults(run_command=run_command)
         if run:
@@ -127,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep("--out", required=True, type=_path, help="folder of all runs")
     sweep("--processes", type=int, default=1, help="training processes per run")
     sweep("--storage", metavar="URL", help="database that several machines share")
-    _add_settings(sweep, "settings of Config; one that is given several times is an axis")
+    _add_settings(sweep, f"{SETTINGS_HELP}; one that is given several times is an axis")
     report = add("report", _report, "write report.html, a page about a finished run")
     report("run", type=_path, help="folder of the run")
     report("--root", type=_path, help="folder of its images, if they moved")
@@ -150,7 +153,7 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _add_settings(add: Callable, text: str = "settings of Config") -> None:
+def _add_settings(add: Callable, text: str = SETTINGS_HELP) -> None:
     add("--preset", help=PRESET_HELP)
     add("--config", type=_path, help="JSON file with settings, such as a run's; no preset then")
     add("settings", nargs="*", metavar="name=value", help=text)
@@ -185,20 +188,23 @@ def _config(options: argparse.Namespace) -> Config:
     return _base(options).replace(**{name: values[-1] for name, values in axes.items()})
 
 
-def _train(options: argparse.Namespace) -> int | None:
-    config = _config(options)  # before the slow import: typos are answered at once
+def _train(options: argparse.Namespace) -> int:
+    config, code = _config(options), 0  # before the slow imports: typos are answered at once
     if options.processes == 1:
         from ramslib.training.trainer import train
 
         train(config, options.run, options.save_every)
-        return None
-    from ramslib.distributed import Processes
-    from ramslib.training.launch import overrides, run_in_processes
-    from ramslib.training.optimization import check_shares
+    else:
+        from ramslib.distributed import Processes
+        from ramslib.training.launch import overrides, run_in_processes
+        from ramslib.training.optimization import check_shares
 
-    check_shares(config, Processes(world=options.processes))
-    arguments = ["--run", options.run, "--save-every", options.save_every, *overrides(config)]
-    return run_in_processes(["train", *arguments], options.processes)
+        check_shares(config, Processes(world=options.processes))
+        arguments = ["--run", options.run, "--save-every", options.save_every, *overrides(config)]
+        code = run_in_processes(["train", *arguments], options.processes)
+    if not code and "RANK" not in os.environ:  # once, not by each of several processes
+        print(f"{options.run}: finished; its README.md says how good it is and how to use it")
+    return code
 
 
 def _describe_data(options: argparse.Namespace) -> None:

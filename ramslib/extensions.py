@@ -11,17 +11,26 @@ imported only if it was stored on this machine by you, or after `trust`.
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ramslib.errors import InputError, one_line
 
-SETTINGS = ("data", "model", "strength", "proposal", "loss")  # settings that take a reference
+ARGUMENTS = {  # what the function of each setting that takes a reference is called with
+    "data": ("root",),
+    "model": ("config", "num_classes"),
+    "strength": ("recorded",),
+    "proposal": ("strength", "threshold", "recorded"),
+    "loss": ("outputs", "labels"),
+}
+SETTINGS = tuple(ARGUMENTS)
 SOURCES = "sources"  # the folder of a run that holds the copies
 TRUSTED = Path("~/.config/ramslib/trusted_sources").expanduser()  # SHA-256 of code, one per line
 
@@ -74,7 +83,8 @@ def resolve(name: str | Callable, registry: Mapping[str, Any], kind: str) -> Any
         kind: the name of the setting, for messages.
 
     Raises:
-        InputError: an unknown name, or a file that does not import or lacks the name.
+        InputError: an unknown name, a file that does not import or lacks the name, or a function
+            that takes other arguments.
     """
     if callable(name):
         return name
@@ -92,6 +102,12 @@ def resolve(name: str | Callable, registry: Mapping[str, Any], kind: str) -> Any
         near = difflib.get_close_matches(attribute, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "define it there"
         raise InputError(f"{kind} {name!r}: {path.name} has no function {attribute!r}; {hint}")
+    try:
+        with suppress(ValueError):  # a function in C may tell nothing about its arguments
+            inspect.signature(found).bind(*ARGUMENTS[kind])
+    except TypeError as error:
+        takes = ", ".join(ARGUMENTS[kind])
+        raise InputError(f"{kind} {name!r}: {error}; define {attribute}({takes})") from None
     return found
 
 

@@ -129,6 +129,8 @@ def test_a_run_with_it_trains_predicts_and_keeps_a_copy(ideas, config, tmp_path,
     source = tmp_path / "ideas" / f"{name}.py"
     (copy,) = (run / "sources").iterdir()
     assert copy.read_text() == source.read_text()
+    card = (run / "README.md").read_text()
+    assert name in card and str(tmp_path) not in card, "named without the folder"
     source.unlink()  # the run needs its copy alone
     image = next(Path(config.root).rglob("*.png"))
     predictions = ramslib.predict(run, [image])

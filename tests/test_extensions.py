@@ -15,7 +15,7 @@ def trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(extensions, "TRUSTED", tmp_path / "home" / "trusted_sources")
 
 
-def write(folder, code="def idea():\n    return 42\n", name="ideas.py"):
+def write(folder, code="def idea(*given):\n    return 42\n", name="ideas.py"):
     folder.mkdir(exist_ok=True, parents=True)
     (folder / name).write_text(code)
     return folder / name
@@ -34,7 +34,7 @@ def test_an_edited_file_is_imported_again(tmp_path):
     path = write(tmp_path)
     first = resolve(f"{path}:idea", {}, "strength")
     assert resolve(f"{path}:idea", {}, "strength") is first, "the same code is imported once"
-    write(tmp_path, "def idea():\n    return 43\n")
+    write(tmp_path, "def idea(*given):\n    return 43\n")
     assert resolve(f"{path}:idea", {}, "strength")() == 43
 
 
@@ -46,6 +46,8 @@ def test_an_edited_file_is_imported_again(tmp_path):
         ("x = 1\ny = x / 0\n", "idea", ["ideas.py:2", "ZeroDivisionError"]),
         ("def idea():\n    pass\n", "idee", ["no function 'idee'", "'idea'"]),
         ("idea = 3\n", "idea", ["no function 'idea'"]),
+        ("def idea(strength): ...\n", "idea", ["too many", "idea(strength, threshold, recorded)"]),
+        ("def idea(a, b, c, d): ...\n", "idea", ["missing", "'d'", "define idea(strength, "]),
     ],
 )
 def test_bad_code_is_one_line_that_says_where(tmp_path, code, name, words):
@@ -92,7 +94,7 @@ def test_a_run_keeps_its_code(tmp_path):
 def test_code_of_a_foreign_run_is_not_executed(tmp_path):
     canary = tmp_path / "canary"
     run = tmp_path / "run"
-    code = f"open({str(canary)!r}, 'w').close()\n\n\ndef idea():\n    return 1\n"
+    code = f"open({str(canary)!r}, 'w').close()\n\n\ndef idea(*given):\n    return 1\n"
     path = write(run / "sources", code)
     (run / "config.json").write_text("{}")
     with pytest.raises(InputError, match="written elsewhere.*ramslib trust"):

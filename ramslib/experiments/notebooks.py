@@ -438,7 +438,8 @@ def write_report(run: Path | str, root: Path | str | None = None) -> Path:
     read_predictions(run)
     notebook = execute(NOTEBOOKS / "report.ipynb", {"run": str(run.absolute()), "root": root})
     hidden = {f"exclude_{part}": True for part in ("input", "input_prompt", "output_prompt")}
-    title = f"{run.resolve().name}: {method_name(config)} on {config.data}"
+    data = config.data.rpartition("/")[2]  # of a reader of one's own, without the folder
+    title = f"{run.resolve().name}: {method_name(config)} on {data}"
     write_page(notebook, run / "report.html", title, **hidden)
     return run / "report.html"
 
