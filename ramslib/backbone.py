@@ -180,7 +180,7 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
     added, position = count - 1, getattr(backbone, "pos_embed", None)
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
-        if not _only_patches_have_positions(backbone):
+        if position is not None and not getattr(backbone, "no_embed_class", False):
             first = position[:, :1].repeat(1, added, 1)
             backbone.pos_embed = nn.Parameter(torch.cat([first, position], dim=1))
     for module in backbone.modules():
@@ -240,9 +240,3 @@ def overlap_patches(backbone: nn.Module, stride: int) -> None:
     prefix = 0 if getattr(backbone, "no_embed_class", False) else backbone.num_prefix_tokens
     resized = resample_abs_pos_embed(positions, new, old, num_prefix_tokens=prefix)
     backbone.pos_embed = nn.Parameter(resized.detach())
-
-
-def _only_patches_have_positions(backbone: nn.Module) -> bool:
-    return (
-        getattr(backbone, "no_embed_class", False) or getattr(backbone, "pos_embed", None) is None
-    )

@@ -16,7 +16,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,9 +102,8 @@ def resolve(name: str | Callable, registry: Mapping[str, Any], kind: str) -> Any
         hint = f"did you mean {near[0]!r}?" if near else "define it there"
         raise InputError(f"{kind} {name!r}: {path.name} has no function {attribute!r}; {hint}")
     try:
-        with suppress(ValueError):  # a function in C may tell nothing about its arguments
-            inspect.signature(found).bind(*ARGUMENTS[kind])
-    except TypeError as error:
+        inspect.signature(found).bind(*ARGUMENTS[kind])
+    except (TypeError, ValueError) as error:
         takes = ", ".join(ARGUMENTS[kind])
         raise InputError(f"{kind} {name!r}: {error}; define {attribute}({takes})") from None
     return found

@@ -304,18 +304,9 @@ def build_backbone(config: Config, class_tokens: int = 1) -> nn.Module:
     It is built for the largest input of a scale: positions lose least when they are resampled.
     """
     largest, *others = sorted(config.input_sizes(), key=math.prod, reverse=True)
-    return create_backbone(
-        config.backbone,
-        largest,
-        class_tokens=class_tokens,
-        further_sizes=others,
-        patch_stride=config.patch_stride,
-        pretrained=config.pretrained,
-        drop_path=config.drop_path,
-        dropout=config.dropout,
-        pos_embed_resize=config.pos_embed_resize,
-        final_norm=config.final_norm,
-    )
+    names = "patch_stride", "pretrained", "drop_path", "dropout", "pos_embed_resize", "final_norm"
+    options = {name: getattr(config, name) for name in names}
+    return create_backbone(config.backbone, largest, class_tokens, others, **options)
 
 
 def configured_mean_std(config: Config) -> tuple | None:

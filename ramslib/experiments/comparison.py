@@ -345,12 +345,9 @@ def headlines(tables: Iterable[pd.DataFrame], count: int = 6) -> list[str]:
     """
     lines = []
     for table in tables:
-        by = [name for name in ("condition", "method", "budget") if name in table]
-        rows = table[table["checkpoint"] == "best"] if by else table
-        lines += (
-            [_headline(key, group) for key, group in rows.groupby(by, sort=False)] if by else []
-        )
-    lines = [line for line in lines if line]
+        if by := [name for name in ("condition", "method", "budget") if name in table]:
+            groups = table[table["checkpoint"] == "best"].groupby(by, sort=False)
+            lines += filter(None, (_headline(key, group) for key, group in groups))
     more = [f"and {len(lines) - count + 1} more conditions"] if len(lines) > count else []
     return lines[: count - len(more)] + more
 
