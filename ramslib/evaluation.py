@@ -224,24 +224,7 @@ def predict(
     names = output_names(model.num_scales)
     given = processes, model, table, transform, batch_size, workers
     rows = partial(_rows, model, transform)
-    results = _map_images(rows, (len(names), len(COLUMNS)), *given).numpy()
-    check_finite(results[:, :, COLUMNS.index("confidence")].sum(axis=1), table)
-    return tidy(results, table, names)
-
-
-def check_finite(confidence: np.ndarray, table: pd.DataFrame) -> None:
-    """Check that the model gave a number for every image of a table.
-
-    Raises:
-        InputError: NaN for one of them.
-    """
-    unknown = np.isnan(confidence)
-    if unknown.any():
-        path = table["path"].iloc[int(unknown.argmax())]
-        raise InputError(
-            f"{path}: the model's logits are not finite; its weights are damaged, train it again "
-            "with a lower learning_rate"
-        )
+    return tidy(_map_images(rows, (len(names), len(COLUMNS)), *given).numpy(), table, names)
 
 
 def _rows(model: ImageClassifier, transform: ImageTransform, batch: dict) -> Tensor:
@@ -294,8 +277,17 @@ def tidy(results: np.ndarray, table: pd.DataFrame, names: list[str]) -> pd.DataF
         results: (images, outputs, columns), the first of `COLUMNS`.
         table: the images.
         names: of the outputs.
+
+    Raises:
+        InputError: the model gave no number for an image.
     """
     images, outputs, columns = results.shape
+    unknown = np.isnan(results[:, :, COLUMNS.index("confidence")]).any(axis=1)
+    if unknown.any():
+        raise InputError(
+            f"{table['path'].iloc[int(unknown.argmax())]}: the model's logits are not finite; its "
+            "weights are damaged, train it again with a lower learning_rate"
+        )
     tidy = pd.DataFrame(results.reshape(images * outputs, columns), columns=COLUMNS[:columns])
     tidy = tidy.astype({"prediction": int, "rank": int})
     keys = {
@@ -453,9 +445,8 @@ def predict_early_exit(
         probabilities, confident = early_exit(model, batch["pixels"], threshold)
         metrics.append(prediction_metrics(probabilities, batch["label"][:, None]))
         scales += torch.where(confident, 1, model.num_scales).tolist()
-    results = torch.cat(metrics).numpy()
-    check_finite(results[:, METRICS.index("confidence")], table)
-    return tidy(results[:, None], table, ["early exit"]).assign(scales=scales)
+    results = torch.cat(metrics).numpy()[:, None]
+    return tidy(results, table, ["early exit"]).assign(scales=scales)
 
 
 def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:

@@ -1062,7 +1062,7 @@ def test_large_lists_load_fast_and_small(tmp_path):
     code = (
         "import sys, time; from ramslib.data import annotations, readers; "
         "start = time.process_time(); "
-        "found = readers.read_nabirds(sys.argv[1]); "
+        "found = readers.read_cub(sys.argv[1]); "
         "table = annotations.complete_table(found, sys.argv[1], 'nabirds'); "
         "seconds = time.process_time() - start; "
         "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "
@@ -1076,4 +1076,5 @@ def test_large_lists_load_fast_and_small(tmp_path):
 
 def test_readers_are_named_and_described():
     for name, reader in datasets.READERS.items():
-        assert reader.__doc__ and reader.__name__ == f"read_{name}"
+        layout = "cub" if name == "nabirds" else name
+        assert reader.__doc__ and reader.__name__ == f"read_{layout}"

@@ -285,6 +285,8 @@ def test_fixes_are_lists_and_solve_what_they_can(tmp_path):
     assert {os.path.basename(path) for path in excluded.index} == wanted
     assert excluded["train/crow/leak.jpg"] == "duplicate of test/crow/crow1.jpg"
     assert excluded["train/crow/crow0.jpg"] == "unreadable"
+    assert excluded["train/crow/crow3.jpg"] == "duplicate of train/wren/label.jpg"
+    assert excluded["train/wren/label.jpg"] == "duplicate of train/crow/crow3.jpg"
     assert hashes(root) == before
     with pytest.warns(UserWarning, match="7 of 42 images left out"):
         table = measure_images(read_table("folder", root, 0.3))

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -33,10 +34,7 @@ SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature i
 # is above, and ten times as many are above 0.1 less. Pairs from `DOUBT` less on are laid over each
 # other, and are near duplicates if they correlate; different birds correlate up to 0.84.
 ALIKE, PAIRS, DOUBT, CORRELATED = 0.6, 3e5, 0.25, 0.9
-BLOCK, DOUBTED = (
-    512,
-    3,
-)  # images that are compared at once, and doubtful pairs of each that are tried
+COMPARED, DOUBTED = 4_000_000, 3  # pairs that are compared at once; doubtful ones of an image
 THUMB, PARTS = 48, (1, 0.95, 0.9, 0.85, 0.8)  # pixels of a side, and shares of it that a crop keeps
 BURST = 3  # seconds between two photos of a burst
 FEW, FEW_IN_ALL, UNEQUAL = 5, 200, 10  # test images of a class; of all; largest class / smallest
@@ -64,10 +62,14 @@ def measure_images(table: pd.DataFrame) -> pd.DataFrame:
         upright), ``remark`` (what is odd, or ""), ``digest`` (of the decoded pixels), ``camera,
         taken`` (from EXIF, or ""), ``signature`` and ``thumb`` (what it looks like).
     """
+    return pd.concat([table, pd.DataFrame(_decode(table, _measure), table.index)], axis=1)
+
+
+def _decode(table: pd.DataFrame, function: Callable[[str], object]) -> list:
+    """What a function of a path gives for every image of a table, in threads."""
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # threads share the filters
-        found = pool.map(_measure, table["path"])
-        found = list(tqdm(found, "decoding", len(table), unit=" images", disable=None, leave=False))
-    return pd.concat([table, pd.DataFrame(found, table.index)], axis=1)
+        found = pool.map(function, table["path"])
+        return list(tqdm(found, "decoding", len(table), unit=" images", disable=None, leave=False))
 
 
 def _measure(path: str) -> dict:
@@ -176,17 +178,19 @@ def _share(kind: str, table: pd.DataFrame, names: pd.Series) -> pd.DataFrame:
 def _alike(signatures: np.ndarray, thumbs: list[np.ndarray]) -> np.ndarray:
     """Numbers of sets of near duplicates, mirrored ones too; an image may be alone in its set.
 
-    Images are compared with all later ones, `BLOCK` at a time: never all pairs are in memory.
+    Blocks of images are compared with all later ones: the memory is that of `COMPARED` pairs.
     """
     count, names = len(signatures), np.arange(len(signatures))
+    size = max(COMPARED // count, 1)
     mirrored = signatures * np.where(np.arange(WAVES**2) % WAVES % 2, -1, 1)
     limit = ALIKE + 0.1 * np.log10(max(count**2 / PAIRS, 1))
-    for start in range(0, count, BLOCK):
-        others, block = signatures[start:].T, slice(start, start + BLOCK)
+    for start in range(0, count, size):
+        others, block = signatures[start:].T, slice(start, start + size)
         cosines = np.triu(np.maximum(signatures[block] @ others, mirrored[block] @ others), 1)
         names = _join(names, *(np.argwhere(cosines >= limit).T + start))
         cosines[cosines >= limit] = 0
-        nearest = np.argsort(cosines, axis=1)[:, -DOUBTED:]
+        tried = min(DOUBTED, count - start)
+        nearest = np.argpartition(cosines, -tried, axis=1)[:, -tried:]
         rows, places = (np.take_along_axis(cosines, nearest, axis=1) >= limit - DOUBT).nonzero()
         pairs = np.column_stack([rows, nearest[rows, places]]) + start
         pairs = pairs[names[pairs[:, 0]] != names[pairs[:, 1]]]
@@ -303,8 +307,9 @@ def write_fixes(
         first, *others = paths = sorted(set(part["path"]), key=order.get)
         reason = f"{kind} of {os.path.relpath(first, root)}"
         if kind == "duplicate":
-            several = part["across"].iloc[0].endswith("classes")
-            out |= dict.fromkeys(paths if several else others, reason)
+            out |= dict.fromkeys(others, reason)
+            if part["across"].iloc[0].endswith("classes"):
+                out[first] = f"{kind} of {os.path.relpath(others[0], root)}"
         elif split[first] == "test" and (kind == "near duplicate" or not is_drawn):
             out |= {path: reason for path in others if split[path] != "test"}
         else:
@@ -328,11 +333,7 @@ def check_readable(table: pd.DataFrame) -> None:
     Raises:
         InputError: some cannot be read.
     """
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        found = pool.map(partial(reading_error, at_least=SIDE), table["path"])
-        found = tqdm(found, "decoding", len(table), unit=" images", disable=None, leave=False)
-        errors = [error for error in found if error]
-    if errors:
+    if errors := list(filter(None, _decode(table, partial(reading_error, at_least=SIDE)))):
         raise InputError(
             f"{len(errors):,} of {len(table):,} images cannot be read, first: {errors[0]}; or "
             "leave them out by: ramslib describe-data --fix"

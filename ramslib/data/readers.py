@@ -32,20 +32,16 @@ from ramslib.data.annotations import (
 from ramslib.errors import InputError, shorten
 
 PART_COLUMNS = ["path", "part", "y", "x"]
+TEXT_LAYOUTS = "CUB_200_2011", "nabirds"  # folders in archives
 
 
 def read_cub(root: Path | str) -> pd.DataFrame:
-    """CUB-200-2011, or any dataset written in its layout; bounding_boxes.txt may be absent."""
-    return _read_text_layout(find_root(root, "images.txt", "CUB_200_2011"))
+    """CUB-200-2011, or any dataset written in its layout; bounding_boxes.txt may be absent.
 
-
-def read_nabirds(root: Path | str) -> pd.DataFrame:
-    """NABirds; its classes are those that images have (555 leaves of a hierarchy of 1,011)."""
-    return _read_text_layout(find_root(root, "images.txt", "nabirds"))
-
-
-def _read_text_layout(root: str) -> pd.DataFrame:
-    """The text files that CUB-200-2011 and NABirds share, and the latter's image sizes."""
+    NABirds is one, with image sizes; its classes are those that images have (555 leaves of a
+    hierarchy of 1,011).
+    """
+    root = find_root(root, "images.txt", *TEXT_LAYOUTS)
     names = read_by_id(f"{root}/classes.txt", name=str)
     rank = {key: label for label, key in enumerate(sorted(names, key=lambda k: (len(k), k)))}
     images = read_by_id(f"{root}/images.txt", path=str)
@@ -83,7 +79,7 @@ def read_parts(root: Path | str) -> pd.DataFrame:
 
     A layout without the folder ``parts`` has none: no rows.
     """
-    root = find_root(root, "images.txt", "CUB_200_2011", "nabirds")
+    root = find_root(root, "images.txt", *TEXT_LAYOUTS)
     if not os.path.isdir(f"{root}/parts"):
         return pd.DataFrame(columns=PART_COLUMNS)
     images = read_by_id(f"{root}/images.txt", path=str)
@@ -294,15 +290,14 @@ def read_pets(root: Path | str) -> pd.DataFrame:
 
 
 READERS = {
-    reader.__name__.removeprefix("read_"): reader
-    for reader in (
-        read_csv,
-        read_coco,
-        read_cub,
-        read_cars,
-        read_dogs,
-        read_nabirds,
-        read_inaturalist,
-    )
-    + (read_aircraft, read_flowers, read_pets)
+    "csv": read_csv,
+    "coco": read_coco,
+    "cub": read_cub,
+    "cars": read_cars,
+    "dogs": read_dogs,
+    "nabirds": read_cub,
+    "inaturalist": read_inaturalist,
+    "aircraft": read_aircraft,
+    "flowers": read_flowers,
+    "pets": read_pets,
 }
