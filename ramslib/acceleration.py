@@ -5,7 +5,8 @@
 - `selective_checkpointing`: outputs of norms and GELUs are computed again instead of kept, and
   free pages of the heap are returned to the operating system on the way;
 - `compile_blocks`: blocks by torch.compile;
-- `largest_component_tensor`, `crop_and_resize_batch`: tensor operations for exported programs.
+- `largest_component_tensor`, `crop_and_resize_batch`: tensor operations for exported programs;
+- `choose_amp`: bfloat16 where the device computes with it; the one that changes results.
 
 Inside `plain_path` the first two are off.
 """
@@ -37,6 +38,18 @@ RECOMPUTED_OPS = (
 )  # each keeps its input, the first argument, for its own gradient
 TRIMMED = 2**29  # bytes kept on a CPU from one trim of the heap to the next
 _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """What ``amp`` stands for on a device: ``auto`` is bf16 where that is not emulated, else none."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # older versions do not tell
+        native = device.type == "cpu" and (found.get("avx512_bf16") or found.get("amx_bf16"))
+    return "bf16" if native else "none"
 
 
 @contextmanager

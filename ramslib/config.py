@@ -98,7 +98,8 @@ class Config:
     frozen_blocks: int = within(
         8, 0, 1000
     )  # first blocks that are not trained, and patch embedding
-    amp: Literal["none", "bf16", "fp16"] = "none"
+    # of training and of the probe's features; auto: bf16 where the device computes with it
+    amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     compile: bool = False  # the encoder's blocks by torch.compile, in training; a minute at first
     ema_decay: float = within(0.0, 0, 0.99999)  # 0 switches the moving average off
     patience: int = within(0, 0, 10**6)  # epochs without a better validation loss; 0: never stop

@@ -39,7 +39,7 @@ from ramslib.runs.photos import predict
 from ramslib.runs.results import read_results
 from ramslib.training import optimization
 from ramslib.training.launch import command, overrides, progress_line
-from ramslib.training.trainer import train
+from ramslib.training.trainer import Trainer, train
 
 KILLS = int(os.environ.get("RAMSLIB_KILLS", 3))
 ONE = {"workers": 1, "augment": "rand-m9-mstd0.5", "ema_decay": 0.9, "drop_path": 0.1}
@@ -226,6 +226,35 @@ def test_mixed_precision_follows_the_full_one(photos, tmp_path, amp):
         for name in ("none", amp)
     )
     assert mixed == pytest.approx(full, rel=0.01) and mixed != full
+
+
+def test_automatic_precision_is_that_of_the_device_where_the_run_began(
+    photos, tmp_path, monkeypatch
+):
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    automatic = tiny_config(photos, epochs=2, amp="auto")
+    unbroken = train(automatic, tmp_path / "auto")
+    explicit = train(tiny_config(photos, epochs=2, amp="bf16"), tmp_path / "bf16")
+    losses = [[row.get("loss") for row in read_log(run)] for run in (unbroken, explicit)]
+    assert losses[0] == losses[1] and folder.read_metadata(unbroken)[1]["amp"] == "bf16"
+
+    update = Trainer.update
+
+    def break_off(trainer):
+        if trainer.state.step == 3:
+            raise KeyboardInterrupt
+        update(trainer)
+
+    monkeypatch.setattr(Trainer, "update", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(automatic, tmp_path / "run", save_every=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    same_run(train(automatic, tmp_path / "run"), unbroken)
+    elsewhere = train(automatic, tmp_path / "elsewhere")
+    assert folder.read_metadata(elsewhere)[1]["amp"] == "none"
+    assert read_log(elsewhere)[0]["loss"] not in losses[0]
 
 
 def test_a_loss_that_is_no_number_names_epoch_step_and_images(photos, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramslib import __version__
+from ramslib.acceleration import choose_amp
 from ramslib.backbone import image_size, patch_grid
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
@@ -167,12 +168,13 @@ def extract_features(config: Config, table: pd.DataFrame, folder: Path) -> dict[
     """
     with temporary_seed(config.seed):
         model = build_model(config, int(table["label"].max()) + 1).eval()
-    deciding = [*Config.names()[: Config.names().index("loss")], "amp"]
-    deciding = {n: getattr(config, n) for n in deciding if n not in NOT_IN_FEATURES}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    amp = choose_amp(config.amp, device)
+    deciding = set(Config.names()[: Config.names().index("loss")]) - NOT_IN_FEATURES
+    deciding = {name: getattr(config, name) for name in deciding} | {"amp": amp}
     decided_by = f"{digest(model.state_dict())} {fingerprint(table)} {table['path'].size}"
     folder = folder / run_key(Config(**deciding), decided_by)
-    device, amp = "cuda" if torch.cuda.is_available() else "cpu", AMP_TYPES[config.amp]
-    model = model.to(device)
+    model, dtype = model.to(device), AMP_TYPES[amp]
     transform = ImageTransform(config.highres_size or config.image_size, config.crop_fraction)
     parts = _read_chunks(folder)
     start = sum(len(part["tokens"]) for part in parts)
@@ -183,7 +185,7 @@ def extract_features(config: Config, table: pd.DataFrame, folder: Path) -> dict[
         _batch_features(model, transform, batch)
         for batch in tqdm(batches, "features", disable=None, **options)
     )
-    with torch.inference_mode(), torch.autocast(device, amp, enabled=amp is not None):
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         while chunk := list(itertools.islice(computed, CHUNK // BATCH)):
             parts.append(_join(chunk))
             folder.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,9 @@ def lock_folder(
         lock.release()
 
 
-def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> None:
+def init_run(
+    run: Path, config: Config, table: pd.DataFrame, origin: str, amp: str = "none"
+) -> None:
     """Describe a new run in its folder, or check that it is of this configuration and data.
 
     Where the data moved, the run notes their new place.
@@ -144,6 +146,7 @@ def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> Non
         config: what is trained.
         table: its data set.
         origin: one sentence about the weights before training.
+        amp: what it computes in, where its configuration leaves that to the device.
 
     Raises:
         InputError: the folder holds another run, or cannot be written.
@@ -151,7 +154,7 @@ def init_run(run: Path, config: Config, table: pd.DataFrame, origin: str) -> Non
     found, root = fingerprint(table), os.path.abspath(config.root)
     if is_new := not (run / "config.json").exists():
         metadata = {"config": extensions.store_sources(asdict(config), run)}
-        metadata |= _describe(config, table, found, origin)
+        metadata |= _describe(config, table, found, origin) | {"amp": amp}
     else:
         check_run(run, config)
         _, metadata = read_metadata(run)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ramslib import distributed
-from ramslib.acceleration import compile_blocks
+from ramslib.acceleration import choose_amp, compile_blocks
 from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import load_table
@@ -90,18 +90,24 @@ class Trainer:
         self.optimizer = optimization.create_optimizer(self.model, config)
         length = config.warmup_steps, self.total_steps
         self.schedule = optimization.create_schedule(self.optimizer, *length)
-        self.backward = optimization.choose_backward(self.model, config)
-        device = self.processes.device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=config.amp == "fp16")
         self.ema = ModelEmaV3(self.model, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else None
         if self.processes.is_first:
-            folder.init_run(self.run, config, self.table, self.model.origin)
-        self.state = checkpoint.TrainState(key=folder.read_metadata(self.run)[1].get("key", ""))
+            amp = choose_amp(config.amp, self.processes.device)
+            folder.init_run(self.run, config, self.table, self.model.origin, amp)
+        _, metadata = folder.read_metadata(self.run)
+        self.state = checkpoint.TrainState(key=metadata.get("key", ""))
+        # a run is resumed as it began, also on another machine
+        self.amp = config.amp if config.amp != "auto" else metadata.get("amp", "none")
+        self.backward = optimization.choose_backward(self.model, config.replace(amp=self.amp))
+        device = self.processes.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.amp == "fp16")
         if resuming:
             self._resume()
         step = f"{self.run}: resumes after step {self.state.step} of {self.total_steps}"
         self._say(step if resuming else self.model.origin)
+        if config.amp == "auto" and self.amp == "bf16":
+            self._say("bfloat16, which this device computes with (amp=none: float32)")
         if torch.cuda.is_available() and device == "cpu":
             self._say(f"more processes than GPUs ({torch.cuda.device_count()}): training on CPUs")
 
@@ -233,7 +239,7 @@ class Trainer:
 
     def _check_finite(self, losses: list[float], norm: float, step: int) -> None:
         """Stop before corrupted weights are saved; float16's scaler expects infinite gradients."""
-        if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.config.amp == "fp16"):
+        if all(map(math.isfinite, losses)) and (math.isfinite(norm) or self.amp == "fp16"):
             return
         keys = optimization.batch_keys(self.config, self.labels, step)
         names = ", ".join(Path(self.train["path"][index]).name for _, index in keys)
