@@ -1,18 +1,15 @@
 """Evaluation: every image once, every scale and their fusions, accuracy with its uncertainty.
 
 Predictions are one tidy table with a row per image and output: ``scale 1`` .. ``scale S``, and for
-S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from that table,
-so a notebook can recompute any of them from the CSV of a finished run. The last output of an image
-is its answer: it chooses the checkpoint, is what results are headed by, what `runs.photos` and
-early exit say, and what pages show beside the scales.
+S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from it, also by
+a notebook from the CSV of a finished run. The last output of an image is its answer everywhere.
 
 Calibration (Guo et al., "On Calibration of Modern Neural Networks", 2017): the logarithms of an
 output's probabilities are divided by its temperature, which makes the nll of the validation split
 smallest. No prediction changes. ``confidence`` stays that of the logits; ``calibrated`` follows it.
 
-Early exit: an image whose scale 1 is confident is not looked at again. Above a threshold of its
-largest softmax probability, scale 1 is the answer; otherwise the later scales run for that image
-alone and the last output is. `choose_exit_threshold` needs predictions alone, no model.
+Early exit: where the largest softmax probability of scale 1 is above a threshold, scale 1 is the
+answer; for other images alone the later scales run. `choose_exit_threshold` needs no model.
 """
 
 import math
