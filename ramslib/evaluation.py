@@ -232,12 +232,11 @@ def _rows(model: ImageClassifier, transform: ImageTransform, batch: dict) -> Ten
         for boxes in output.boxes
     ]
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
-    rows, names = [], output_names(model.num_scales)
-    for number, probabilities in enumerate(fuse(output.logits)):
-        region = regions[number].double() if number < len(regions) else no_region
-        temperature = model.temperatures.get(names[number], 1.0)
-        metrics = prediction_metrics(probabilities, labels, temperature)
-        rows.append(torch.cat([metrics, region], dim=1))
+    given = output_names(model.num_scales), fuse(output.logits), [*regions, no_region, no_region]
+    rows = []
+    for name, probabilities, region in zip(*given, strict=False):
+        metrics = prediction_metrics(probabilities, labels, model.temperatures.get(name, 1.0))
+        rows.append(torch.cat([metrics, region.double()], dim=1))
     return torch.stack(rows, dim=1)
 
 
@@ -353,10 +352,8 @@ def score_boxes(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         raise InputError("none of these images has an annotated box; use a dataset with boxes")
     region = torch.tensor(joined[BOX_COLUMNS].to_numpy(float))
     truth = torch.tensor(joined[[f"{side}_annotated" for side in BOX_COLUMNS]].to_numpy(float))
-    scores = joined[["path", "output"]].copy()
-    scores["iou"] = box_iou(region, truth).numpy()
-    scores["area"] = (box_area(region) / box_area(truth)).numpy()
-    return scores
+    area = box_area(region) / box_area(truth)
+    return joined[["path", "output"]].assign(iou=box_iou(region, truth).numpy(), area=area.numpy())
 
 
 def confusion_matrix(
