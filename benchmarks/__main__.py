@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     file = history / f"{started}-{result['commit']}.json"
     print(result["machine"], f"compared with {last['commit']}" if before else "", flush=True)
     for name in [name for name in FIGURES if name in options.only]:
+        begin = time.monotonic()
         for measured in FIGURES[name](options):
             row = compare(measured, before)
             result["rows"].append(row)
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
             file.write_text(json.dumps(result, indent=1))
             table = pd.DataFrame(result["rows"]).assign(machine=result["machine"])
             table.to_csv(out / "table.csv", index=False)
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     if "curves" in options.only:
         points = curves.measure(options)
         points.to_csv(out / "curves.csv", index=False)

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from benchmarks.step import build, in_own_process, plain, training_step, twice
 from benchmarks.timing import ratios, row
 from ramslib.attention import RecordedScale, attention_strength, record_attention
 from ramslib.boxes import full_image_boxes
+from ramslib.config import Config
 from ramslib.data.transforms import ImageDataset, ImageTransform
-from ramslib.distributed import load_batches
+from ramslib.distributed import count_cores, load_batches
 from ramslib.dppm import propose
 from ramslib.evaluation import (
     choose_exit_threshold,
@@ -130,7 +132,7 @@ def exits(options: SimpleNamespace) -> Iterator[dict]:
 
 
 def loader(options: SimpleNamespace) -> Iterator[dict]:
-    """Photos of 500 x 375 as JPEG, one loader process: seconds per image against a forward pass."""
+    """Photos of 500 x 375 as JPEG: one loader process, and one per core against decoding alone."""
     folder = Path(options.out) / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     noise = smooth_noise(32 * 3, 375, 500).unflatten(0, (32, 3)).clamp(-3, 3).add(3).mul(42)
@@ -155,6 +157,40 @@ def loader(options: SimpleNamespace) -> Iterator[dict]:
     what = f"loading / forward, seconds per image; {options.backbones[1]}"
     yield row(what, "", [seconds] * len(forward), forward)
     yield row("a loader's own memory on 11,788 images (MB) / 300 MB", "<= 1", [private], [300.0])
+    cores, size = min(16, count_cores()), Config().highres_size
+    photos = ImageDataset(table, ImageTransform(size, train=True)), Decoded(paths)
+    rates = [
+        [images_per_second(dataset, cores) for dataset in photos] for _ in range(options.repeats)
+    ]
+    what = f"images/s loaded at {size} px / decoded alone; {cores} processes"
+    yield row(what, ">= 0.9", *map(list, zip(*rates, strict=True)))
+
+
+class Decoded(Dataset):
+    """Photos that are decoded and left."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        Image.open(self.paths[index]).convert("RGB")
+        return {"index": index}
+
+
+def images_per_second(dataset: Dataset, workers: int, each: int = 24) -> float:
+    """How many images arrive once all loaders are at work, over ``each`` batches of a loader."""
+    batches, count = load_batches(dataset, workers, batch_size=16), each * workers
+    for _ in range(each // 6 * workers):
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    seconds = time.perf_counter() - started
+    batches.close()
+    return 16 * count / seconds
 
 
 def smooth_noise(batch: int, height: int, width: int) -> Tensor:

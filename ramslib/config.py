@@ -50,7 +50,8 @@ class Config:
     lists: str = ""  # folder of split.csv, exclude.csv and groups.csv; by default root
     year: int = within(2017, 2017, 2021)  # of iNaturalist
     allow_missing: bool = False  # leave missing images out instead of refusing the dataset
-    workers: int = within(1, 0, 512)  # loader processes per training process
+    # loader processes per training process; None: one, or the cores where a GPU waits
+    workers: int | None = within(None, 0, 512)
 
     # model
     model: str = "rams"  # rams, transfg, vit (stored as rams with one scale), or your own

@@ -202,17 +202,34 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
         gradient.copy_(part.view_as(gradient))
 
 
-def load_batches(dataset: Dataset, workers: int, **options) -> Iterator[dict]:
+def count_cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def choose_workers() -> int:
+    """Loader processes of each training process: one, or its share of the cores beside a GPU.
+
+    A CPU that trains takes longer for an image than a loader; a GPU waits for several loaders.
+    """
+    share = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, share)) if torch.cuda.is_available() else 1
+
+
+def load_batches(dataset: Dataset, workers: int | None, **options) -> Iterator[dict]:
     """Batches of a dataset, in order.
 
     Args:
         dataset: of dictionaries.
-        workers: loader processes; they leave signals to the process that they load for.
+        workers: loader processes, None for `choose_workers`; they leave signals to the process that
+            they load for.
         **options: of torch's DataLoader.
 
     Raises:
         InputError: as the dataset raised it, from a loader process too; or one of these was killed.
     """
+    workers = choose_workers() if workers is None else workers
     options |= {"num_workers": workers, "worker_init_fn": _leave_signals}
     options |= {"pin_memory": torch.cuda.is_available()}
     options |= {"generator": torch.Generator()}  # else it draws a number from the global one

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -70,12 +71,14 @@ def test_a_process_that_fails_tells_why():
 def test_the_table(tmp_path, capsys, monkeypatch):
     for module in (figures, curves):  # the processes themselves: above
         monkeypatch.setattr(module, "in_own_process", lambda *_, **__: {"seconds": 1.0, "MB": 2.0})
+    short = partial(figures.images_per_second, each=1)
+    monkeypatch.setattr(figures, "images_per_second", short)
     photos = draw_photos(tmp_path / "photos")
     run = train(tiny_config(photos, epochs=1), tmp_path / "run")
     table = main([*TINY, "--long", "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
-    assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 2 + 2
+    assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 3 + 2
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 14
     assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()
@@ -98,7 +101,8 @@ def test_results_are_kept_and_compared_with_the_last_one(tmp_path, capsys, monke
     assert len(kept) == 3 and all(each["commit"] and each["machine"] for each in kept)
     assert kept[2]["rows"][0]["ratio"] == pytest.approx(2.05)
     lines = capsys.readouterr().out.splitlines()
-    assert f"compared with {kept[0]['commit']}" in lines[2] and lines[-1].endswith("than 1.2000")
+    assert f"compared with {kept[0]['commit']}" in lines[3] and lines[-2].endswith("than 1.2000")
+    assert lines[-1] == "inference: 0 s"
     monkeypatch.setattr("benchmarks.__main__.machine", lambda: "another one")
     assert pd.isna(main(["--out", str(tmp_path), "--threads", "1"])["before"][0])
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ramslib import distributed
 from ramslib.__main__ import _end_with_parent
 from ramslib.distributed import (
     Processes,
     _begin,
     _leave_signals,
+    choose_workers,
     first_process_first,
     load_batches,
     process_group,
@@ -50,6 +52,16 @@ def test_batches_come_in_order_and_leave_the_generator_alone(workers):
     batches = load_batches(Numbers(), workers, batch_size=7)
     assert [i for batch in batches for i in batch["index"].tolist()] == list(range(40))
     assert torch.rand(2).equal(expected)
+
+
+def test_loaders_by_default(monkeypatch):
+    monkeypatch.setattr(distributed, "count_cores", lambda: 24)
+    assert choose_workers() == 1, "beside a CPU"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_workers() == 16
+    for processes, share in (("4", 6), ("32", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert choose_workers() == share
 
 
 @pytest.mark.parametrize("workers", [0, 1])

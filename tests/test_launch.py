@@ -81,7 +81,7 @@ def test_commands_can_be_pasted():
 
 
 def test_processes_need_a_gpu_or_a_core_each(monkeypatch):
-    monkeypatch.setattr(ramslib.training.launch, "_cores", lambda: 2)
+    monkeypatch.setattr(ramslib.training.launch, "count_cores", lambda: 2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert available_processes(4) == (
         2,

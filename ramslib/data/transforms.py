@@ -21,7 +21,6 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ramslib.data.annotations import image_file, upright_size
 from ramslib.errors import InputError
@@ -143,7 +142,8 @@ class ImageTransform:
             if torch.rand(()) < 0.5:
                 image = ImageOps.mirror(image)
             image = _augmentation(self.augment, min(self.size))(image)
-        return pil_to_tensor(image)
+        bands = np.stack([np.asarray(band) for band in image.split()])
+        return torch.from_numpy(bands)  # contiguous, so that a batch of them is soon put together
 
     def boxes_to_input(self, boxes: Tensor, image_sizes: Tensor, frame: Sequence[int]) -> Tensor:
         """Boxes in upright images, as boxes in their center crops, clipped to these.

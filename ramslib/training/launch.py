@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from ramslib.config import Config
-from ramslib.distributed import stop_request
+from ramslib.distributed import count_cores, stop_request
 from ramslib.errors import InputError, write_atomically, writing
 from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
 from ramslib.training.optimization import total_steps
@@ -35,7 +35,7 @@ def available_processes(wanted: int) -> tuple[int, str]:
 
     A process needs a GPU of its own where there are any, else a core of its own.
     """
-    gpus, cores = torch.cuda.device_count(), _cores()
+    gpus, cores = torch.cuda.device_count(), count_cores()
     places, what = (gpus, "GPU") if gpus else (cores, "core")
     number = max(1, min(wanted, places))
     found = f"this machine has {places} {what}{'s' if places > 1 else ''}"
@@ -43,12 +43,6 @@ def available_processes(wanted: int) -> tuple[int, str]:
     if number == 1:
         return 1, f"{found}: training in one process"
     return number, f"{found}: training in {number} processes over {backend}, one {what} each"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def overrides(config: Config) -> list[str]:
@@ -88,7 +82,7 @@ def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30
     """
     if processes < 1:
         raise InputError(f"processes is {processes}; give 1 or more")
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))} | os.environ
+    environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes))} | os.environ
     environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     with tempfile.TemporaryDirectory(prefix="ramslib-") as folder, stop_request() as stop:
