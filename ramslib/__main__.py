@@ -280,7 +280,7 @@ def _check_outside(folder: Path, paths: Sequence[Path]) -> None:
         while not path.exists() and path.name:  # a pattern
             path = path.parent
         if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"{folder}: lies in the folder of the photos, {path}; give another")
+            raise InputError(f"{folder}: is inside the folder of the photos, {path}; give another")
 
 
 def _export(options: argparse.Namespace) -> None:

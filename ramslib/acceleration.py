@@ -41,7 +41,7 @@ _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 def choose_amp(amp: str, device: torch.device) -> str:
-    """What ``amp`` stands for on a device: ``auto`` is bf16 where that is not emulated, else none."""
+    """What ``amp`` stands for on a device: ``auto`` is bf16 where it is not emulated, else none."""
     if amp != "auto":
         return amp
     if device.type == "cuda":
@@ -279,17 +279,17 @@ class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (a verb)
 
         given = [_detached(value) for value in args]
         compute = partial(func, *given, **{name: _detached(kwargs[name]) for name in kwargs})
-        recipe = RecomputeEntry(given[0], given[0]._version, compute, tuple(output.shape))
-        self.alive[address] = weakref.ref(output, forget), output._version, recipe
+        entry = RecomputeEntry(given[0], given[0]._version, compute, tuple(output.shape))
+        self.alive[address] = weakref.ref(output, forget), output._version, entry
 
     def _pack(self, tensor: Tensor) -> RecomputeEntry | tuple[Tensor, int]:
-        """A recipe for an output that is still there, unchanged: its address is then its own."""
-        reference, version, recipe = self.alive.get(tensor.data_ptr(), (lambda: None, None, None))
+        """An entry for an output that is still there, unchanged: its address is then its own."""
+        reference, version, entry = self.alive.get(tensor.data_ptr(), (lambda: None, None, None))
         output = reference()
         same = output is not None and tensor._version == version
         same = same and tensor.dtype == output.dtype and tensor.numel() == output.numel()
         if same and tensor.is_contiguous() and output.is_contiguous():
-            return recipe._replace(shape=tuple(tensor.shape))
+            return entry._replace(shape=tuple(tensor.shape))
         self._count(tensor)
         return tensor, tensor._version
 

@@ -96,8 +96,8 @@ class ImageClassifier(nn.Module, ABC):
 
         Args:
             pixels: (B, 3, Hs, Ws) uint8, or float in [0, 1]: RGB images at the highest resolution
-                at hand, as `transforms.ImageTransform` gives them. Scale 1 sees them resized to the
-                input size; further scales crop from them.
+                available, as `transforms.ImageTransform` gives them. Scale 1 sees them resized to
+                the input size; further scales crop from them.
         """
         return self.forward_preprocessed(*self.preprocess(pixels))
 

@@ -205,7 +205,7 @@ def _shift_boxes(proposal: Proposal, corner: Tensor) -> Proposal:
 
 
 def inside_boxes(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches whose middle lies in a box: (B, 4) -> (B, h, w) bool."""
+    """Patches whose center is in a box: (B, 4) -> (B, h, w) bool."""
     rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in grid)
     top, left, bottom, right = boxes[:, :, None, None].unbind(dim=1)
     rows, columns = rows[:, None], columns[None]
@@ -238,8 +238,8 @@ def propose(
         proposal: a key of ``PROPOSALS``, ``path/to/file.py:name``, or a function ``(strength,
             threshold, recorded)`` that gives a `Proposal` or boxes (B, 4) or (B, R, 4) in patches.
         recorded: what the scale left; read by proposals of your own.
-        upsampling: the strength is interpolated to so many times the grid first (bilinear), so that
-            boxes need not end between two patches; masks are then of the finer grid.
+        upsampling: factor by which the strength is interpolated first (bilinear), so that boxes
+            need not end between two patches; masks are then of the finer grid.
         margin: added around each box, a share of its sides; see `boxes.grow_boxes`.
         keep_aspect: boxes grow to the shape of the image; likewise.
 
@@ -250,7 +250,7 @@ def propose(
     name = getattr(function, "__name__", str(proposal))
     if recorded is None and getattr(function, "reads_blocks", None) != 0:
         raise InputError(
-            f"proposal {name!r} may read the recorded scale, which is not at hand here; mark it "
+            f"proposal {name!r} may read the recorded scale, which is not available here; mark it "
             "with @ramslib.reads(blocks=0) if it reads the strength alone"
         )
     grid = tuple(strength.shape[1:])

@@ -1,6 +1,6 @@
 """The README's picture of the explorer: ``python tests/take_picture.py FILE DATA ROOT OUT``.
 
-Meant for the diagnostic set, whose pictures are the project's own; ``make docs/explorer.png``.
+Meant for the synthetic dataset, whose pictures are the project's own; ``make docs/explorer.png``.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Results of many runs side by side: which configurations to compare, and how sure a difference is.
+"""Results of many runs side by side: which to compare, and how certain a difference is.
 
 `grid` and `one_at_a_time` list the configurations of an ablation, `plan_methods` those of several
 methods. `sweep.train_all` trains them; `collect` reads what came out, one row per run and output.

@@ -7,7 +7,7 @@ the scales, threshold of early exit) is chosen by cross-validation within the tr
 Beside the looks that a configuration describes stand their rivals of at least equal cost: the whole
 image, and its center, at a higher resolution. Cost is counted in tokens per image.
 
-All lies in one folder: ``features/KEY/*.safetensors``, ``probe.csv`` (a row per output),
+All is in one folder: ``features/KEY/*.safetensors``, ``probe.csv`` (a row per output),
 ``probe.json``, ``predictions.csv`` and ``out_of_sample.csv`` (the training images, each predicted
 by heads that were fitted without it).
 """
@@ -63,7 +63,7 @@ from ramslib.weights import digest
 
 RECORD, MADE_BY = "probe.json", "ramslib probe"  # marks a folder as a probe's
 BATCH, CHUNK = 32, 256  # images per forward pass, and per file of features: what a kill may cost
-FEW, REPEATS = 200, 3  # of fewer test images one split says little: cross-validation, so many times
+FEW, REPEATS = 200, 3  # of fewer test images one split says little: cross-validation, 3 times
 CROP = 0.75  # side of the center crop that is a rival, a share of the image's
 READ = "weighted logits"  # the output that counts where there are several scales
 GAIN = ["gain", "gain_low", "gain_high"]  # columns: points of the output that is read above another
