@@ -6,6 +6,7 @@ control that moves redraws at once what follows from recorded attention; what ne
 follows when the controls rest. Bad input is a message on the page, never a traceback.
 """
 
+import contextlib
 import html
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -27,7 +29,7 @@ from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
 from ramslib.evaluation import probabilities
-from ramslib.explorer import panels
+from ramslib.explorer import kernels, panels
 from ramslib.explorer.controls import Controls, ImageBrowser
 from ramslib.explorer.tabs import AnalysisTabs
 from ramslib.explorer.views import code, files, inspector_of, load
@@ -337,12 +339,16 @@ def serve(data: str, root: Path, out: Path, run: Path | None, voila: Sequence[st
         read_run(run)
     paths = {"root": root, "out": out} | ({"model": run} if run else {})
     options = {name: str(path.expanduser().absolute()) for name, path in paths.items()}
-    environment = os.environ | {"RAMSLIB_EXPLORER": json.dumps({"data": data} | options)}
-    command = app_command(voila)
+    os.environ["RAMSLIB_EXPLORER"] = json.dumps({"data": data} | options)  # app.ipynb reads it
+    command, shares = app_command(voila), sys.platform == "linux"
     print("Voila ends kernels of pages that were left, with:", *command[4:])
-    with subprocess.Popen(command, env=environment) as server:
+    with tempfile.TemporaryDirectory(prefix="ramslib-") as folder, contextlib.ExitStack() as stack:
+        line = stack.enter_context(kernels.listen(Path(folder))) if shares else None
+        server = stack.enter_context(subprocess.Popen(command))
         for number in (signal.SIGTERM, signal.SIGINT):  # it must not outlive this process
             signal.signal(number, lambda *_: _stop(server))
+        if line:
+            kernels.fork_kernels(line, server)
         return server.wait()
 
 
