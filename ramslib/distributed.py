@@ -245,8 +245,7 @@ def load_batches(dataset: Dataset, workers: int | None, **options) -> Iterator[d
         traceback.clear_frames(error.__traceback__)
         raise InputError(
             f"a loader process of {workers} was killed, as the system does when memory runs out; "
-            f"free memory, or take fewer (workers={workers // 2}) or a smaller batch_size, and try "
-            "again"
+            f"free memory, or take fewer (workers={workers // 2}), and try again"
         ) from None
 
 

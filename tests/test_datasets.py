@@ -775,6 +775,15 @@ def test_a_class_may_be_left_out_as_a_whole(tmp_path):
     }
 
 
+def test_a_list_may_not_leave_out_everything(tmp_path):
+    root = write_folder(tmp_path, crow=2, wren=2)
+    rows = [f"{name}/photo{index}.png,x" for name in ("crow", "wren") for index in range(2)]
+    for left, lines in ((0, rows), (1, rows[:2])):
+        file = write(root / "exclude.csv", "\n".join(["path,reason", *lines]))
+        found = message(lambda: read("folder", root))
+        assert found.startswith(f"{file}: leaves images of {left} classes; take lines out")
+
+
 def test_the_only_photo_of_a_class_may_be_left_out(tmp_path):
     root = write_folder(tmp_path, crow=4, owl=1, wren=4)
     assert "owl/photo0.png: the only photo of its class" in message(lambda: read("folder", root))

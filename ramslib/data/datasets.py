@@ -63,6 +63,11 @@ def load_table(config: Config) -> pd.DataFrame:
         drawn = _draw(table, relative_paths(table), fraction, seed=0)
         table["split"] = np.where(drawn, "test", "train")
     if is_out.any():
+        if (count := table["label"][~is_out].nunique()) < 2:
+            raise InputError(
+                f"{folder}/{LISTS['reason']}: leaves images of {count} classes; take lines out of "
+                "it, at least two classes are needed"
+            )
         report = f"{is_out.sum():,} of {len(table):,} images left out"
         warnings.warn(f"{folder}/{LISTS['reason']}: {report}", stacklevel=2)
     table = annotations.check_images(table[~is_out], root, config.allow_missing)
@@ -318,7 +323,7 @@ def _keep_draw(
     if len(alone := table["path"][(size < 2) & ~is_out]):
         raise InputError(
             f"{alone.iloc[0]}: the only photo of its class ({len(alone)} such classes); a class "
-            "needs at least 2, one to train and one to test on"
+            "needs at least 2, one to train and one to test on; add some, or name it in exclude.csv"
         )
     file, (splits, separator) = f"{folder}/{LISTS['split']}", read_list(folder, "split", keys)
     if gone := splits.keys() - set(keys):
