@@ -18,7 +18,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -274,7 +274,7 @@ def _find_photos(base: str) -> list[str]:
     loose = sum(os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES for name in os.listdir(base))
     photos, ignored = [], Counter({"outside class folders": loose} if loose else {})
     for folder in (f"{base}/{name}" for name in _folders(base)):
-        kinds = {entry.path: _kind(entry) for entry in _entries(folder)}
+        kinds = list_photos(folder)
         found = [path for path, kind in kinds.items() if kind in PHOTO_SUFFIXES]
         holds_run = any(path.endswith("/config.json") for path in kinds)
         if holds_run or set(kinds.values()) <= {"hidden"}:
@@ -294,13 +294,18 @@ def _find_photos(base: str) -> list[str]:
     return photos
 
 
-def _entries(folder: str) -> Iterator[os.DirEntry]:
-    """Everything below a folder but folders; neither hidden nor linked folders are entered."""
-    for entry in annotations.list_folder(folder):
+def list_photos(folder: Path | str) -> dict[str, str]:
+    """All files below a folder by path, with their kind: the suffix of a photo or why it is none.
+
+    Neither hidden nor linked folders are entered.
+    """
+    kinds: dict[str, str] = {}
+    for entry in annotations.list_folder(str(folder)):
         if not entry.is_dir(follow_symlinks=False):
-            yield entry
+            kinds[entry.path] = _kind(entry)
         elif not entry.name.startswith(HIDDEN):
-            yield from _entries(entry.path)
+            kinds |= list_photos(entry.path)
+    return kinds
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -23,7 +23,7 @@ from ramslib import __version__
 from ramslib.backbone import count_class_tokens
 from ramslib.classifier import ImageClassifier, RAMSOutput
 from ramslib.config import Config
-from ramslib.data.annotations import TABLE_COLUMNS
+from ramslib.data.annotations import TABLE_COLUMNS, file_errors
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.dppm import random_proposal
 from ramslib.errors import InputError, one_line, write_atomically
@@ -221,20 +221,12 @@ def load_exported(path: Path | str) -> LoadedModel:
     Raises:
         InputError: the file is missing, or was not written by `export_run`.
     """
-    try:
+    with file_errors(str(path), "give an .onnx file that 'ramslib export' wrote"):
         model = ExportedModel(Path(path).read_bytes())
         about, table = model.about, pd.DataFrame(columns=TABLE_COLUMNS)
         transform = ImageTransform(about["highres_size"], about["crop_fraction"])
-        name, key, classes = about["run"], about["key"], about["classes"]
-    except InputError:
-        raise
-    except Exception as error:  # onnxruntime's have no common type
-        raise InputError(
-            f"{path}: not a readable .onnx file of ramslib ({one_line(error)}); "
-            "write one with 'ramslib export'"
-        ) from None
-    origin = f"{path}, exported"
-    return LoadedModel(name, model, transform, classes, table, origin, key, about["unsure_below"])
+        what = about["run"], model, transform, about["classes"], table, f"{path}, exported"
+        return LoadedModel(*what, about["key"], about["unsure_below"])
 
 
 def export_model(

@@ -13,9 +13,10 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from ramslib.data.annotations import BOX_COLUMNS, image_size
-from ramslib.data.datasets import HIDDEN, PHOTO_SUFFIXES
+from ramslib.data.datasets import PHOTO_SUFFIXES, list_photos
 from ramslib.data.transforms import open_image, reading_error
 from ramslib.errors import InputError, write_atomically, writing
 from ramslib.evaluation import predict as predict_table
@@ -44,13 +45,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 def _photos(folder: Path) -> list[Path]:
     """All photos below a folder, sorted, without hidden ones."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in PHOTO_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(HIDDEN) for part in file.relative_to(folder).parts)
-    ]
+    return [Path(path) for path, kind in list_photos(folder).items() if kind in PHOTO_SUFFIXES]
 
 
 def predict(
@@ -124,15 +119,10 @@ def save_pictures(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
     Raises:
         InputError: a picture of that name exists, or the folder cannot be written.
     """
-    from ramslib.plots.drawing import draw_box, output_color  # matplotlib: only pictures need it
-
     readable = predictions[predictions["error"] == ""]
     targets = picture_paths(readable["path"].unique(), folder)
     for path, rows in readable.groupby("path", sort=False):
-        picture = open_image(path)
-        for row in rows.dropna(subset=BOX_COLUMNS).iloc[1:].itertuples():
-            box = row.top, row.left, row.bottom, row.right
-            picture = draw_box(picture, box, output_color(row.output))
+        picture = _draw_regions(open_image(path), rows.dropna(subset=BOX_COLUMNS))
         with writing(Path(folder)):
             targets[path].parent.mkdir(parents=True, exist_ok=True)
         write_atomically(targets[path], lambda part, picture=picture: picture.save(part, "PNG"))
@@ -184,16 +174,20 @@ def save_contact_sheet(predictions: pd.DataFrame, path: Path | str) -> None:
 
 def _thumbnail(path: str, regions: pd.DataFrame) -> str:
     """A small JPEG with the regions of scale 2 and further ones, in base64."""
-    from ramslib.plots.drawing import draw_box, output_color
-
     picture, content = open_image(path, 2 * THUMBNAIL), io.BytesIO()
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    scale = picture.width / image_size(path)[1]
+    _draw_regions(picture, regions, picture.width / image_size(path)[1]).save(content, "JPEG")
+    return b64encode(content.getvalue()).decode()
+
+
+def _draw_regions(picture: Image.Image, regions: pd.DataFrame, scale: float = 1.0) -> Image.Image:
+    """Draw all regions but the first, that of scale 1, into a picture of another scale."""
+    from ramslib.plots.drawing import draw_box, output_color  # matplotlib: only pictures need it
+
     for row in regions.iloc[1:].itertuples():
         box = np.array([row.top, row.left, row.bottom, row.right]) * scale
         picture = draw_box(picture, box, output_color(row.output))
-    picture.save(content, "JPEG")
-    return b64encode(content.getvalue()).decode()
+    return picture
 
 
 def sort_into(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
