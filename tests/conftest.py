@@ -24,6 +24,12 @@ test_training
 """.split()
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import the slow modules where they are left out."""
+    left_out = config.option.markexpr == "not slow"
+    return True if left_out and collection_path.stem in SLOW else None
+
+
 def pytest_collection_modifyitems(items):
     """Mark all tests of the slow modules."""
     for item in items:

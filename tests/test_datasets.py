@@ -1063,6 +1063,7 @@ def test_fingerprint(tmp_path):
     assert fingerprint(table) != found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_large_lists_load_fast_and_small(tmp_path):
     """As many lines as NABirds has; memory of the whole process, pandas and scipy included."""

@@ -295,8 +295,9 @@ FAMILIES = ["test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dino
 @pytest.mark.parametrize("class_token", ["shared", "per_scale"])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("patches", [(4, 6, 8), (8, 6, 2)])
-def test_every_scale_has_its_own_size(patches, name, class_token, images):
-    """Each scale equals a timm model that was built for its size."""
+def test_every_scale_has_its_own_size(patches, name, class_token, images, monkeypatch):
+    """Each scale equals a timm model that was built for its size, here of three blocks."""
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=3))
     patch = 14 if "patch14" in name else 16
     first, *others = (patch * count for count in patches)
     sizes = {"image_size": first, "region_size": tuple(others), "highres_size": 2 * first}

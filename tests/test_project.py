@@ -10,7 +10,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -177,6 +176,13 @@ def test_the_library_stays_thin():
     assert sum(map(code_lines, prepared)) <= 400, "what draws and downloads datasets"
 
 
+def read_notebook(path):
+    """A notebook of a valid form."""
+    import nbformat  # not for those who only collect this test: seconds
+
+    return nbformat.read(path, 4)
+
+
 NUMBERED = """
 00_the_method 01_data_preparation 02_train_two_gpus 03_ablation_scales 04_ablation_threshold
 05_attention_explorer 06_comparison 07_accuracy_per_second
@@ -184,7 +190,7 @@ NUMBERED = """
 
 
 def test_the_numbered_notebooks_lead_from_one_to_the_next():
-    texts = {path.stem: nbformat.read(path, 4).cells[0].source for path in NOTEBOOKS}
+    texts = {path.stem: read_notebook(path).cells[0].source for path in NOTEBOOKS}
     assert set(NUMBERED) <= set(texts)
     for before, after in zip(NUMBERED, NUMBERED[1:], strict=False):
         assert f"]({after}.ipynb)" in texts[before] and f"]({before}.ipynb)" in texts[after]
@@ -195,7 +201,7 @@ def test_the_numbered_notebooks_lead_from_one_to_the_next():
 
 def test_links_and_pictures_of_notebooks_exist():
     for path in NOTEBOOKS:
-        text = "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        text = "".join(c.source for c in read_notebook(path).cells if c.cell_type == "markdown")
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
         missing = [link for link in links if not (path.parent / link).exists()]
         assert missing == [], path.name
@@ -204,7 +210,7 @@ def test_links_and_pictures_of_notebooks_exist():
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     """Each notebook in turn."""
-    return nbformat.read(request.param, 4)
+    return read_notebook(request.param)
 
 
 @pytest.fixture
