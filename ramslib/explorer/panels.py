@@ -55,7 +55,10 @@ def draw_figure(draw: Callable[[Figure], object], width: float, height: float) -
     draw(canvas.figure)
     canvas.draw()
     size = canvas.get_width_height()
-    return Image.frombytes("RGBA", size, canvas.buffer_rgba()).convert("RGB")
+    image = Image.frombytes("RGBA", size, canvas.buffer_rgba()).convert("RGB")
+    canvas.renderer = None  # else 2 MB wait for garbage collection: figures are cycles
+    canvas.figure.clear()
+    return image
 
 
 class Panel(widgets.VBox):

@@ -157,28 +157,25 @@ class AnalysisTabs(widgets.Tab):
         }
 
     def front(self) -> dict[str, dict]:
-        """The views of the tab in front with their options; of tabs without any, all scales."""
-        title, stored = TITLES[self.selected_index], {}
+        """The views of the tab in front with their options; before an evaluation, all scales."""
+        title, cached = TITLES[self.selected_index], self.cached
         if title in self.views:
-            lacks = [] if self.explorer.loaded.classes else ["elsewhere"]
-            tab = self.views[title]
-            shown = {view: tab.options() for view in tab.panels if view not in lacks}
+            shown = dict.fromkeys(self.views[title].panels, self.views[title].options())
             if title == "compare" and self._is_paired():
-                folders = [str(each.folder) for each in self.pair.cached]
-                shown["differences"] = dict(zip(("stored", "other"), folders, strict=True))
-            return shown
-        if title == "threshold":
-            return {"threshold": {}}
-        if self.cached is None:
-            return {"recursion": {}}
-        stored = {"stored": str(self.cached.folder)}
-        if title == "gallery":
-            return {"gallery": stored | {"order": self.gallery.menu.value}}
-        if title == "confusion":
-            return {"confusion": stored | {"output": self.confusion.menu.value}}
-        has_effect = validation.has_effect(self.cached, self.explorer.controls.settings())
-        shown = {"all thresholds": stored} if has_effect else {}
-        return shown | ({"calibration": stored} if self.cached.classes else {})
+                mine, other = (str(each.folder) for each in self.pair.cached)
+                shown["differences"] = {"stored": mine, "other": other}
+        elif title == "threshold" or cached is None:
+            shown = {"threshold" if title == "threshold" else "recursion": {}}
+        elif title == "validation set":
+            shown = dict.fromkeys(("all thresholds", "calibration"), {"stored": str(cached.folder)})
+            if not validation.has_effect(cached, self.explorer.controls.settings()):
+                del shown["all thresholds"]
+        else:
+            parts = {"gallery": (self.gallery, "order"), "confusion": (self.confusion, "output")}
+            part, name = parts[title]
+            shown = {title: {"stored": str(cached.folder), name: part.menu.value}}
+        lacks = () if self.explorer.loaded.classes else ("elsewhere", "calibration", "confusion")
+        return {view: options for view, options in shown.items() if view not in lacks}
 
     def _is_paired(self) -> bool:
         """Whether the two models that were compared on the validation set are those shown."""
