@@ -21,7 +21,7 @@ def take_picture(path, data, root, out):
     address = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as tools:
         chromium = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1240, "height": 1060})
+        page = chromium.new_page(viewport={"width": 1240, "height": 1120})
         page.set_default_timeout(PATIENCE)
         with serve(command, f"{address}voila/static/", Path(folder)):
             page.goto(address)

@@ -100,6 +100,16 @@ def test_bars_escape_class_names():
     assert "&lt;b&gt;" in probability_bars(table) and "0.250" in probability_bars(table)
 
 
+def test_a_drawn_figure_leaves_no_objects_behind():
+    curve = pd.DataFrame({"threshold": [0.0, 4.0], "area": [1.0, 0.0]})
+    draw_curve(curve)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(3):
+        draw_curve(curve)
+    assert len(gc.get_objects()) - before < 300 and gc.isenabled(), "a figure has 1,000 and more"
+
+
 def marker(panel):
     """Where a chart's marker is: share of the image's width."""
     return float(re.search(r"left: ([\d.]+)%", panel.marker.value)[1]) / 100

@@ -1,5 +1,6 @@
 """Parts of the explorer's page: panels, the row of one proposal, messages, and background work."""
 
+import gc
 import html
 import io
 import math
@@ -50,15 +51,27 @@ def fit(image: Image.Image) -> Image.Image:
 
 @drawing.styled
 def draw_figure(draw: Callable[[Figure], object], width: float, height: float) -> Image.Image:
-    """The image of a figure without pyplot: any thread may call it, and no figure remains open."""
+    """The image of a figure without pyplot: any thread may call it, and no figure remains open.
+
+    A figure is a cycle of thousands of objects: they stay young while it is drawn, and are freed
+    at once; left to a full collection, they would be tens of MB by then.
+    """
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _draw_figure(draw, width, height)
+    finally:
+        gc.collect(0)
+        if is_collecting:
+            gc.enable()
+
+
+def _draw_figure(draw: Callable[[Figure], object], width: float, height: float) -> Image.Image:
     canvas = FigureCanvasAgg(Figure((width, height), dpi=150))
     draw(canvas.figure)
     canvas.draw()
     size = canvas.get_width_height()
-    image = Image.frombytes("RGBA", size, canvas.buffer_rgba()).convert("RGB")
-    canvas.renderer = None  # else 2 MB wait for garbage collection: figures are cycles
-    canvas.figure.clear()
-    return image
+    return Image.frombytes("RGBA", size, canvas.buffer_rgba()).convert("RGB")
 
 
 class Panel(widgets.VBox):
