@@ -274,7 +274,7 @@ def _find_photos(base: str) -> list[str]:
     loose = sum(os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES for name in os.listdir(base))
     photos, ignored = [], Counter({"outside class folders": loose} if loose else {})
     for folder in (f"{base}/{name}" for name in _folders(base)):
-        kinds = list_photos(folder)
+        kinds = list_files(folder)
         found = [path for path, kind in kinds.items() if kind in PHOTO_SUFFIXES]
         holds_run = any(path.endswith("/config.json") for path in kinds)
         if holds_run or set(kinds.values()) <= {"hidden"}:
@@ -294,7 +294,7 @@ def _find_photos(base: str) -> list[str]:
     return photos
 
 
-def list_photos(folder: Path | str) -> dict[str, str]:
+def list_files(folder: Path | str) -> dict[str, str]:
     """All files below a folder by path, with their kind: the suffix of a photo or why it is none.
 
     Neither hidden nor linked folders are entered.
@@ -304,7 +304,7 @@ def list_photos(folder: Path | str) -> dict[str, str]:
         if not entry.is_dir(follow_symlinks=False):
             kinds[entry.path] = _kind(entry)
         elif not entry.name.startswith(HIDDEN):
-            kinds |= list_photos(entry.path)
+            kinds |= list_files(entry.path)
     return kinds
 
 

@@ -46,7 +46,8 @@ REMEDIES = {
     "burst": "--fix keeps each in one split: then remove a drawn split.csv; others are left out "
     "where they are of one burst with test images",
     "group": "it lies in several splits; correct them",
-    "suspicious label": "look; move the image to its class, or name it in exclude.csv",
+    "suspicious label": "look, the most doubtful come first; move the image to its class, or name "
+    "it in exclude.csv",
     "smaller than a patch": "replace them by larger ones",
     "odd": "look",
     "few to test": "read accuracies with their intervals; add images, or cross-validate (probe)",

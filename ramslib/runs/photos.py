@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ramslib.data.annotations import BOX_COLUMNS, image_size
-from ramslib.data.datasets import PHOTO_SUFFIXES, list_photos
+from ramslib.data.datasets import PHOTO_SUFFIXES, list_files
 from ramslib.data.transforms import open_image, reading_error
 from ramslib.errors import InputError, write_atomically, writing
 from ramslib.evaluation import predict as predict_table
@@ -45,7 +45,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 def _photos(folder: Path) -> list[Path]:
     """All photos below a folder, sorted, without hidden ones."""
-    return [Path(path) for path, kind in list_photos(folder).items() if kind in PHOTO_SUFFIXES]
+    return [Path(path) for path, kind in list_files(folder).items() if kind in PHOTO_SUFFIXES]
 
 
 def predict(
@@ -66,11 +66,10 @@ def predict(
             see `evaluation.fit_calibration`.
 
     Returns:
-        One row per image and output, whose last is the answer, see `answers`: ``path, output,
-        class_name``; ``probability``, calibrated;
-        ``unsure``, missing where the run has no such probability; per scale its region as ``top,
-        left, bottom, right`` in pixels of the upright image; and ``error``: why a file could not be
-        read, which then has a single row.
+        One row per image and output, the last of which is the answer: ``path, output, class_name``;
+        ``probability``, calibrated; ``unsure``, missing where the run has no such probability; per
+        scale its region as ``top, left, bottom, right`` in pixels of the upright image; and
+        ``error``: why a file could not be read, which then has a single row.
 
     Raises:
         InputError: no run there, no image there, or none that can be read; or a probability outside
