@@ -198,7 +198,7 @@ class _AttentionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             given = {"query": args[0], "key": args[1], "value": None} | kwargs
-            self.calls.append({name: _detached(value) for name, value in given.items()})
+            self.calls.append({name: detached(value) for name, value in given.items()})
         return func(*args, **kwargs)
 
 
@@ -277,8 +277,8 @@ class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (a verb)
             if address in self.alive and self.alive[address][0] is reference:
                 del self.alive[address]
 
-        given = [_detached(value) for value in args]
-        compute = partial(func, *given, **{name: _detached(kwargs[name]) for name in kwargs})
+        given = [detached(value) for value in args]
+        compute = partial(func, *given, **{name: detached(kwargs[name]) for name in kwargs})
         entry = RecomputeEntry(given[0], given[0]._version, compute, tuple(output.shape))
         self.alive[address] = weakref.ref(output, forget), output._version, entry
 
@@ -313,7 +313,8 @@ def trim_heap() -> None:
         trim(0)
 
 
-def _detached(value: object) -> object:
+def detached(value: object) -> object:
+    """A tensor without its graph; anything else as it is."""
     return value.detach() if isinstance(value, Tensor) else value
 
 

@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from ramslib.acceleration import selective_checkpointing
+from ramslib.acceleration import detached, selective_checkpointing
 from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.config import Config
 from ramslib.distributed import Processes
@@ -180,7 +180,7 @@ def backward_scales(
             if callable(loss):
                 own = _cross_entropy(output, labels, label_smoothing)
                 total = _call_loss(loss, [*earlier, output], labels)
-                earlier.append(_detach(output))
+                earlier.append(ScaleOutput(*map(detached, output)))
             else:
                 own = model.loss(output, labels, label_smoothing)
                 total = own * weight
@@ -225,10 +225,6 @@ def _run_scales(
 
 def _cross_entropy(output: ScaleOutput, labels: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(output.logits.detach(), labels, label_smoothing=label_smoothing)
-
-
-def _detach(output: ScaleOutput) -> ScaleOutput:
-    return ScaleOutput(*(v.detach() if isinstance(v, Tensor) else v for v in output))
 
 
 def _call_loss(loss: Loss, outputs: list[ScaleOutput], labels: Tensor) -> Tensor:
