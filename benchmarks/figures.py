@@ -21,8 +21,9 @@ from ramslib.attention import RecordedScale, attention_strength, record_attentio
 from ramslib.boxes import full_image_boxes
 from ramslib.config import Config
 from ramslib.data.transforms import ImageDataset, ImageTransform
-from ramslib.distributed import count_cores, load_batches
+from ramslib.distributed import load_batches
 from ramslib.dppm import propose
+from ramslib.errors import count_cores
 from ramslib.evaluation import (
     choose_exit_threshold,
     early_exit,

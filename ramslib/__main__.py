@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ramslib.config import PRESETS, Config
+from ramslib.config import PRESETS, Config, check_shares
 from ramslib.errors import InputError, one_line
 
 ABOUT = """Fine-grained image recognition with a Vision Transformer that looks twice. Settings are
@@ -195,11 +195,9 @@ def _train(options: argparse.Namespace) -> int:
 
         train(config, options.run, options.save_every)
     else:
-        from ramslib.distributed import Processes
         from ramslib.training.launch import overrides, run_in_processes
-        from ramslib.training.optimization import check_shares
 
-        check_shares(config, Processes(world=options.processes))
+        check_shares(config, options.processes)
         arguments = ["--run", options.run, "--save-every", options.save_every, *overrides(config)]
         code = run_in_processes(["train", *arguments], options.processes)
     if not code and "RANK" not in os.environ:  # once, not by each of several processes

@@ -302,6 +302,20 @@ def _check_combinations(config: Config) -> None:
         raise InputError("regions are cut along patches that tile; 'patch_stride' needs one scale")
 
 
+def check_shares(config: Config, processes: int) -> None:
+    """Check that a batch divides among processes and micro-batches.
+
+    Raises:
+        InputError: it does not.
+    """
+    shares = processes * config.grad_accum_steps
+    if config.batch_size % shares:
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide among {processes} processes "
+            f"with {config.grad_accum_steps} micro-batches each; use a multiple of {shares}"
+        )
+
+
 def _check_count(name: str, given: Any, count: int, what: str) -> None:
     """A list of numbers has enough of them; more are not read, so that ``scales`` can vary."""
     if isinstance(given, tuple) and len(given) < count:

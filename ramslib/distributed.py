@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset
 
-from ramslib.errors import InputError, one_line
+from ramslib.errors import InputError, count_cores, one_line
 
 
 class OtherProcessFailed(InputError):
@@ -74,22 +74,6 @@ def process_group() -> Iterator[Processes]:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-@contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets, so that work stops where it can be resumed."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    old = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -202,12 +186,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
         gradient.copy_(part.view_as(gradient))
 
 
-def count_cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
 def choose_workers() -> int:
     """Loader processes of each training process: one, or its share of the cores beside a GPU.
 
@@ -240,9 +218,9 @@ def load_batches(dataset: Dataset, workers: int | None, **options) -> Iterator[d
         traceback.clear_frames(error.__traceback__)  # releases the loader, which ends its workers
         raise InputError(message) from None
     except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)
         if "DataLoader worker (pid" not in str(error):
             raise
-        traceback.clear_frames(error.__traceback__)
         raise InputError(
             f"a loader process of {workers} was killed, as the system does when memory runs out; "
             f"free memory, or take fewer (workers={workers // 2}), and try again"

@@ -1,6 +1,8 @@
-"""Errors in one line, and files that are written whole or not at all."""
+"""What all modules need, without torch: errors in one line, whole files, a request to stop."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,3 +80,25 @@ def writing(path: Path, remedy: str = "choose another folder") -> Iterator[None]
 def write_table(table: "pd.DataFrame", path: Path) -> None:
     """Write a table as CSV, atomically; file names of any encoding are kept."""
     write_atomically(path, lambda part: table.to_csv(part, index=False, errors="surrogateescape"))
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets, so that work stops where it can be resumed."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -21,10 +21,9 @@ from ramslib.distributed import (
     first_process_first,
     load_batches,
     process_group,
-    stop_request,
     sum_over_processes,
 )
-from ramslib.errors import InputError
+from ramslib.errors import InputError, stop_request
 
 
 class Numbers(Dataset):
@@ -92,6 +91,7 @@ def test_a_killed_worker_is_one_line_and_does_not_interrupt_what_uses_the_batche
 def test_other_errors_of_a_worker_keep_their_type():
     with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
         list(load_batches(Numbers(bad=RuntimeError), 1, batch_size=4))
+    assert not multiprocessing.active_children()
 
 
 def _load_and_exit():

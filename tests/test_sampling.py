@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramslib.config import Config
+from ramslib.config import Config, check_shares
 from ramslib.distributed import Processes
 from ramslib.errors import InputError
 from ramslib.training.optimization import (
     batch_keys,
-    check_shares,
     epoch_order,
     micro_batches,
     step_seed,
@@ -123,8 +122,8 @@ def test_batches_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="batch_size 16 exceeds the 9 training images; use .*=4 "):
         steps_per_epoch(Config(batch_size=16), 9)
     with pytest.raises(InputError, match="16 does not divide among 3 processes .* multiple of 6"):
-        check_shares(Config(batch_size=16, grad_accum_steps=2), Processes(0, 3))
-    check_shares(Config(batch_size=18, grad_accum_steps=2), Processes(0, 3))
+        check_shares(Config(batch_size=16, grad_accum_steps=2), 3)
+    check_shares(Config(batch_size=18, grad_accum_steps=2), 3)
 
 
 def test_steps_decide_the_length_where_they_are_given():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import draw_photos, finish_training, read_log, same_run, tiny_config, tiny_model
 
-import ramslib.distributed
+import ramslib.training.trainer
 from ramslib.attention import QueryKey, attention_probabilities, record_attention
 from ramslib.backbone import overlap_patches, patch_grid
 from ramslib.config import Config
@@ -289,7 +289,7 @@ def test_a_run_trains_resumes_and_is_loaded(photos, tmp_path, monkeypatch):
     config = tiny_config(photos, model="transfg", patch_stride=8, epochs=2, ema_decay=0.9)
     run = train(config, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(ramslib.distributed, "stop_request", asked_to_stop)
+        patch.setattr(ramslib.training.trainer, "stop_request", asked_to_stop)
         assert "at step 1 of 6" in refused(train, config, tmp_path / "cut")
     same_run(run, train(config, tmp_path / "cut"))
     stored = pd.read_csv(run / "predictions_last.csv")

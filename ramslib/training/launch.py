@@ -19,13 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import torch
 
 from ramslib.config import Config
-from ramslib.distributed import count_cores, stop_request
-from ramslib.errors import InputError, write_atomically, writing
+from ramslib.errors import InputError, count_cores, stop_request, write_atomically, writing
 from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
-from ramslib.training.optimization import total_steps
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # where processes of one machine meet
 
@@ -35,6 +32,8 @@ def available_processes(wanted: int) -> tuple[int, str]:
 
     A process needs a GPU of its own where there are any, else a core of its own.
     """
+    import torch  # slow: the command that starts training processes does without
+
     gpus, cores = torch.cuda.device_count(), count_cores()
     places, what = (gpus, "GPU") if gpus else (cores, "core")
     number = max(1, min(wanted, places))
@@ -242,6 +241,8 @@ def find_job(folder: Path | str) -> Job | None:
 
 def progress_line(run: Path | str) -> str:
     """Steps made, images per second and time left of a run, in one line."""
+    from ramslib.training.optimization import total_steps  # imports torch
+
     metrics = read_metrics(run)
     if metrics.empty:
         return "starting"

@@ -96,20 +96,6 @@ def micro_batches(
             yield keys[start : start + share][processes.rank :: processes.world]
 
 
-def check_shares(config: Config, processes: Processes) -> None:
-    """Check that a batch divides among processes and micro-batches.
-
-    Raises:
-        InputError: it does not.
-    """
-    shares = processes.world * config.grad_accum_steps
-    if config.batch_size % shares:
-        raise InputError(
-            f"batch_size {config.batch_size} does not divide among {processes.world} processes "
-            f"with {config.grad_accum_steps} micro-batches each; use a multiple of {shares}"
-        )
-
-
 def step_seed(config: Config, step: int, processes: Processes) -> int:
     """Seed of one step's dropout in this process."""
     return config.seed * 1_000_003 + step * processes.world + processes.rank

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from ramslib import distributed
 from ramslib.acceleration import choose_amp, compile_blocks
 from ramslib.classifier import ImageClassifier
-from ramslib.config import Config
+from ramslib.config import Config, check_shares
 from ramslib.data.datasets import load_table
 from ramslib.data.health import check_readable
 from ramslib.data.transforms import ImageDataset, ImageTransform
 from ramslib.distributed import Processes
-from ramslib.errors import InputError
+from ramslib.errors import InputError, stop_request
 from ramslib.evaluation import fit_calibration, predict, score
 from ramslib.model import build_model
 from ramslib.runs import checkpoint, folder
@@ -48,7 +48,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, run: Path, processes: Processes):
-        optimization.check_shares(config, processes)
+        check_shares(config, processes.world)
         self.run, self.processes = run, processes
         self.last, self.best = run / "last.safetensors", run / "best.safetensors"
         self.config = folder.keep_sources(config, run)
@@ -351,7 +351,7 @@ def train(config: Config, run: Path | str, save_every: float = 300.0) -> Path:
     run = Path(run)
     with (
         distributed.process_group() as processes,
-        distributed.stop_request() as stop,
+        stop_request() as stop,
         ExitStack() as held,
     ):
         with distributed.first_process_first(processes):
