@@ -15,7 +15,7 @@ from ramslib.experiments.heads import (
     discriminant_scores,
     draw_folds,
     logistic_scores,
-    predict_held,
+    predict_out_of_sample,
     stack,
 )
 
@@ -149,7 +149,7 @@ def test_what_is_said_of_an_image_comes_from_heads_without_it():
     changed = labels.copy()
     changed[[3, 20]] = [2, 0]
     table = pd.DataFrame({"path": [f"{row}.jpg" for row in range(36)], "label": changed})
-    held = predict_held(features, table.assign(group=np.nan))
+    held = predict_out_of_sample(features, table.assign(group=np.nan))
     inside = np.exp(cross_fit(features, changed, None, features[:0], 3).inside)
     assert held["path"].tolist() == table["path"].tolist()
     assert held["prediction"][[3, 20]].tolist() == labels[[3, 20]].tolist()
@@ -160,8 +160,8 @@ def test_what_is_said_of_an_image_comes_from_heads_without_it():
     right = [
         (found["prediction"] == found["label"]).mean()
         for found in (
-            predict_held(copies, grouped),
-            predict_held(copies, grouped.assign(group=np.arange(18).repeat(2).astype(str))),
+            predict_out_of_sample(copies, grouped),
+            predict_out_of_sample(copies, grouped.assign(group=np.arange(18).repeat(2).astype(str))),
         )
     ]
     assert right[1] < right[0], "copies of one group do not tell each other's label"

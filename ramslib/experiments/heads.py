@@ -185,7 +185,7 @@ def cross_fit(
     return Fitted(calibrated[best], combine([outside[best]], weights[best]))
 
 
-def predict_held(features: Array, table: pd.DataFrame) -> pd.DataFrame:
+def predict_out_of_sample(features: Array, table: pd.DataFrame) -> pd.DataFrame:
     """Predictions by heads that did not see the image, for `health.suspicious_labels`.
 
     Args:
