@@ -254,6 +254,8 @@ def test_automatic_precision_is_that_of_the_device_where_the_run_began(
     same_run(train(automatic, tmp_path / "run"), unbroken)
     elsewhere = train(automatic, tmp_path / "elsewhere")
     assert folder.read_metadata(elsewhere)[1]["amp"] == "none"
+    cards = [(run / "README.md").read_text() for run in (unbroken, explicit, elsewhere)]
+    assert ["bfloat16" in card for card in cards] == [True, True, False] and "float32" in cards[2]
     assert [row.get("loss") for row in read_log(elsewhere)] != losses[0]
 
 
