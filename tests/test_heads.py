@@ -157,13 +157,9 @@ def test_what_is_said_of_an_image_comes_from_heads_without_it():
     np.testing.assert_allclose(held["true_probability"], inside[range(36), changed])
     copies = np.repeat(features[::2], 2, axis=0) + np.random.default_rng(0).normal(size=(36, 1))
     grouped = table.assign(label=np.random.default_rng(1).integers(3, size=18).repeat(2))
-    right = [
-        (found["prediction"] == found["label"]).mean()
-        for found in (
-            predict_out_of_sample(copies, grouped),
-            predict_out_of_sample(copies, grouped.assign(group=np.arange(18).repeat(2).astype(str))),
-        )
-    ]
+    pairs = grouped.assign(group=np.arange(18).repeat(2).astype(str))
+    found = [predict_out_of_sample(copies, each) for each in (grouped, pairs)]
+    right = [(each["prediction"] == each["label"]).mean() for each in found]
     assert right[1] < right[0], "copies of one group do not tell each other's label"
 
 
