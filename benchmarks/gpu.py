@@ -43,7 +43,7 @@ from ramslib.dppm import propose
 from ramslib.errors import one_line
 from ramslib.runs.folder import git_commit
 from ramslib.runs.results import read_results
-from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
+from ramslib.training.optimization import backward_scales, create_optimizer
 from ramslib.training.trainer import Trainer, train
 
 CUDA = {
@@ -110,7 +110,7 @@ def five_steps(name: str, options: SimpleNamespace) -> float:
     optimizer, losses = create_optimizer(model, config), []
     for _ in expected["sum_grad_norm"]:
         optimizer.zero_grad()
-        weights = loss_weights(config.loss, config.scales)
+        weights = config.loss_weights(config.scales)
         losses.append(backward_scales(model, pixels, labels, weights)[1:].tolist())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()

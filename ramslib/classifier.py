@@ -68,6 +68,7 @@ class ImageClassifier(nn.Module, ABC):
     Attributes:
         origin: one sentence about where the weights come from.
         temperatures: of the outputs that have one, see `evaluation.fit_calibration`.
+        scale_weights: of the scales in their means, see `evaluation.fuse`; those of the loss.
     """
 
     num_scales = 1
@@ -85,6 +86,7 @@ class ImageClassifier(nn.Module, ABC):
         self.grid = patch_grid(backbone)
         self.origin = getattr(backbone, "origin", "")
         self.temperatures: dict[str, float] = {}
+        self.scale_weights: tuple[float, ...] = ()
 
     @property
     def device(self) -> torch.device:

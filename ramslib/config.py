@@ -160,6 +160,13 @@ class Config:
         given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * count
         return given[:count]
 
+    def loss_weights(self, scales: int) -> tuple[float, ...]:
+        """Weight of each scale's cross entropy; a loss of your own counts them alike."""
+        if isinstance(self.loss, tuple):
+            return self.loss[:scales]
+        chosen = {"first": [0], "last": [scales - 1]}.get(self.loss, range(scales))
+        return tuple(float(scale in chosen) for scale in range(scales))
+
     def input_sizes(self) -> tuple[tuple[int, int], ...]:
         """(H, W) of the input of each scale."""
         first, sides = self.image_size, self.region_size

@@ -1,8 +1,9 @@
 """Evaluation: every image once, every scale and their fusions, accuracy with its uncertainty.
 
 Predictions are one tidy table with a row per image and output: ``scale 1`` .. ``scale S``, and for
-S > 1 the two fusions ``mean softmax`` and ``mean logits``. All scores are computed from it, also by
-a notebook from the CSV of a finished run. The last output of an image is its answer everywhere.
+S > 1 the two fusions ``mean softmax`` and ``mean logits``, in which scales count as in the loss.
+All scores are computed from it, also by a notebook from the CSV of a finished run. The last output
+of an image is its answer everywhere.
 
 Calibration (Guo et al., "On Calibration of Modern Neural Networks", 2017): the logarithms of an
 output's probabilities are divided by its temperature, which makes the nll of the validation split
@@ -13,7 +14,7 @@ answer; for other images alone the later scales run. `choose_exit_threshold` nee
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -43,11 +44,13 @@ def output_names(scales: int) -> list[str]:
     return [f"scale {scale + 1}" for scale in range(scales)] + fused
 
 
-def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fuse(logits: tuple[Tensor, ...], weights: Sequence[float] = ()) -> tuple[Tensor, ...]:
     """Class probabilities per output: each scale, mean of softmax, softmax of mean logits.
 
     Args:
         logits: (B, K) per scale.
+        weights: of the scales in both means, by default equal; scales beyond the last weight have
+            that one, and those before it are equal where none of them has a weight.
 
     Returns:
         (B, K) probabilities per name of `output_names`.
@@ -56,22 +59,28 @@ def fuse(logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     single = stacked.softmax(dim=-1)
     if len(logits) == 1:
         return tuple(single)
-    return (*single, single.mean(dim=0), stacked.mean(dim=0).softmax(dim=-1))
+    weights = [*weights, *weights[-1:] * len(logits)][: len(logits)]
+    if any(weights) and len(set(weights)) > 1:
+        shares = torch.tensor(weights, device=stacked.device) / sum(weights)
+        single_mean, mean = (torch.tensordot(shares, each, 1) for each in (single, stacked))
+    else:
+        single_mean, mean = single.mean(dim=0), stacked.mean(dim=0)
+    return (*single, single_mean, mean.softmax(dim=-1))
 
 
 def probabilities(
-    logits: Sequence[Tensor], temperatures: Mapping[str, float], index: int = 0
+    logits: Sequence[Tensor], model: ImageClassifier, index: int = 0
 ) -> dict[str, Tensor]:
     """(K,) calibrated class probabilities of one image: each scale, and the answer of several.
 
     Args:
         logits: (B, K) per scale.
-        temperatures: by output; 1 where there is none.
+        model: that of the logits.
         index: of the image in the batch.
     """
-    fused = fuse(tuple(scale[index : index + 1] for scale in logits))
+    fused = fuse(tuple(scale[index : index + 1] for scale in logits), model.scale_weights)
     return {
-        name: temper(values[0], temperatures.get(name, 1.0)).cpu()
+        name: temper(values[0], model.temperatures.get(name, 1.0)).cpu()
         for name, values in zip(output_names(len(logits)), fused, strict=True)
         if name != "mean softmax"
     }
@@ -115,7 +124,8 @@ def fit_calibration(
     given = processes, model, table, transform, batch_size, workers
     logits = _map_images(lambda b: torch.stack(model(b["pixels"]).logits, dim=1), shape, *given)
     labels, rows = torch.tensor(table["label"].to_numpy()), []
-    for name, values in zip(output_names(model.num_scales), fuse(logits.unbind(1)), strict=True):
+    fused = fuse(logits.unbind(1), model.scale_weights)
+    for name, values in zip(output_names(model.num_scales), fused, strict=True):
         temperature = fit_temperature(values, labels) if len(table) else 1.0
         confidence, prediction = temper(values, temperature).max(dim=1)
         unsure_below = reliable_confidence(confidence, prediction == labels)
@@ -232,7 +242,8 @@ def _rows(model: ImageClassifier, transform: ImageTransform, batch: dict) -> Ten
         for boxes in output.boxes
     ]
     no_region = torch.full((len(labels), 4), torch.nan, dtype=torch.float64)
-    given = output_names(model.num_scales), fuse(output.logits), [*regions, no_region, no_region]
+    fused = fuse(output.logits, model.scale_weights)
+    given = output_names(model.num_scales), fused, [*regions, no_region, no_region]
     rows = []
     for name, probabilities, region in zip(*given, strict=False):
         metrics = prediction_metrics(probabilities, labels, model.temperatures.get(name, 1.0))
@@ -404,7 +415,8 @@ def early_exit(model: ImageClassifier, pixels: Tensor, threshold: float) -> tupl
     if model.num_scales > 1 and not confident.all():
         later = [outputs.send(~confident).logits, *(output.logits for output in outputs)]
         temperature = temperatures.get(output_names(model.num_scales)[-1], 1.0)
-        probabilities[~confident] = temper(fuse((first[~confident], *later))[-1], temperature)
+        fused = fuse((first[~confident], *later), model.scale_weights)
+        probabilities[~confident] = temper(fused[-1], temperature)
     return probabilities, confident
 
 

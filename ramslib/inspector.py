@@ -251,7 +251,7 @@ class Inspector:
 
     def probabilities(self, outputs: Sequence[ScaleOutput]) -> dict[str, Tensor]:
         """(K,) class probabilities by output, see `probabilities`."""
-        return probabilities([output.logits for output in outputs], self.model.temperatures)
+        return probabilities([output.logits for output in outputs], self.model)
 
     def plot(
         self,

@@ -199,7 +199,8 @@ def accuracy_by_threshold(
             with seed_random_proposals(batch["index"]):
                 settings = replace(model.settings, thresholds=(threshold,))
                 _, proposal = model.propose(recorded, settings, 0)
-            probabilities = torch.stack(fuse((first, second.logits(proposal.patch_boxes))))
+            logits = first, second.logits(proposal.patch_boxes)
+            probabilities = torch.stack(fuse(logits, model.scale_weights))
             correct[row] += (probabilities.argmax(dim=-1) == batch["label"]).sum(dim=1).cpu()
     share = correct.double().numpy() / len(table)
     keys = pd.MultiIndex.from_product([thresholds, names], names=["threshold", "output"])

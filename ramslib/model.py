@@ -333,4 +333,5 @@ def build_model(config: Config, num_classes: int) -> ImageClassifier:
             f"model {config.model!r} gives a {type(model).__name__}; it must return an "
             "ImageClassifier (docs/extending.md)"
         )
+    model.scale_weights = config.loss_weights(model.num_scales)
     return model

@@ -174,10 +174,38 @@ def test_fusions_are_means():
     assert len(fuse(logits[:1])) == len(output_names(1)) == 1
 
 
+@pytest.mark.parametrize(
+    ("weights", "used"),
+    [
+        ((1.0, 0.25, 0.0), (1, 0.25, 0)),
+        ((0.0, 0.0, 1.0), (0, 0, 1)),
+        ((0.2, 1.0), (0.2, 1, 1)),
+        ((0.0, 0.0, 0.0, 1.0), (1, 1, 1)),
+    ],
+    ids=["all", "last", "fewer than scales", "none of them"],
+)
+def test_scales_count_in_the_means_by_their_weights(weights, used):
+    logits = tuple(torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    *_, softmax, logit = fuse(logits, weights)
+    expected = np.average([each.softmax(1) for each in logits], axis=0, weights=used)
+    np.testing.assert_allclose(softmax, expected, rtol=1e-5)
+    expected = torch.tensor(np.average(logits, axis=0, weights=used)).softmax(1)
+    np.testing.assert_allclose(logit, expected, rtol=1e-5)
+
+
+def test_the_answer_counts_scales_as_the_loss_does(table):
+    found = predict(tiny_model(loss="last"), table, TRANSFORM, 4)
+    found = found.pivot(index="path", columns="output", values="true_probability")
+    for mean in ("mean softmax", "mean logits"):
+        np.testing.assert_allclose(found[mean], found["scale 2"], rtol=1e-6)
+    assert (found["scale 1"] - found["scale 2"]).abs().max() > 0.01
+
+
 class Fixed(torch.nn.Module):
     """Gives each image the logits that are written for it."""
 
     num_scales, image_size, device, temperatures = 1, (48, 48), torch.device("cpu"), {}
+    scale_weights = ()
 
     def __init__(self, logits):
         super().__init__()

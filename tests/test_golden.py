@@ -34,7 +34,7 @@ from ramslib.attention import (
     record_attention,
 )
 from ramslib.dppm import propose
-from ramslib.training.optimization import backward_scales, create_optimizer, loss_weights
+from ramslib.training.optimization import backward_scales, create_optimizer
 from ramslib.transfg import TransFG, contrastive_loss
 
 FOLDER = Path(os.environ.get("RAMSLIB_GOLDEN", OWN))
@@ -180,7 +180,7 @@ def test_five_steps_of_training(loss, key, name, golden):
     losses, norms = [], []
     for _ in expected[f"{key}_grad_norm"]:
         optimizer.zero_grad()
-        weights = loss_weights(config.loss, config.scales)
+        weights = config.loss_weights(config.scales)
         losses.append(backward_scales(model, pixels, labels, weights)[1:].tolist())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         norms.append(norm.item())

@@ -22,7 +22,6 @@ from ramslib.training.optimization import (
     create_optimizer,
     create_schedule,
     freeze,
-    loss_weights,
 )
 
 
@@ -92,16 +91,17 @@ def staged_ranking(outputs, labels):
 
 
 def test_weights_of_the_losses():
-    assert loss_weights("sum", 3) == [1, 1, 1]
-    assert loss_weights("first", 3) == [1, 0, 0]
-    assert loss_weights("last", 3) == [0, 0, 1]
-    assert loss_weights((1.0, 0.5, 0.25), 2) == [1, 0.5]
+    assert Config(loss="sum").loss_weights(3) == (1, 1, 1)
+    assert Config(loss="first").loss_weights(3) == (1, 0, 0)
+    assert Config(loss="last").loss_weights(3) == (0, 0, 1)
+    assert Config(loss=(1.0, 0.5, 0.25)).loss_weights(2) == (1, 0.5)
+    assert Config(loss="ideas.py:mine").loss_weights(2) == (1, 1)
 
 
 @pytest.mark.parametrize("loss", ["sum", "first", "last", (1.0, 0.5, 0.0)])
 @pytest.mark.parametrize("size", [(24, 32), (48, 64)])
 def test_scale_by_scale_gradients_are_those_of_the_joint_loss(model_of, pixels, loss, size):
-    model, weights, batch = model_of("dinov2"), loss_weights(loss, 3), pixels(4, size)
+    model, weights, batch = model_of("dinov2"), Config(loss=loss).loss_weights(3), pixels(4, size)
     losses = backward_scales(model, batch, LABELS, weights, 0.1, factor=0.5)
     staged = gradients(model)
     each = [F.cross_entropy(s, LABELS, label_smoothing=0.1) for s in model(batch).logits]
@@ -182,10 +182,11 @@ def test_checkpointing_changes_no_gradient(pixels, strength, loss):
         torch.nn.init.normal_(model.classifier.weight)
         calls = []
         model.backbone.blocks[0].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
-        losses = backward_scales(model.train(), pixels(4, (32, 32)), LABELS, loss_weights(loss, 2))
+        weights = Config(loss=loss).loss_weights(2)
+        losses = backward_scales(model.train(), pixels(4, (32, 32)), LABELS, weights)
         steps.append([losses, *(parameter.grad for parameter in model.parameters())])
         count.append(len(calls))
-    assert count == [2, 2 + sum(map(int, loss_weights(loss, 2)))], "computed again where trained"
+    assert count == [2, 2 + sum(map(int, weights))], "computed again where trained"
     for one, other in zip(*steps, strict=True):
         assert one is other is None or torch.equal(one, other)
 

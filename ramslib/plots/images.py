@@ -194,7 +194,7 @@ def plot_recursion(
             plot_image(inputs[scale + 1], title=f"crop: input of scale {scale + 2}", ax=crop)
         if len(classes):
             logits = [output.logits for output in outputs]
-            shown = probabilities(logits, model.temperatures, index)
+            shown = probabilities(logits, model, index)
             plot_probabilities(shown, classes, label, ax=row[-1])
     return axes
 

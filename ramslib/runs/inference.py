@@ -203,6 +203,7 @@ class ExportedModel:
                 self.about[name] = json.loads(value)
         self.image_size = tuple(self.about["image_size"])
         self.temperatures = self.about["temperatures"]
+        self.scale_weights = self.about.get("scale_weights", ())  # older files have none
 
     def named_outputs(self, pixels: Tensor) -> dict[str, Tensor]:
         """What `NamedOutputs` gives."""
@@ -330,11 +331,11 @@ def about_export(loaded: LoadedModel) -> dict:
 
     Returns:
         ``classes``; ``output``, the name of the answer (of several scales ``mean logits``, the mean
-        of all logits); ``resized`` and ``highres_size``, the (height, width) that a photo is
-        resized to and that of the center crop which is the input; ``image_size`` (H, W) of scale
-        1, in whose pixels boxes are; ``image_sizes`` of the scales, the last one also of further
-        ones; ``mean`` and ``std``, applied inside; name, key with checkpoint, and version of the
-        run.
+        of all logits by ``scale_weights``); ``resized`` and ``highres_size``, the (height, width)
+        that a photo is resized to and that of the center crop which is the input; ``image_size``
+        (H, W) of scale 1, in whose pixels boxes are; ``image_sizes`` of the scales, the last one
+        also of further ones; ``mean`` and ``std``, applied inside; name, key with checkpoint, and
+        version of the run.
     """
     model, transform = loaded.model, loaded.transform
     return {
@@ -347,6 +348,7 @@ def about_export(loaded: LoadedModel) -> dict:
         "image_sizes": getattr(model, "image_sizes", [model.image_size]),
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
+        "scale_weights": model.scale_weights,
         "temperatures": model.temperatures,
         "unsure_below": loaded.unsure_below,
         "run": loaded.name,

@@ -104,20 +104,6 @@ def step_seed(config: Config, step: int, processes: Processes) -> int:
 Loss = Callable[[list[ScaleOutput], Tensor], Tensor]  # outputs of scales, labels (B,) -> scalar
 
 
-def loss_weights(loss: str | Sequence[float], scales: int) -> list[float]:
-    """Weight of each scale's cross entropy.
-
-    Args:
-        loss: ``sum`` (paper), ``first`` (release), ``last``, or the weights, coarse to fine; those
-            beyond the last scale are not read.
-        scales: their number.
-    """
-    if not isinstance(loss, str):
-        return list(loss[:scales])
-    chosen = {"sum": range(scales), "first": [0], "last": [scales - 1]}[loss]
-    return [float(scale in chosen) for scale in range(scales)]
-
-
 def choose_backward(model: ImageClassifier, config: Config) -> Callable[..., Tensor]:
     """`backward_scales` or `backward_joint` of a model, with the loss that is configured.
 
@@ -126,7 +112,7 @@ def choose_backward(model: ImageClassifier, config: Config) -> Callable[..., Ten
     """
     options = {"label_smoothing": config.label_smoothing, "amp": AMP_TYPES[config.amp]}
     if not is_reference(config.loss):
-        weights = loss_weights(config.loss, model.num_scales)
+        weights = config.loss_weights(model.num_scales)
         return partial(backward_scales, model, loss=weights, **options)
     loss = resolve(config.loss, {}, "loss")
     backward = backward_scales if getattr(loss, "per_scale", False) else backward_joint
