@@ -6,6 +6,7 @@ Bad input is one line on stderr and exit code 2.
 import argparse
 import atexit
 import gc
+import multiprocessing
 import os
 import sys
 import threading
@@ -36,7 +37,7 @@ def run() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    if "RANK" in os.environ:  # before the slow imports, for it may be killed in them
+    if "RANK" in os.environ and not multiprocessing.parent_process():  # a fork has a stand-in
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     options = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -323,10 +324,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _notebooks(options: argparse.Namespace) -> None:
     parameters = {name: values[-1] for name, values in _axes(options.settings).items()}
-    from ramslib.experiments.notebooks import run_notebooks
+    from ramslib.training.forks import forking
 
-    root = options.root or Path("data", options.data)
-    run_notebooks(options.data, root, options.out, options.preset, parameters)
+    with forking():  # which imports meanwhile
+        from ramslib.experiments.notebooks import run_notebooks
+
+        root = options.root or Path("data", options.data)
+        run_notebooks(options.data, root, options.out, options.preset, parameters)
 
 
 def _app(options: argparse.Namespace) -> int:

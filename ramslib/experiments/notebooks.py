@@ -27,15 +27,12 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import jinja2
-import nbformat
 import pandas as pd
-import papermill
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from nbconvert import HTMLExporter
-from nbformat import NotebookNode
 
 from ramslib.config import Config
 from ramslib.errors import InputError, one_line, write_atomically
@@ -43,6 +40,10 @@ from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
 from ramslib.runs.folder import read_run
 from ramslib.runs.results import method_name, read_predictions, read_results
+from ramslib.training import forks
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent
@@ -69,7 +70,8 @@ class OwnInterpreter(AsyncKernelManager):
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
         """The command that starts a kernel."""
         line = "--IPKernelApp.exec_lines=import atexit, gc; atexit.register(gc.freeze)"
-        return super().format_kernel_cmd([*(extra_arguments or []), line])
+        parts = super().format_kernel_cmd([*(extra_arguments or []), line])
+        return forks.command(*parts[parts.index("-m") + 1 :])
 
     def _transport_encryption_default(self) -> str:
         return "auto"  # without it every kernel warns on the terminal
@@ -115,16 +117,24 @@ def read_parameters(
 
 def declared_parameters(path: Path) -> dict[str, object]:
     """Names and default values in a notebook's cell tagged ``parameters``."""
-    cells = [c for c in read_notebook(path).cells if "parameters" in c.metadata.get("tags", [])]
-    nodes = [node for cell in cells for node in ast.parse(cell.source).body]
+    cells = json.loads(_check_notebook(path).read_text("utf-8"))["cells"]
+    chosen = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    nodes = [node for cell in chosen for node in ast.parse("".join(cell["source"])).body]
     return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
 
 
-def read_notebook(path: Path) -> NotebookNode:
-    """A notebook's file; the numbered ones and the report's are in a clone only."""
+def read_notebook(path: Path) -> "NotebookNode":
+    """A notebook's file."""
+    import nbformat  # takes a second, which no kernel need wait for
+
+    return nbformat.read(_check_notebook(path), 4)
+
+
+def _check_notebook(path: Path) -> Path:
+    """The path; the numbered notebooks and the report's are in a clone only."""
     if not path.is_file():
         raise InputError(f"{path}: no such notebook; run from a clone of the project")
-    return nbformat.read(path, 4)
+    return path
 
 
 def read_value(name: str, value: object, default: object) -> object:
@@ -322,7 +332,7 @@ def fingerprint(cells: list, parameters: dict, package: str) -> str:
     return _hash([package, cells, parameters, key_values(parameters | settings), data])
 
 
-def execute(path: Path, parameters: dict, copy: Path | None = None) -> NotebookNode:
+def execute(path: Path, parameters: dict, copy: Path | None = None) -> "NotebookNode":
     """Execute a notebook in its folder and check it.
 
     Args:
@@ -333,6 +343,8 @@ def execute(path: Path, parameters: dict, copy: Path | None = None) -> NotebookN
     Raises:
         InputError: a cell failed; the notebook's own InputError, or the error and the copy.
     """
+    import papermill  # like nbformat
+
     try:
         notebook = papermill.execute_notebook(
             read_notebook(path),
@@ -355,7 +367,7 @@ def execute(path: Path, parameters: dict, copy: Path | None = None) -> NotebookN
     return notebook
 
 
-def check_executed(notebook: NotebookNode) -> None:
+def check_executed(notebook: "NotebookNode") -> None:
     """Raise RuntimeError for a cell that did not run to its end or an error that a widget holds.
 
     After a timeout or the death of the kernel papermill calls all cells completed; those that did
@@ -374,8 +386,10 @@ def check_executed(notebook: NotebookNode) -> None:
                     raise RuntimeError(f"in a widget, {output['ename']}: {output['evalue']}")
 
 
-def write_page(notebook: NotebookNode, path: Path, title: str, **options: object) -> None:
+def write_page(notebook: "NotebookNode", path: Path, title: str, **options: object) -> None:
     """Write an executed notebook as a page that needs no network; ``options`` are nbconvert's."""
+    from nbconvert import HTMLExporter  # like nbformat
+
     quiet = logging.Logger("pages", logging.ERROR)  # not a warning for each figure without a text
     options |= {"raw_template": _template("page"), "embed_images": True, "log": quiet}
     notebook = deepcopy(notebook)

@@ -6,10 +6,10 @@ control that moves redraws at once what follows from recorded attention; what ne
 follows when the controls rest. Bad input is a message on the page, never a traceback.
 """
 
-import contextlib
 import html
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,7 +29,7 @@ from ramslib.data.annotations import BOX_COLUMNS, TABLE_COLUMNS
 from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
 from ramslib.evaluation import probabilities
-from ramslib.explorer import kernels, panels
+from ramslib.explorer import panels
 from ramslib.explorer.controls import Controls, ImageBrowser
 from ramslib.explorer.tabs import AnalysisTabs
 from ramslib.explorer.views import code, files, inspector_of, load
@@ -39,6 +39,7 @@ from ramslib.plots.images import top_classes
 from ramslib.runs.folder import is_finished, read_run
 from ramslib.runs.inference import LoadedModel
 from ramslib.runs.results import read_results
+from ramslib.training import forks
 
 BACKBONES = ("vit_small_patch14_dinov2",)  # offered beside the runs; any other can be typed
 CLASSES = 5  # shown with their probabilities
@@ -277,7 +278,7 @@ class Explorer:
         is_complete = known == settings.scales
         text = "attention only: this backbone has no trained classifier"
         if self.loaded.classes:
-            shown = probabilities(inspector.logits(known), inspector.model.temperatures)
+            shown = probabilities(inspector.logits(known), inspector.model)
             shown = top_classes(shown, self.loaded.classes, inspector.label, CLASSES)
             text = panels.probability_bars(shown)
         text += "" if is_complete else panels.caption_html("computing the next scale …")
@@ -340,16 +341,29 @@ def serve(data: str, root: Path, out: Path, run: Path | None, voila: Sequence[st
     paths = {"root": root, "out": out} | ({"model": run} if run else {})
     options = {name: str(path.expanduser().absolute()) for name, path in paths.items()}
     os.environ["RAMSLIB_EXPLORER"] = json.dumps({"data": data} | options)  # app.ipynb reads it
-    command, shares = app_command(voila), sys.platform == "linux"
+    command = app_command(voila)
     print("Voila ends kernels of pages that were left, with:", *command[4:])
-    with tempfile.TemporaryDirectory(prefix="ramslib-") as folder, contextlib.ExitStack() as stack:
-        line = stack.enter_context(kernels.listen(Path(folder))) if shares else None
-        server = stack.enter_context(subprocess.Popen(command))
+    with forks.listening() as line, tempfile.TemporaryDirectory(prefix="ramslib-") as folder:
+        _write_kernel_spec(Path(folder))
+        server = subprocess.Popen(command)
         for number in (signal.SIGTERM, signal.SIGINT):  # it must not outlive this process
             signal.signal(number, lambda *_: _stop(server))
-        if line:
-            kernels.fork_kernels(line, server)
+        if line:  # kernels are forks of this process, which computes nothing
+            forks.fork_for_callers(line, lambda: server.poll() is None)
+            for kernel in multiprocessing.active_children():
+                kernel.kill()
         return server.wait()
+
+
+def _write_kernel_spec(folder: Path) -> None:
+    """Make the kernels that are started here and below forks."""
+    argv = forks.command("ipykernel_launcher", "-f", "{connection_file}")
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    place = folder / "kernels" / "python3"
+    place.mkdir(parents=True)
+    (place / "kernel.json").write_text(json.dumps(spec))
+    places = str(folder), os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, places))
 
 
 def _stop(server: subprocess.Popen) -> None:

@@ -23,6 +23,7 @@ import psutil
 from ramslib.config import Config
 from ramslib.errors import InputError, count_cores, stop_request, write_atomically, writing
 from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
+from ramslib.training import forks
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # where processes of one machine meet
 
@@ -89,7 +90,8 @@ def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30
         ranks = []
         for rank in map(str, range(processes)):
             place = {"RANK": rank, "LOCAL_RANK": rank}
-            ranks.append(subprocess.Popen(command(arguments), env=environment | place))
+            started = forks.command("ramslib", *arguments)
+            ranks.append(subprocess.Popen(started, env=environment | place))
         code, asked, failed = 0, False, float("inf")
         while None in (codes := [rank.poll() for rank in ranks]):
             code = code or next(filter(None, codes), 0)
@@ -211,12 +213,12 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "output.log", "a")  # noqa: SIM115
-    parts = command(arguments, processes)
     with log:
-        log.write(f"$ {shlex.join(parts)}\n")
+        log.write(f"$ {shlex.join(command(arguments, processes))}\n")
         log.flush()
+        several = processes > 1  # starts them without importing torch
         child = psutil.Popen(
-            parts,
+            command(arguments, processes) if several else forks.command("ramslib", *arguments),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
