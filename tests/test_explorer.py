@@ -781,6 +781,11 @@ def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_
     assert messages_of(page) == "" and page.tabs.cached is not None
     assert "reads no more" in text_of(page.tabs.effect.note), "it reads the recorded scale"
     assert page.models.label.startswith("own (scales=2, strength=last_class,")
+    own = [f"{ideas}:upper_half", f"{ideas}:two_quarters"]
+    page = open_explorer("folder", places / "photos", tmp_path / "runs", proposals=own)
+    *_, copy, original, other = page.controls.proposal.options
+    assert copy[0].endswith(f"-{ideas.name}:upper_half"), "two of one name: whose they are"
+    assert original == (f"{ideas.name}:upper_half", own[0]) and other == ("two_quarters", own[1])
 
 
 def test_a_run_whose_code_is_not_trusted_is_not_offered(places, ideas, tmp_path, trusted):

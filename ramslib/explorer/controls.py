@@ -97,8 +97,19 @@ class Controls(widgets.VBox):
 
 
 def _labeled(choices: Sequence[str | Callable]) -> list[tuple]:
-    """Options of a menu, each choice once; one's own has the name of its function."""
-    return [(getattr(c, "__name__", str(c).rpartition(":")[2]), c) for c in dict.fromkeys(choices)]
+    """Options of a menu, each choice once; one's own has the name of its function.
+
+    Where two have one name, such as an idea and the copy that a run keeps of it, also of its file.
+    """
+    texts = {choice: _name(choice) for choice in choices}
+    names = [text.rpartition(":")[2] for text in texts.values()]
+    pairs = zip(texts.items(), names, strict=True)
+    return [(text if names.count(name) > 1 else name, choice) for (choice, text), name in pairs]
+
+
+def _name(choice: str | Callable) -> str:
+    """``name``, or ``file.py:name`` of one's own."""
+    return getattr(choice, "__name__", os.path.basename(str(choice)))
 
 
 class ImageBrowser(widgets.VBox):
