@@ -16,11 +16,11 @@ settings.load_profile("steady")
 
 torch.set_num_threads(1)  # of tiny tensors, threads only wait for each other
 
-# Modules of trainings, processes, kernels and browsers: `make check` leaves them out.
+# Modules of trainings, processes, exports, kernels and browsers: `make check` leaves them out.
 SLOW = """
-test_benchmarks test_browser test_data_notebook test_golden test_launch test_notebooks
-test_notebooks_command test_processes_benchmark test_report test_strangers test_sweep test_trainer
-test_training
+test_backbone_kinds test_benchmarks test_browser test_data_notebook test_export test_forks
+test_golden test_launch test_notebooks test_notebooks_command test_old_runs
+test_processes_benchmark test_report test_strangers test_sweep test_trainer test_training
 """.split()
 
 

@@ -137,6 +137,7 @@ def compiled_and_not(model, backend, amp=None):
     return steps_of(other, amp), steps_of(model, amp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, amp", KINDS)
 def test_compiled_blocks_give_the_same_bits_and_are_compiled_once(family, amp, backbone_of):
     settings = ProposalSettings((1.0, 1.1), "rollout_mean", scales=3)
@@ -147,6 +148,7 @@ def test_compiled_blocks_give_the_same_bits_and_are_compiled_once(family, amp, b
     assert counters["stats"]["unique_graphs"] == 2, "training and evaluation, for all blocks"
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_transfg_and_computed_again(backbone_of):
     found, expected = compiled_and_not(TransFG(backbone_of("vit"), 3), "aot_eager")
     assert all(found[name].equal(expected[name]) for name in expected)

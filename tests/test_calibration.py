@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -210,6 +211,7 @@ def test_without_a_validation_split_nothing_is_fitted_and_this_is_said(trained, 
     assert fitted["output"].tolist() == output_names(2) and fitted["temperature"].eq(1).all()
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_and_one_of_an_older_version_have_a_temperature_of_1(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[1], run)
@@ -226,8 +228,10 @@ def test_an_unfinished_run_and_one_of_an_older_version_have_a_temperature_of_1(t
 
 def test_probabilities_use_the_temperature_of_their_output():
     logits = [torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.3, 0.1, 3.0]])]
-    found = probabilities(logits, {"scale 2": 2.0, "mean logits": 0.5})
+    temperatures = {"scale 2": 2.0, "mean logits": 0.5}
+    model = SimpleNamespace(temperatures=temperatures, scale_weights=(1.0, 3.0))
+    found = probabilities(logits, model)
     first, second = (each[0].numpy() for each in logits)
-    expected = softmax(first), softmax(second / 2), softmax(first + second)
+    expected = softmax(first), softmax(second / 2), softmax((first + 3 * second) / 2)
     for values, wanted in zip(found.values(), expected, strict=True):
         np.testing.assert_allclose(values, wanted, rtol=1e-5)

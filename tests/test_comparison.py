@@ -49,6 +49,7 @@ def binomial_tail(better, worse):
     return min(1.0, 2 * sum(ways[: min(better, worse) + 1]) / 2**count)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=60))
 def test_pairs_are_counted_image_by_image(pairs):
     one, other = ([ranks[side] for ranks in pairs] for side in (0, 1))
@@ -140,6 +141,7 @@ def test_published_numbers_carry_their_uncertainty():
     assert table["top1"].is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_methods_are_trained_and_compared(tmp_path, monkeypatch):
     def train_here(config, run, processes, show):
         return train(config, run)

@@ -69,6 +69,7 @@ def test_species_differ_in_a_small_visible_mark_only(key, one, step):
     assert outside.max() < 0.045 * side  # so the mark is at most 9 % of the side across
 
 
+@pytest.mark.slow
 def test_mark_is_about_five_percent_of_the_image_side():
     shares = []
     for key in range(24):

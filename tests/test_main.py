@@ -147,6 +147,7 @@ def test_every_setting_refuses_what_it_cannot_be(world, refused, monkeypatch):
             assert any(word in line.lower() for word in told), line
 
 
+@pytest.mark.slow
 def test_a_typo_is_answered_with_the_nearest_name(world, refused):
     for name in Config.names():
         typo = name[:-1] + "xe"

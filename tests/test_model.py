@@ -292,6 +292,7 @@ def test_upsampled_strength_gives_finer_boxes(upsampling, model_of, images):
 FAMILIES = ["test_vit", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_token", ["shared", "per_scale"])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("patches", [(4, 6, 8), (8, 6, 2)])

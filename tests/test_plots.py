@@ -240,6 +240,7 @@ def two_regions(strength, threshold, recorded=None):
     return torch.tensor(halves).expand(len(strength), 2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scales", "proposal"), [(1, "attention"), (2, two_regions), (3, "random")]
 )
@@ -401,6 +402,7 @@ def test_reliability_shows_the_calibration_error(predictions):
     assert sorted(y) == pytest.approx(sorted((rows["rank"] == 0).groupby(tenth).mean()))
 
 
+@pytest.mark.slow
 def test_story_shows_correct_images_of_different_classes(tmp_path, backbone_of, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs")
     from draw_story import choose_images, draw_story

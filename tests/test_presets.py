@@ -64,6 +64,7 @@ def test_method(preset):
     assert preset.backbone == "vit_base_patch16_224.orig_in21k" and preset.final_norm
 
 
+@pytest.mark.slow
 def test_it_builds_and_is_accepted_by_the_command_line(data, preset):
     options = _parse(["train", "--run", "x", "--preset", f"paper-{data}"])
     assert _config(options) == preset

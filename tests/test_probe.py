@@ -101,6 +101,7 @@ def test_a_killed_extraction_goes_on_where_it_was(table, config, tmp_path, monke
         extract_features(config, table, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_features_have_the_key_of_what_decides_them(table, config, tmp_path):
     def key(table=table, **changes):
         extract_features(config.replace(**changes), table, tmp_path)

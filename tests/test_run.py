@@ -150,6 +150,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", EDITS, ids=[text[:40] for text in EDITS])
 def test_a_configuration_edited_out_of_shape_is_one_line(made, text):
     config, _, run = made

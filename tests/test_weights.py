@@ -506,6 +506,7 @@ def test_onnx_conversion_is_exact():
     assert digest(state) == digest(model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", ["offline", "auto"])
 def test_offline_source_is_converted_once_and_cached(pretrained, offline, use_source):
     model, source, cache, sentence = offline
@@ -538,6 +539,7 @@ def test_damaged_cache_is_named(offline, use_source, tmp_path):
     refused(vit(init_values=1.0), "offline", str(path), "replace it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pin", ["wheel_sha256", "tensors_sha256"])
 def test_wrong_hash_is_refused_and_nothing_written(pin, offline, use_source, tmp_path):
     model, source, _, _ = offline
