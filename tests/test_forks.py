@@ -1,9 +1,11 @@
 """Forks of one process: they share what is imported, and pass for processes of their own."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -147,7 +149,49 @@ def opened_by(process):
         return []
 
 
-def test_without_its_server_a_stand_in_is_the_process(monkeypatch, tmp_path):
-    monkeypatch.setenv(forks.ADDRESS, str(tmp_path / "gone"))
-    process = run_forked("--help")
+@pytest.mark.parametrize("threads", ["many", "0", "2,1"])
+def test_a_number_of_threads_that_is_none_is_ignored(server, threads):
+    process = run_forked("--help", env=os.environ | {"OMP_NUM_THREADS": threads})
     assert "predict" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+def test_without_its_server_a_stand_in_is_the_process(monkeypatch):
+    monkeypatch.delenv(forks.ADDRESS, raising=False)
+    with forks.forking():
+        waiting = run_forked("--help")
+        children = psutil.Process().children()
+        servers = [child for child in children if "forks.serve" in " ".join(child.cmdline())]
+        max(servers, key=psutil.Process.create_time).kill()  # while it imports
+        for process in (waiting, run_forked("--help")):
+            assert "predict" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+def test_a_server_that_cannot_fork_goes_on(monkeypatch):
+    """Where memory or process numbers have run out, the app's pages that are open go on."""
+    monkeypatch.delenv(forks.ADDRESS, raising=False)
+    monkeypatch.setattr(forks, "IMPORTED", ())
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", _fail)
+    with forks.listening() as line:
+        process = run_forked("--help")
+        forks.fork_for_callers(line, lambda: process.poll() is None)
+        assert "predict" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+def _fail(*args):
+    raise BlockingIOError("Resource temporarily unavailable")
+
+
+def test_a_server_ends_with_its_starter_however_early():
+    code = "import os; from ramslib.training.forks import forking"
+    code += "\nwith forking(): os.kill(os.getpid(), 9)"
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    starter.communicate(timeout=60)  # returns when the server, too, has closed the pipe
+
+
+def test_where_no_socket_can_be_processes_start_as_ever(monkeypatch, tmp_path):
+    monkeypatch.delenv(forks.ADDRESS, raising=False)
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with forks.forking():
+        assert forks.command("ramslib") == [sys.executable, "-m", "ramslib"]

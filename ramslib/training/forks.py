@@ -33,12 +33,12 @@ if "RANK" in os.environ:  # one of several processes that train ends with the on
 line = socket.socket(socket.AF_UNIX)
 try:
     line.connect(address)
-except OSError:  # the server has ended
+    socket.send_fds(line, [b"+"], [1, 2])
+    line.sendall(json.dumps([command, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+    answers = line.makefile()
+    pid = int(answers.readline())
+except (OSError, ValueError):  # the server has ended, or cannot fork
     os.execv(sys.executable, [sys.executable, "-m", *command])
-socket.send_fds(line, [b"+"], [1, 2])
-line.sendall(json.dumps([command, os.getcwd(), dict(os.environ)]).encode() + b"\\n")
-answers = line.makefile()
-pid = int(answers.readline())
 
 def pass_on(number, _):
     with contextlib.suppress(ProcessLookupError):
@@ -68,15 +68,19 @@ def listening() -> Iterator[socket.socket | None]:
     if sys.platform != "linux":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="ramslib-") as folder:
-        with socket.socket(socket.AF_UNIX) as line:
-            line.bind(address := os.path.join(folder, "forks"))
+    with (
+        tempfile.TemporaryDirectory(prefix="ramslib-") as folder,
+        socket.socket(socket.AF_UNIX) as line,
+    ):
+        address = os.path.join(folder, "forks")
+        with suppress(OSError):  # its path may be too long for a socket, or the disk full
+            line.bind(address)
             line.listen()
             os.environ[ADDRESS] = address
-            try:
-                yield line
-            finally:
-                del os.environ[ADDRESS]
+        try:
+            yield line if os.environ.get(ADDRESS) == address else None
+        finally:
+            os.environ.pop(ADDRESS, None)
 
 
 @contextmanager
@@ -86,9 +90,10 @@ def forking() -> Iterator[None]:
         if line is None:
             yield
             return
-        code = f"from ramslib.training import forks; forks.serve({line.fileno()})"
+        code = f"from ramslib.training import forks; forks.serve({line.fileno()}, {os.getpid()})"
         started = [sys.executable, "-c", code]
         server = subprocess.Popen(started, pass_fds=[line.fileno()], start_new_session=True)
+        line.close()  # or callers would wait for a server that has ended
         try:
             yield
         finally:
@@ -96,9 +101,8 @@ def forking() -> Iterator[None]:
             server.wait()
 
 
-def serve(listening: int) -> None:
+def serve(listening: int, parent: int) -> None:
     """Fork for callers at a socket until the process that started this one has ended."""
-    parent = os.getppid()
     fork_for_callers(socket.socket(fileno=listening), lambda: os.getppid() == parent)
     os._exit(0)  # without waiting for forks: trainings go on, kernels see it
 
@@ -112,7 +116,7 @@ def fork_for_callers(line: socket.socket, goes_on: Callable[[], bool]) -> None:
     line.settimeout(0.5)
     while goes_on():
         multiprocessing.active_children()  # forgets those that have ended
-        with suppress(TimeoutError), line.accept()[0] as caller:
+        with suppress(OSError), line.accept()[0] as caller:
             caller.settimeout(None)
             context = multiprocessing.get_context("fork")
             context.Process(target=_be, args=(caller, line)).start()
@@ -159,7 +163,7 @@ def _run(module: str, arguments: list[str]) -> None:
     if module == "ipykernel_launcher":
         arguments += [f"--IPKernelApp.parent_handle={os.getppid()}"]  # it ends with the server
         return importlib.import_module("ipykernel.kernelapp").launch_new_instance(argv=arguments)
-    threads = os.environ.get("OMP_NUM_THREADS")  # which torch has read at its import
-    if threads:
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # torch read it at its import
+    with suppress(ValueError, RuntimeError):  # nonsense, which is ignored there, too
         importlib.import_module("torch").set_num_threads(int(threads))
     return importlib.import_module("ramslib.__main__").run()
