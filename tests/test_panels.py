@@ -130,3 +130,5 @@ def test_the_app_ends_idle_kernels_and_takes_large_uploads():
     assert "cull_idle_timeout=" in command and "cull_interval=" in command
     size = int(re.search(r"websocket_max_message_size': (\d+)", command)[1])
     assert size >= 100 * 2**20 and command.endswith("--no-browser")
+    command = " ".join(app_command(["--MappingKernelManager.cull_interval", "5"]))
+    assert command.count("cull_interval") == 1, "Voila refuses an option that is given twice"

@@ -319,7 +319,8 @@ def describe_run(run: Path, folder: Path) -> str:
 def app_command(options: Sequence[str]) -> list[str]:
     """The command that serves the explorer as a page without code, with Voila's own options."""
     page = Path(__file__).with_name("app.ipynb")
-    defaults = [f"--{name}={value}" for name, value in VOILA.items()]
+    # Voila takes an option once
+    defaults = [f"--{n}={v}" for n, v in VOILA.items() if f"--{n}" not in " ".join(options)]
     return [sys.executable, "-m", "voila", str(page), *defaults, *options]
 
 
