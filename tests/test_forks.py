@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,20 @@ def test_a_server_that_cannot_fork_goes_on(monkeypatch):
         process = run_forked("--help")
         forks.fork_for_callers(line, lambda: process.poll() is None)
         assert "predict" in process.communicate(timeout=60)[0] and process.returncode == 0
+
+
+@pytest.mark.parametrize("said", [b"", b'+[["ramslib", "--help"], "/", {}]\n'])
+def test_a_stand_in_that_is_killed_at_once_leaves_no_traceback(monkeypatch, capfd, said):
+    monkeypatch.delenv(forks.ADDRESS, raising=False)
+    monkeypatch.setattr(forks, "IMPORTED", ())
+    with forks.listening() as line, socket.socket(socket.AF_UNIX) as stand_in:
+        stand_in.connect(os.environ[forks.ADDRESS])
+        stand_in.sendall(said)
+        stand_in.close()
+        deadline = time.monotonic() + 2
+        forks.fork_for_callers(line, lambda: time.monotonic() < deadline)
+        assert not multiprocessing.active_children()
+    assert capfd.readouterr().err == ""
 
 
 def _fail(*args):

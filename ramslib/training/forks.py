@@ -55,10 +55,9 @@ os._exit(int(code))
 
 def command(module: str, *arguments: str) -> list[str]:
     """The command that runs ``python -m MODULE ARGUMENTS``, by a fork where that can be."""
+    how = ["-m"]
     if ADDRESS in os.environ:
         how = ["-I", "-S", "-c", STAND_IN, os.environ[ADDRESS]]  # starts in 20 ms
-    else:
-        how = ["-m"]
     return [sys.executable, *how, module, *map(str, arguments)]
 
 
@@ -68,19 +67,17 @@ def listening() -> Iterator[socket.socket | None]:
     if sys.platform != "linux":
         yield None
         return
-    with (
-        tempfile.TemporaryDirectory(prefix="ramslib-") as folder,
-        socket.socket(socket.AF_UNIX) as line,
-    ):
-        address = os.path.join(folder, "forks")
-        with suppress(OSError):  # its path may be too long for a socket, or the disk full
-            line.bind(address)
-            line.listen()
-            os.environ[ADDRESS] = address
-        try:
-            yield line if os.environ.get(ADDRESS) == address else None
-        finally:
-            os.environ.pop(ADDRESS, None)
+    with tempfile.TemporaryDirectory(prefix="ramslib-") as folder:
+        with socket.socket(socket.AF_UNIX) as line:
+            address = os.path.join(folder, "forks")
+            with suppress(OSError):  # its path may be too long for a socket, or the disk full
+                line.bind(address)
+                line.listen()
+                os.environ[ADDRESS] = address
+            try:
+                yield line if os.environ.get(ADDRESS) == address else None
+            finally:
+                os.environ.pop(ADDRESS, None)
 
 
 @contextmanager
@@ -118,8 +115,7 @@ def fork_for_callers(line: socket.socket, goes_on: Callable[[], bool]) -> None:
         multiprocessing.active_children()  # forgets those that have ended
         with suppress(OSError), line.accept()[0] as caller:
             caller.settimeout(None)
-            context = multiprocessing.get_context("fork")
-            context.Process(target=_be, args=(caller, line)).start()
+            multiprocessing.get_context("fork").Process(target=_be, args=(caller, line)).start()
 
 
 def _be(caller: socket.socket, line: socket.socket) -> None:
@@ -128,17 +124,10 @@ def _be(caller: socket.socket, line: socket.socket) -> None:
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _, streams, *_ = socket.recv_fds(caller, 1, 2)
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(stream, number)
-        os.close(stream)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
-    (module, *arguments), folder, environment = json.loads(caller.makefile().readline())
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    caller.sendall(f"{os.getpid()}\n".encode())
+    try:
+        module, arguments = _take_over(caller)
+    except (OSError, ValueError):  # the stand-in is gone, or goes on without a fork
+        return
     threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
     code = 0
     try:
@@ -150,6 +139,22 @@ def _be(caller: socket.socket, line: socket.socket) -> None:
         code = 1
     sys.stdout.flush()
     caller.sendall(f"{code}\n".encode())
+
+
+def _take_over(caller: socket.socket) -> tuple[str, list[str]]:
+    """Take a stand-in's streams, folder and environment; returns its module and arguments."""
+    _, streams, *_ = socket.recv_fds(caller, 1, 2)
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    (module, *arguments), folder, environment = json.loads(caller.makefile().readline())
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    caller.sendall(f"{os.getpid()}\n".encode())
+    return module, arguments
 
 
 def _end_with(caller: socket.socket) -> None:
