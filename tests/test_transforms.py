@@ -345,6 +345,14 @@ def test_augmentations_change_pixels_and_keep_the_shape(augment):
     assert sum(same) < 5
 
 
+@pytest.mark.parametrize("augment", ["rand-n9-m2", "rand-n9-m10-inc1", "rand-n9-m30-mmax30"])
+def test_posterizing_keeps_1_to_8_bits(augment):
+    transform = ImageTransform(24, train=True, augment=augment)
+    for seed in range(20):
+        with temporary_seed(seed):
+            assert transform(picture()).shape == (3, 24, 24)
+
+
 @pytest.mark.parametrize("augment", ["", "flips", "rand-x3", "rand-n2.5", "rand-", "augmix"])
 def test_unknown_augmentation(augment):
     found = message(lambda: ImageTransform(24, train=True, augment=augment))

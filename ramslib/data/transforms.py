@@ -183,10 +183,19 @@ def _augmentation(name: str, side: int):
         with suppress(ValueError):  # such as n2.5
             color = (124, 116, 104)  # ImageNet's mean fills what turns and shifts leave empty
             options = {"translate_const": int(0.45 * side), "img_mean": color}
-            return rand_augment_transform(name, options)
+            policy = rand_augment_transform(name, options)
+            for op in policy.ops:
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = _posterize
+            return policy
     raise InputError(
         f"augment is {name!r}; choose none, flip, autoaugment or RandAugment as rand-m9-mstd0.5"
     )
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """With 1 to 8 bits also where timm asks for fewer or more, which Pillow refuses."""
+    return ImageOps.posterize(image, min(max(1, bits), 8))
 
 
 class ImageDataset(Dataset):
