@@ -174,9 +174,7 @@ def extend_class_tokens(backbone: nn.Module, count: int) -> None:
     if backbone.global_pool != "token":
         raise InputError(f"{name} does not read its class token; build it with global_pool='token'")
     if has_relative_positions(backbone) or hasattr(backbone, "dist_token"):
-        raise InputError(
-            f"{name} ties positions to exactly one class token; use class_token='shared'"
-        )
+        raise InputError(f"{name} ties positions to one class token; use class_token='shared'")
     added, position = count - 1, getattr(backbone, "pos_embed", None)
     with torch.no_grad():
         backbone.cls_token = nn.Parameter(backbone.cls_token.repeat(1, count, 1))
@@ -228,10 +226,8 @@ def overlap_patches(backbone: nn.Module, stride: int) -> None:
     if tied or hasattr(embed, "backbone") or not isinstance(projection, nn.Conv2d):
         raise InputError(f"{name} ties positions to patches that tile; leave patch_stride at none")
     if not 1 <= stride <= min(embed.patch_size):
-        sizes = " x ".join(map(str, embed.patch_size))
         raise InputError(
-            f"patch_stride is {stride}; choose 1 to {min(embed.patch_size)}, {name} "
-            f"has patches of {sizes} pixels"
+            f"patch_stride is {stride}; choose 1 to {min(embed.patch_size)}, the patch of {name}"
         )
     sides = zip(embed.img_size, embed.patch_size, strict=True)
     old, new = embed.grid_size, tuple((side - patch) // stride + 1 for side, patch in sides)

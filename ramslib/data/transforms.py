@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -175,18 +175,16 @@ class ImageTransform:
 @lru_cache
 def _augmentation(name: str, side: int):
     """A function from PIL image to PIL image."""
-    if name in ("none", "flip"):
-        return lambda image: image
-    if name == "autoaugment":
-        return v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
+    fixed = {"none": v2.Identity, "flip": v2.Identity, "autoaugment": v2.AutoAugment}
+    if name in fixed:
+        return fixed[name]()
     if re.fullmatch(r"rand(-(m|n|mstd|mmax|p|inc)\d+(\.\d+)?)*", name):
         with suppress(ValueError):  # such as n2.5
             color = (124, 116, 104)  # ImageNet's mean fills what turns and shifts leave empty
             options = {"translate_const": int(0.45 * side), "img_mean": color}
             policy = rand_augment_transform(name, options)
             for op in policy.ops:
-                if op.name.startswith("Posterize"):
-                    op.aug_fn = _posterize
+                op.aug_fn = _posterize if op.aug_fn is posterize else op.aug_fn
             return policy
     raise InputError(
         f"augment is {name!r}; choose none, flip, autoaugment or RandAugment as rand-m9-mstd0.5"
