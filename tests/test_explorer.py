@@ -23,6 +23,7 @@ from PIL import Image
 
 from ramslib import Explorer, ProposalSettings
 from ramslib.__main__ import main
+from ramslib.errors import InputError
 from ramslib.explorer.controls import ALL
 from ramslib.explorer.gallery import PAGE
 from ramslib.explorer.tabs import TITLES
@@ -612,11 +613,15 @@ def test_images_that_only_one_of_two_models_gets_right(explorer):
     tab = open_tab(explorer, "compare")
     names = [value for _, value in tab.controls["other"].options]
     tab.controls["other"].value = next(e for e in names if Path(e[0]).name == "one")
+    block = explorer.tabs.views["attention"].controls["block"]
+    block.value = 1
     explorer.worker.wait()
     explorer.tabs.both.click()
     explorer.tabs.worker.wait()
     assert messages_of(explorer) == "" and not explorer.tabs.both.disabled
     pair = explorer.tabs.pair
+    assert pair.layout.display is None and block.value == 1, "shown, and all controls are left"
+    assert Path(tab.controls["other"].value[0]).name == "one" and explorer.tabs.cached is not None
     right = [
         {row.path for row in each.predictions.itertuples() if row.output == name and row.rank == 0}
         for each, name in zip(pair.cached, ("mean logits", "scale 1"), strict=True)
@@ -633,6 +638,17 @@ def test_images_that_only_one_of_two_models_gets_right(explorer):
     tab.controls["other"].value = next(e for e in names if Path(e[0]).name == "two")
     explorer.worker.wait()
     assert list(explorer.state()["views"]) == ["compare"] and pair.layout.display == "none"
+
+
+def test_what_an_evaluation_was_doing_is_not_shown_after_its_error(explorer, monkeypatch):
+    def fail(loaded, folder, log):
+        log("predicting")
+        raise InputError("a.jpg: no image")
+
+    monkeypatch.setattr("ramslib.explorer.validation.predict_validation", fail)
+    explorer.tabs.start.click()
+    explorer.tabs.worker.wait()
+    assert "a.jpg: no image" in messages_of(explorer) and text_of(explorer.tabs.state) == ""
 
 
 def test_a_figure_is_saved_and_its_state_reopened(explorer, places):

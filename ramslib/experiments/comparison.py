@@ -294,7 +294,7 @@ def paired_image_differences(
     """
     one, other = _correct_images(predictions), _correct_images(baseline).get(baseline_output)
     if other is None or one.isna().any(axis=None) or not one.index.equals(other.index):
-        raise InputError("two models tested on different images; compare runs of one dataset")
+        raise InputError("two models tested on different images; compare runs of one split")
     better, worse = one.gt(other, axis=0).sum(), one.lt(other, axis=0).sum()
     return _paired(better, worse, len(one)).rename_axis("output").reset_index()
 

@@ -179,8 +179,7 @@ class AnalysisTabs(widgets.Tab):
 
     def _is_paired(self) -> bool:
         """Whether the two models that were compared on the validation set are those shown."""
-        now = self.explorer.loaded.key, self.views["compare"].options()["other"]
-        return self.pair.of == now
+        return self.pair.of == (self.explorer.loaded.key, self.views["compare"].options()["other"])
 
     def _enlarge(self, change: dict) -> None:
         """Choose the head that was clicked among all heads."""
@@ -207,9 +206,13 @@ class AnalysisTabs(widgets.Tab):
             tab.inspector = None
 
     def use(self) -> None:
+        """Offer what the explorer's model has, and show what is cached about it."""
+        self._fit(self.explorer.loaded)
+        self._show_cached()
+
+    def _show_cached(self) -> None:
         """Show what is cached about the explorer's model, or offer to evaluate."""
         loaded = self.explorer.loaded
-        self._fit(loaded)
         self.cached = validation.read_cached_validation(loaded, self.explorer.out / "explorer")
         images, total = validation.validation_images(loaded)
         text = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
@@ -231,12 +234,13 @@ class AnalysisTabs(widgets.Tab):
             return validation.predict_validation(loaded, self.explorer.out / "explorer", log)
         finally:
             self.start.disabled = self.both.disabled = False
+            self.state.value = ""
 
     def _evaluate(self, loaded: LoadedModel) -> Iterator[Callable]:
         """Evaluate the validation images in the background."""
         self._predict(loaded)
         if loaded is self.explorer.loaded:
-            yield self.explorer.guard(self.use, "validation")
+            yield self.explorer.guard(self._show_cached, "validation")
             yield self.explorer.moved
 
     def _evaluate_both(self) -> Iterator[Callable]:
@@ -246,7 +250,7 @@ class AnalysisTabs(widgets.Tab):
         yield partial(self.pair.use, loaded.classes, cached)
         yield partial(setattr, self.pair, "of", (loaded.key, name))
         yield self.pair.fill
-        yield partial(setattr, self.state, "value", "")
+        yield from self._evaluate(loaded)
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.
@@ -277,9 +281,7 @@ class AnalysisTabs(widgets.Tab):
     def _draw_curve(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
         """The threshold curve of an image; then with probabilities, which take longer."""
         curve, chances = inspector.threshold_curve(THRESHOLDS, settings), []
-        note = (
-            "computing the probability of the true class …" if self.explorer.loaded.classes else ""
-        )
+        note = "computing the probability of the true class …" * bool(self.explorer.loaded.classes)
         drawn = draw_curve(curve, note)
         yield partial(self.curve.show, (key, not note), lambda: drawn)
         if note:
