@@ -14,12 +14,13 @@ if (!window.ramsExplorer) {
       part.setAttribute('aria-label', slider.querySelector('.widget-label').textContent);
       if (part.isContentEditable) part.setAttribute('role', 'textbox');
     }
-    const titled = ':is(.widget-text, .widget-combobox, .widget-select, .rams-matrix) [title]';
-    for (const part of document.querySelectorAll(`.rams ${titled}:not([aria-label])`))
+    const titled = '.widget-text, .widget-combobox, .widget-select, .rams-matrix, .rams-thumbnail';
+    for (const part of document.querySelectorAll(`.rams :is(${titled}) [title]`))
       part.setAttribute('aria-label', part.title);  // their label is empty, which counts first
   };
   name();
-  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  const changes = {childList: true, subtree: true, attributeFilter: ['title']};
+  new MutationObserver(name).observe(document.body, changes);
   document.body.addEventListener('keydown', event => {  // or JupyterLab takes "b" for a new cell
     const isShortcut = event.ctrlKey || event.metaKey || event.altKey;
     if (!isShortcut && event.target.closest('.rams')) event.stopPropagation();
