@@ -157,7 +157,7 @@ class Confusion(ValidationImages):
         for name, true in zip(names, counts.index, strict=True):
             cells.append(widgets.HTML(name))
             cells += [self._cell(true, p, counts[p][true], shares[p][true]) for p in counts]
-        columns = f"minmax(90px, 160px) repeat({len(counts)}, minmax(30px, 72px))"
+        columns = f"minmax(64px, 160px) repeat({len(counts)}, minmax(24px, 72px))"
         self.matrix.layout.grid_template_columns = columns
         for old in self.matrix.children:
             old.close()
@@ -170,7 +170,7 @@ class Confusion(ValidationImages):
         meaning = f"{count} × {self.classes[true]} predicted as {self.classes[predicted]}"
         button = widgets.Button(description=str(count or ""), tooltip=meaning, disabled=not count)
         button.style.button_color = to_hex(colormaps[CMAP](share)) if count else "#f2f2f2"
-        button.style.text_color = "black" if share > 0.55 else "white"
+        button.style.text_color = "black" if share > 0.43 else "white"
         button.on_click(self.guard(lambda _: self._open(true, predicted, meaning)))
         return button
 

@@ -88,7 +88,7 @@ class Explorer:
     def _build(self, controls: Controls) -> None:
         """Make the page."""
         self.models = widgets.Dropdown(description="model")
-        hint = "or a run's folder, or timm's name of a Vision Transformer; then Enter"
+        hint = "a run's folder, or timm's name of a ViT; then Enter"
         self.other = widgets.Text(placeholder=hint, tooltip=hint, continuous_update=False)
         self.controls, self.stage = controls, widgets.VBox()
         self.rows = [panels.ScaleRow(*each) for each in enumerate(controls.thresholds)]

@@ -230,7 +230,7 @@ def draw_boxes(image: Image.Image, boxes: dict[str, Tensor], note: str) -> Drawi
     for name, places in boxes.items():
         is_annotated = name == "annotated"
         color = drawing.ANNOTATION_COLOR if is_annotated else drawing.output_color(name)
-        legend.append(f'<span class="rams-mark" style="border-color:{color}"></span>{name}')
+        legend.append(f'<span class="rams-mark" style="--color:{color}">{name}</span>')
         for box in places.tolist():
             image = drawing.draw_box(image, box, color, dashed=is_annotated)
     return image, f"{note}<br>{' '.join(legend)}"

@@ -191,7 +191,7 @@ def plot_recursion(
             heat, mask, crop = row[3 * scale + 1 : 3 * scale + 4]
             plot_strength(inputs[scale], output.strength[places[scale]], ax=heat)
             plot_mask(inputs[scale], output.proposal, places[scale], scale + 2, mask)
-            plot_image(inputs[scale + 1], title=f"crop: input of scale {scale + 2}", ax=crop)
+            plot_image(inputs[scale + 1], title=f"input of scale {scale + 2}", ax=crop)
         if len(classes):
             logits = [output.logits for output in outputs]
             shown = probabilities(logits, model, index)
