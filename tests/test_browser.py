@@ -62,9 +62,10 @@ pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason=reason), pytest.mark.s
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Photos and a finished run."""
+    """Photos and two finished runs."""
     folder = tmp_path_factory.mktemp("browser")
     make_run(folder / "photos", folder / "runs" / "two")
+    make_run(folder / "photos", folder / "runs" / "one", scales=1)
     return folder
 
 
@@ -309,7 +310,7 @@ def name_of_focus(page, client):
     active = client.send("Runtime.evaluate", {"expression": "document.activeElement"})["result"]
     query = {"objectId": active["objectId"], "fetchRelatives": False}
     node = client.send("Accessibility.getPartialAXTree", query)["nodes"][0]
-    return node.get("name", {}).get("value", "").strip()
+    return node.get("name", {}).get("value", "").strip(" \u200b")
 
 
 def press_tab_through(page):
@@ -334,11 +335,11 @@ def press_tab_through(page):
 
 
 def tab_to(page, name):
-    """Press Tab until a control of this name has the focus."""
+    """Press Tab until a control whose name begins so, a pattern, has the focus."""
     client = page.context.new_cdp_session(page)
     for _ in range(100):
         page.keyboard.press("Tab")
-        if name_of_focus(page, client).startswith(name):
+        if re.match(name, name_of_focus(page, client)):
             return
     raise AssertionError(f"Tab does not reach {name}")
 
@@ -355,6 +356,37 @@ def open_tab(page, name):
     raise AssertionError(f"arrow keys do not reach {name}")
 
 
+def expect_uncovered_captions(page):
+    """Neither pictures nor the frames around what has focus or pointer reach into captions."""
+    cells = page.locator(".rams-thumbnail:visible")
+    cells.first.wait_for()
+    for cell in cells.all()[:3]:
+        caption, button = cell.locator(".rams-note"), cell.locator("button")
+        for show in (button.hover, button.focus):
+            show()
+            page.wait_for_timeout(200)
+            shown = caption.screenshot()
+            for part in (button, cell.locator("img")):
+                part.evaluate("e => e.style.visibility = 'hidden'")
+            assert caption.screenshot() == shown
+            for part in (button, cell.locator("img")):
+                part.evaluate("e => e.style.visibility = ''")
+
+
+def open_two_images(page):
+    """Enter on a thumbnail opens its image, and the focus stays there."""
+    page.locator(".rams-thumbnail:visible").first.wait_for()
+    image, seen = page.locator(".rams-panel img").first, set()
+    for _ in range(2):
+        tab_to(page, "open ")
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(1000)
+        page.wait_for_function(SETTLED)
+        seen.add(image.get_attribute("src"))
+        expect(page.locator(".rams-thumbnail button:focus")).to_have_count(1)
+    assert len(seen) == 2
+
+
 def use_the_keyboard_alone(page):
     """Image, threshold, patch, box and files, without a mouse; every control has a name."""
     area, field = page.locator(".rams-area:visible"), page.locator(".rams-pointer input:visible")
@@ -367,8 +399,26 @@ def use_the_keyboard_alone(page):
     tab_to(page, "threshold of scale 1")
     page.keyboard.press("Home")
     page.locator(".rams-note", has_text="16 of 16 patches above 0.00").first.wait_for()
-    for title in ("threshold", "attention", "by hand", "compare", "validation set"):
+    titles = "threshold", "attention", "by hand", "compare", "validation set"
+    for title in (*titles, "gallery", "confusion"):
         open_tab(page, title)
+        if title == "compare":  # of both models, the one that is shown is evaluated, too
+            tab_to(page, "Evaluate both")
+            page.keyboard.press("Enter")
+            page.locator(".rams-note:visible", has_text="McNemar").wait_for()
+            tab_to(page, "show")
+            page.keyboard.press("ArrowDown")  # what the other model alone gets right
+        if title == "confusion":
+            page.locator(".rams-note:visible", has_text="press a cell").wait_for()
+            tab_to(page, r"\d+ × .* predicted as")
+            page.keyboard.press("Enter")
+            page.locator(".rams-note:visible", has_text="predicted as").wait_for()
+        if title == "gallery":
+            tab_to(page, "show")
+            page.keyboard.type("most")  # uncertain
+            open_two_images(page)
+        if title in ("compare", "gallery", "confusion"):
+            expect_uncovered_captions(page)
         names = press_tab_through(page)
         assert "threshold of scale 1" in names and title in names
         if title == "attention":
