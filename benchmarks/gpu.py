@@ -36,6 +36,7 @@ from benchmarks import golden
 from benchmarks.literal import LiteralRAMS
 from benchmarks.step import build, plain, training_step, twice
 from benchmarks.timing import is_met, machine, ratios, row
+from ramslib.acceleration import compile_blocks
 from ramslib.config import Config
 from ramslib.data.datasets import preparation
 from ramslib.distributed import Processes, deterministic
@@ -251,6 +252,28 @@ def strictly(function: Callable, options: SimpleNamespace) -> None:
         function()
 
 
+def compiled(options: SimpleNamespace) -> Iterator[dict]:
+    """Forward passes and training steps where the blocks of both models are compiled."""
+    backend = "inductor" if options.device == "cuda" else "eager"
+    for case, wanted in (("small", "<= 1.15"), ("large", "<= 1.08")):
+        backbone, size, batch = options.sizes[case]
+        model = build(backbone, size, 2, "last_class").to(options.device)
+        other = plain(backbone, size).to(options.device)
+        for each in (model.backbone, other):
+            compile_blocks(each, backend=backend)
+        images = torch.rand(batch, 3, size, size, device=options.device)
+        steps = training_step(model, "workbench", images, 2, BF16)
+        steps = steps, training_step(other, "plain", images, 2, BF16)
+        times = ratios(*(waited(each, options) for each in steps), options.repeats)
+        what = f"both compiled; {backbone}, {size} px, batch {batch}"
+        yield row(f"training step, last_class / two plain, {what}", wanted, *times)
+        with torch.inference_mode(), torch.autocast(options.device, BF16):
+            both = model.eval().forward_preprocessed, partial(twice, other.eval())
+            both = (partial(each, images) for each in both)
+            times = ratios(*(waited(each, options) for each in both), options.repeats)
+        yield row(f"two scales, last_class / two forwards, {what}", wanted, *times)
+
+
 def memory(options: SimpleNamespace) -> Iterator[dict]:
     """Peak memory of a training step above the model's, against the literal implementation's."""
     backbone, size, batch = options.sizes["memory"]
@@ -351,7 +374,7 @@ def photos(options: SimpleNamespace) -> Iterator[dict]:
 
 
 CHECKS = (released_numbers, same_as_cpu, resume)
-FIGURES = (forward, training, memory, waits)
+FIGURES = (forward, training, memory, waits, compiled)
 
 
 def measure(options: SimpleNamespace) -> dict:

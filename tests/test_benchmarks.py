@@ -142,11 +142,11 @@ def test_the_gpu_script_runs_on_a_cpu_without_what_cuda_images_lack(tmp_path):
     assert (report["errors"], report["commit"], report["card"]) == ([], "abc", "none")
     assert len(report["checks"]) == 13 and {each["met"] for each in report["checks"]} == {"yes"}
     assert {each["met"] for each in report["figures"]} == {"not measured"}
-    assert {each["ratio"] for each in report["figures"]} == {None} and len(report["figures"]) == 10
+    assert {each["ratio"] for each in report["figures"]} == {None} and len(report["figures"]) == 14
     assert [each["model"] for each in report["evidence"]] == list(gpu.MODELS)
     assert {each["images"] for each in report["evidence"]} == {15}
     table = (tmp_path / "out" / "gpu.md").read_text()
-    assert table.count("| not measured | not measured |") == 10 and "two scales | 32 | 1 |" in table
+    assert table.count("| not measured | not measured |") == 14 and "two scales | 32 | 1 |" in table
 
 
 def test_what_is_asked_of_a_gpu(monkeypatch):

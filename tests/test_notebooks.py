@@ -11,6 +11,7 @@ import pytest
 
 from ramslib.data.datasets import preparation
 from ramslib.experiments.notebooks import check_executed, run_notebooks
+from ramslib.training.forks import forking
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -33,7 +34,8 @@ def out(tmp_path_factory, root):
     folder = tmp_path_factory.mktemp("notebooks") / "out"
     methods = {"methods": ["plain ViT", "TransFG", "RAMS-Trans"]}
     ablations = {"ablations": {"threshold": [1.2]}, "trained": [1.2]}  # one run for both
-    run_notebooks("cub", root, folder, "tiny", methods | ablations | {"visible_steps": 2})
+    with forking():
+        run_notebooks("cub", root, folder, "tiny", methods | ablations | {"visible_steps": 2})
     return folder
 
 
