@@ -9,17 +9,22 @@ import warnings
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tiny import ROOT, draw_photos, tiny_config
 
-from benchmarks import curves, figures, gpu
+from benchmarks import curves, figures, gpu, off_center
 from benchmarks.__main__ import main
 from benchmarks.literal import LiteralRAMS
 from benchmarks.step import build, in_own_process, training_step
 from benchmarks.timing import is_met, ratios, row
 from ramslib.attention import STRENGTHS
+from ramslib.data.datasets import preparation
+from ramslib.data.readers import read_cub
+from ramslib.data.transforms import open_image
+from ramslib.errors import InputError
 from ramslib.training.trainer import train
 
 TINY = "--backbones test_vit test_vit --repeats 1 --threads 1 --size 32 --batches 1 2".split()
@@ -182,3 +187,28 @@ def test_a_part_that_fails_is_a_line_and_the_others_run(tmp_path, monkeypatch):
     assert report["errors"] == ["broken: RuntimeError: CUDA out of memory"]
     assert [each["met"] for each in report["checks"]] == ["no"] and report["evidence"] == []
     assert "Error: broken" in (tmp_path / "gpu.md").read_text()
+
+
+def test_photos_on_larger_canvases_keep_their_objects(tmp_path, monkeypatch):
+    monkeypatch.delenv(off_center.FOLDER, raising=False)
+    with pytest.raises(InputError, match="name one in the variable OFF_CENTER"):
+        off_center.read_cub(tmp_path)
+    monkeypatch.setenv(off_center.FOLDER, str(tmp_path / "canvases"))
+    counts = {"species": 2, "train_per_species": 3, "test_per_species": 2}
+    root = preparation("diagnostic").write_diagnostic_set(tmp_path / "birds", **counts)
+    photos, canvases = read_cub(root), off_center.read_cub(root)
+    places = set()
+    for photo, canvas in zip(photos.itertuples(), canvases.itertuples(), strict=True):
+        assert (photo.label, photo.split) == (canvas.label, canvas.split)
+        here, there = (open_image(each.path) for each in (photo, canvas))
+        assert np.allclose(np.array(there.size) / here.size, off_center.LARGER, atol=0.01)
+        boxes = [tuple(map(int, (r.left, r.top, r.right, r.bottom))) for r in (photo, canvas)]
+        bird, moved = (
+            np.asarray(i.crop(b), float) for i, b in zip((here, there), boxes, strict=True)
+        )
+        assert np.abs(bird - moved).mean() < 4, "the same pixels, but for JPEG"
+        places.add((boxes[1][0] - boxes[0][0], boxes[1][1] - boxes[0][1]))
+    assert len(places) == len(photos), "each at a place of its own"
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "canvases").rglob("*.jpg")}
+    off_center.read_cub(root)
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "written once"

@@ -69,8 +69,9 @@ class OwnInterpreter(AsyncKernelManager):
 
     def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
         """The command that starts a kernel."""
-        line = "--IPKernelApp.exec_lines=import atexit, gc; atexit.register(gc.freeze)"
-        parts = super().format_kernel_cmd([*(extra_arguments or []), line])
+        own = ["--IPKernelApp.exec_lines=import atexit, gc; atexit.register(gc.freeze)"]
+        own += ["--IPKernelApp.log_level=50"]  # else Ctrl-C prints what its sockets say of it
+        parts = super().format_kernel_cmd([*(extra_arguments or []), *own])
         return forks.command(*parts[parts.index("-m") + 1 :])
 
     def _transport_encryption_default(self) -> str:
