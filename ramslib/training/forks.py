@@ -55,9 +55,8 @@ os._exit(int(code))
 
 def command(module: str, *arguments: str) -> list[str]:
     """The command that runs ``python -m MODULE ARGUMENTS``, by a fork where that can be."""
-    how = ["-m"]
-    if ADDRESS in os.environ:
-        how = ["-I", "-S", "-c", STAND_IN, os.environ[ADDRESS]]  # starts in 20 ms
+    address = os.environ.get(ADDRESS)
+    how = ["-I", "-S", "-c", STAND_IN, address] if address else ["-m"]  # a stand-in starts in 20 ms
     return [sys.executable, *how, module, *map(str, arguments)]
 
 
