@@ -162,6 +162,25 @@ def test_near_duplicates(tmp_path, change):
     assert of(problems, "duplicate") == []
 
 
+def test_many_photos_of_a_fixed_camera_are_one_scene(tmp_path):
+    root, scene = birds(tmp_path), photo(99)
+    for number in range(60):
+        animal = scene.copy()
+        place = 2 * number, number, 2 * number + 12, number + 10
+        ImageDraw.Draw(animal).ellipse(place, (200, 3 * number, 60))
+        folder = root / ("test" if number % 4 == 0 else "train") / ("crow", "wren")[number % 2]
+        animal.save(folder / f"camera{number}.jpg")
+    problems = problems_of(root)
+    assert len(of(problems, "one scene")) == 60 and of(problems, "near duplicate") == []
+    assert set(dict(of(problems, "one scene")).values()) == {"splits, classes"}
+    table = measure_images(read_table("folder", root, 0))
+    assert write_fixes(find_problems(table), table, root) == ["nothing to fix"]
+    for number in range(30):
+        (root / ("test" if number % 4 == 0 else "train") / ("crow", "wren")[number % 2]
+         / f"camera{number}.jpg").unlink()  # fmt: skip
+    assert len(of(problems_of(root), "near duplicate")) == 30
+
+
 def test_duplicates_whatever_their_metadata(tmp_path):
     root = birds(tmp_path)
     data = (root / "test/crow/crow3.jpg").read_bytes()

@@ -36,6 +36,7 @@ SIDE, WAVES = 64, 12  # pixels, and cosine waves, per side of what a signature i
 ALIKE, PAIRS, DOUBT, CORRELATED = 0.6, 3e5, 0.25, 0.9
 COMPARED, DOUBTED = 4_000_000, 3  # pairs that are compared at once; doubtful ones of an image
 THUMB, PARTS = 48, (1, 0.95, 0.9, 0.85, 0.8)  # pixels of a side, and shares of it that a crop keeps
+SCENE = 50  # so many photos that are alike are of one scene, as those of a fixed camera
 BURST = 3  # seconds between two photos of a burst
 FEW, FEW_IN_ALL, UNEQUAL = 5, 200, 10  # test images of a class; of all; largest class / smallest
 COLUMNS = ["kind", "across", "group", "path", "detail"]
@@ -43,6 +44,7 @@ REMEDIES = {
     "unreadable": "replace them by whole files, or leave them out (--fix)",
     "duplicate": "--fix leaves out all but one, the test image; of several classes, all of them",
     "near duplicate": "look; --fix leaves out those like test images, keeps others in one split",
+    "one scene": "test on scenes that training has not seen: name each in groups.csv",
     "burst": "--fix keeps each in one split: then remove a drawn split.csv; others are left out "
     "where they are of one burst with test images",
     "group": "it lies in several splits; correct them",
@@ -79,9 +81,8 @@ def _measure(path: str) -> dict:
     try:
         with annotations.image_file(path) as image:
             height, width = annotations.upright_size(image)
-            frames = (
-                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            )  # phones' previews
+            # of a phone's MPO the others are previews
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             exif = image.getexif() if "exif" in image.info else Image.Exif()
         image = open_image(path, SIDE)
     except InputError as error:
@@ -142,10 +143,10 @@ def find_problems(
     ]
     found.append(_share("duplicate", sound, sound["digest"]))
     if len(seen := sound[sound["signature"].map(np.any)]):
-        names = _alike(np.stack(seen["signature"]), seen["thumb"].tolist())
-        names = pd.Series(names, seen.index)
-        several = seen["digest"].groupby(names).transform("nunique") > 1
-        found.append(_share("near duplicate", seen, names.where(several)))
+        names = pd.Series(_alike(np.stack(seen["signature"]), [*seen["thumb"]]), seen.index)
+        several = seen["digest"].groupby(names).transform("nunique")
+        kinds = {"near duplicate": several.between(2, SCENE - 1), "one scene": several >= SCENE}
+        found += [_share(kind, seen, names.where(of_kind)) for kind, of_kind in kinds.items()]
     found += [_share("burst", sound, sound["class_name"] + names) for names in _bursts(sound)]
     given = _share("group", table, table["group"])
     found.append(given[given["across"].str.startswith("splits")])
@@ -303,7 +304,7 @@ def write_fixes(
     groups = given = dict(group.dropna())
     is_drawn = os.path.lexists(f"{folder}/{LISTS['split']}")
     out = dict.fromkeys(problems["path"][problems["kind"] == "unreadable"], "unreadable")
-    alike = problems[~problems["group"].eq("") & problems["kind"].ne("group")]
+    alike = problems[~problems["group"].eq("") & ~problems["kind"].isin(["group", "one scene"])]
     for (kind, _), part in alike.groupby(["kind", "group"], sort=False):
         first, *others = paths = sorted(set(part["path"]), key=order.get)
         reason = f"{kind} of {os.path.relpath(first, root)}"
