@@ -217,6 +217,15 @@ def forward(options: SimpleNamespace) -> Iterator[dict]:
             yield row(what, wanted, *times)
 
 
+def two_and_plain(options: SimpleNamespace, case: str) -> tuple:
+    """A model of two scales, a plain one, images for them, and all that in words."""
+    backbone, size, batch = options.sizes[case]
+    model = build(backbone, size, 2, "last_class").to(options.device)
+    other = plain(backbone, size).to(options.device)
+    images = torch.rand(batch, 3, size, size, device=options.device)
+    return model, other, images, f"{backbone}, {size} px, batch {batch}"
+
+
 def waited(function: Callable, options: SimpleNamespace) -> Callable[[], None]:
     """A function called a few times, and what the device has yet to do waited for."""
 
@@ -232,14 +241,10 @@ def waited(function: Callable, options: SimpleNamespace) -> Callable[[], None]:
 def training(options: SimpleNamespace) -> Iterator[dict]:
     """One step of two scales against two plain passes, forward and backward, and one update."""
     for case, wanted in (("large", "<= 1.08"), ("small", "<= 1.15")):
-        backbone, size, batch = options.sizes[case]
-        model = build(backbone, size, 2, "last_class").to(options.device)
-        other = plain(backbone, size).to(options.device)
-        images = torch.rand(batch, 3, size, size, device=options.device)
+        model, other, images, what = two_and_plain(options, case)
         ours = training_step(model, "workbench", images, 2, BF16)
         both = ours, training_step(other, "plain", images, 2, BF16)
         times = ratios(*(waited(each, options) for each in both), options.repeats)
-        what = f"{backbone}, {size} px, batch {batch}"
         yield row(f"training step, last_class / two plain; {what}", wanted, *times)
         both = partial(strictly, ours, options), ours
         times = ratios(*(waited(each, options) for each in both), options.repeats)
@@ -256,22 +261,18 @@ def compiled(options: SimpleNamespace) -> Iterator[dict]:
     """Forward passes and training steps where the blocks of both models are compiled."""
     backend = "inductor" if options.device == "cuda" else "eager"
     for case, wanted in (("small", "<= 1.15"), ("large", "<= 1.08")):
-        backbone, size, batch = options.sizes[case]
-        model = build(backbone, size, 2, "last_class").to(options.device)
-        other = plain(backbone, size).to(options.device)
+        model, other, images, what = two_and_plain(options, case)
         for each in (model.backbone, other):
             compile_blocks(each, backend=backend)
-        images = torch.rand(batch, 3, size, size, device=options.device)
         steps = training_step(model, "workbench", images, 2, BF16)
         steps = steps, training_step(other, "plain", images, 2, BF16)
         times = ratios(*(waited(each, options) for each in steps), options.repeats)
-        what = f"both compiled; {backbone}, {size} px, batch {batch}"
-        yield row(f"training step, last_class / two plain, {what}", wanted, *times)
+        yield row(f"training step, last_class / two plain, compiled; {what}", wanted, *times)
         with torch.inference_mode(), torch.autocast(options.device, BF16):
             both = model.eval().forward_preprocessed, partial(twice, other.eval())
             both = (partial(each, images) for each in both)
             times = ratios(*(waited(each, options) for each in both), options.repeats)
-        yield row(f"two scales, last_class / two forwards, {what}", wanted, *times)
+        yield row(f"two scales, last_class / two forwards, compiled; {what}", wanted, *times)
 
 
 def memory(options: SimpleNamespace) -> Iterator[dict]:

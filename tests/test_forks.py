@@ -16,7 +16,7 @@ from tiny import ROOT, draw_photos, same_run, tiny_config
 from ramslib.explorer.page import _write_kernel_spec
 from ramslib.runs.folder import read_metrics
 from ramslib.training import forks
-from ramslib.training.launch import overrides, start
+from ramslib.training.launch import command, overrides, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 CODE = "import os, sys; print(os.getpid(), 'torch' in sys.modules, os.environ['COLOR'])"
@@ -31,7 +31,7 @@ def environment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def server():
-    """A fork server; ``command`` asks it within this module."""
+    """A fork server; stand-ins ask it within this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         with forks.forking():
@@ -56,7 +56,7 @@ def gone(pid, seconds=20):
 def run_forked(*arguments, **options):
     """Run ``python -m ramslib`` by a fork."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    return subprocess.Popen(forks.command("ramslib", *arguments), **options)
+    return subprocess.Popen(forks.stand_in(command(arguments)), **options)
 
 
 def test_kernels_share_what_is_imported_and_end_with_their_stand_in(server, tmp_path, monkeypatch):
@@ -209,4 +209,4 @@ def test_where_no_socket_can_be_processes_start_as_ever(monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     with forks.forking():
-        assert forks.command("ramslib") == [sys.executable, "-m", "ramslib"]
+        assert forks.stand_in(command([])) == command([])

@@ -71,8 +71,7 @@ class OwnInterpreter(AsyncKernelManager):
         """The command that starts a kernel."""
         own = ["--IPKernelApp.exec_lines=import atexit, gc; atexit.register(gc.freeze)"]
         own += ["--IPKernelApp.log_level=50"]  # else Ctrl-C prints what its sockets say of it
-        parts = super().format_kernel_cmd([*(extra_arguments or []), *own])
-        return forks.command(*parts[parts.index("-m") + 1 :])
+        return forks.stand_in(super().format_kernel_cmd([*(extra_arguments or []), *own]))
 
     def _transport_encryption_default(self) -> str:
         return "auto"  # without it every kernel warns on the terminal

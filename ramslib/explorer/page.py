@@ -358,8 +358,8 @@ def serve(data: str, root: Path, out: Path, run: Path | None, voila: Sequence[st
 
 def _write_kernel_spec(folder: Path) -> None:
     """Make the kernels that are started here and below forks."""
-    argv = forks.command("ipykernel_launcher", "-f", "{connection_file}")
-    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": forks.stand_in(command), "display_name": "Python 3", "language": "python"}
     place = folder / "kernels" / "python3"
     place.mkdir(parents=True)
     (place / "kernel.json").write_text(json.dumps(spec))

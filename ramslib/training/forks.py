@@ -3,7 +3,7 @@
 Importing torch, timm and the rest takes seconds, and memory that forks share. Inside of `forking` a
 small stand-in is started for each process: it asks the fork server for a fork, passes signals on to
 it, and ends as it ends; if the stand-in is killed, so is the fork. Linux only: elsewhere, and where
-no server runs, `command` starts a process that imports for itself.
+no server runs, `stand_in` leaves a command as it is, which imports for itself.
 """
 
 import gc
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 ADDRESS = "RAMSLIB_FORKS"  # environment variable: the socket of the fork server
@@ -53,16 +53,17 @@ os._exit(int(code))
 """
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """The command that runs ``python -m MODULE ARGUMENTS``, by a fork where that can be."""
-    address = os.environ.get(ADDRESS)
-    how = ["-I", "-S", "-c", STAND_IN, address] if address else ["-m"]  # a stand-in starts in 20 ms
-    return [sys.executable, *how, module, *map(str, arguments)]
+def stand_in(command: Sequence[str]) -> list[str]:
+    """What runs a command ``python .. -m MODULE ARGUMENTS``: a stand-in where a server forks."""
+    if not (address := os.environ.get(ADDRESS)):
+        return list(command)
+    module = command[command.index("-m") + 1 :]
+    return [sys.executable, "-I", "-S", "-c", STAND_IN, address, *module]  # starts in 20 ms
 
 
 @contextmanager
 def listening() -> Iterator[socket.socket | None]:
-    """The socket at which `command` asks for forks, here and in processes that are started here."""
+    """The socket at which stand-ins ask for forks, here and in processes that are started here."""
     if sys.platform != "linux":
         yield None
         return
@@ -81,7 +82,7 @@ def listening() -> Iterator[socket.socket | None]:
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Inside, processes by `command` are forks of a server that is started now."""
+    """Inside, what stand-ins run are forks of a server that is started now."""
     with listening() as line:
         if line is None:
             yield

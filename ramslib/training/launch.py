@@ -90,7 +90,7 @@ def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30
         ranks = []
         for rank in map(str, range(processes)):
             place = {"RANK": rank, "LOCAL_RANK": rank}
-            started = forks.command("ramslib", *arguments)
+            started = forks.stand_in(command(arguments))
             ranks.append(subprocess.Popen(started, env=environment | place))
         code, asked, failed = 0, False, float("inf")
         while None in (codes := [rank.poll() for rank in ranks]):
@@ -213,12 +213,12 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "output.log", "a")  # noqa: SIM115
+    parts = command(arguments, processes)
     with log:
-        log.write(f"$ {shlex.join(command(arguments, processes))}\n")
+        log.write(f"$ {shlex.join(parts)}\n")
         log.flush()
-        several = processes > 1  # starts them without importing torch
         child = psutil.Popen(
-            command(arguments, processes) if several else forks.command("ramslib", *arguments),
+            forks.stand_in(parts),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
