@@ -76,6 +76,10 @@ def test_kernels_share_what_is_imported_and_end_with_their_stand_in(server, tmp_
         pids.append(int(pid))
     assert pids[0] != pids[1]
     manager, client = kernels[0]
+    shown = []
+    code = "import matplotlib.pyplot as plt; plt.plot([1, 2]);"
+    client.execute_interactive(code, 60, output_hook=lambda m: shown.append(m["content"]))
+    assert any("image/png" in content.get("data", {}) for content in shown)
     client.execute("import time; time.sleep(600)")
     time.sleep(1)
     manager.interrupt_kernel()

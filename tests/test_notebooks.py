@@ -81,6 +81,7 @@ def test_every_page_has_its_figures_inside(out, number):
     (page,) = out.glob(f"{number:02d}_*.html")
     text = page.read_text()
     assert "data:image/png;base64," in text
+    assert '"image/png"' in page.with_suffix(".ipynb").read_text(), "figures are shown"
     assert "<script src=" not in text and "$$" not in text
     if number == 0:
         assert text.count("data:image/svg+xml") > 10, "the drawing and the equations"

@@ -167,6 +167,7 @@ def _run(module: str, arguments: list[str]) -> None:
     sys.argv = [module, *arguments]
     if module == "ipykernel_launcher":
         arguments += [f"--IPKernelApp.parent_handle={os.getppid()}"]  # it ends with the server
+        arguments += ["--IPKernelApp.matplotlib=inline"]  # pyplot, imported already, has chosen
         return importlib.import_module("ipykernel.kernelapp").launch_new_instance(argv=arguments)
     threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # torch read it at its import
     with suppress(ValueError, RuntimeError):  # nonsense, which is ignored there, too
