@@ -53,7 +53,8 @@ class Processes(NamedTuple):
 def process_group() -> Iterator[Processes]:
     """Join the processes that were started together; NCCL with a GPU each, else gloo.
 
-    The group is left without aborting: everything that refers to it should be gone by then.
+    The group is left after an error, too: gloo's threads, if they still run when Python ends, now
+    and then abort it. Everything that refers to the group should be gone by then.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -70,10 +71,12 @@ def process_group() -> Iterator[Processes]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)  # else dead ranks' addresses are found
     dist.init_process_group(backend, store=store, world_size=world, rank=rank)
-    yield Processes(rank, world, device)
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    try:
+        yield Processes(rank, world, device)
+        gc.collect()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
