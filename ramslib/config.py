@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ramslib.errors import InputError
+from ramslib.errors import InputError, input_errors
 from ramslib.extensions import is_reference, locate_sources
 
 if TYPE_CHECKING:  # importing pandas takes a third of a second
@@ -122,10 +122,8 @@ class Config:
     def from_file(cls, path: Path | str) -> "Config":
         """Read a configuration: a JSON object with some of the fields, or a run's config.json."""
         path = Path(path)
-        try:
+        with input_errors(f"{path}: not a readable JSON file", "correct it"):
             values = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a readable JSON file ({error}); correct it") from None
         if isinstance(values, dict) and isinstance(values.get("config"), dict):
             values = locate_sources(values["config"], path.parent)
         if not isinstance(values, dict):

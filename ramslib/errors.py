@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:  # commands that only report an error need not wait for pandas
     import pandas as pd
 
+Kinds = type[Exception] | tuple[type[Exception], ...]
 MAX_LENGTH = 300  # characters of another library's message
 
 
@@ -69,12 +70,35 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def writing(path: Path, remedy: str = "choose another folder") -> Iterator[None]:
-    """Turn an error of the system into one line: what cannot be written, why, and the remedy."""
+def input_errors(
+    what: str, remedy: str, kinds: Kinds = Exception, passed: Kinds = MemoryError
+) -> Iterator[None]:
+    """Turn errors into one line: what went wrong, why, and the remedy.
+
+    Args:
+        what: went wrong, and where.
+        remedy: what to do.
+        kinds: of errors.
+        passed: kinds that are raised as they are.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({one_line(error)}); {remedy}") from None
+    except passed:
+        raise
+    except kinds as error:
+        raise InputError(f"{what} ({one_line(error)}); {remedy}") from None
+
+
+def writing(path: Path, remedy: str = "choose another folder") -> AbstractContextManager:
+    """Name what cannot be written, where the system refuses it."""
+    return input_errors(f"{path}: cannot be written", remedy, (OSError, SafetensorError))
+
+
+def file_errors(
+    path: Path | str, remedy: str = "download this file again"
+) -> AbstractContextManager:
+    """Name a file that cannot be read; readers of foreign files fail in any way they like."""
+    return input_errors(f"{path}: cannot be read", remedy, passed=(InputError, MemoryError))
 
 
 def write_table(table: "pd.DataFrame", path: Path) -> None:

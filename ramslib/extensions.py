@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ramslib.errors import InputError, one_line
+from ramslib.errors import InputError, file_errors, one_line
 
 ARGUMENTS = {  # what the function of each setting that takes a reference is called with
     "data": ("root",),
@@ -138,10 +138,8 @@ def load_source(path: Path) -> ModuleType:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's content."""
-    try:
+    with file_errors(path, "check the path"):
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def _cause(error: Exception, path: Path) -> str:

@@ -42,7 +42,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ramslib.errors import InputError, one_line, shorten, write_atomically
+from ramslib.errors import InputError, input_errors, one_line, shorten, write_atomically
 
 State = dict[str, Tensor]
 FORMATS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
@@ -80,11 +80,8 @@ def load_pretrained(
         return f"{name}: random initialization, no weights loaded."
     path, where = _find(name, str(pretrained))
     given, notes = _select_backbone(read_weights(path), backbone)
-    try:
+    with input_errors(f"{path} does not fit {name}", "use weights of this model"):
         state, changes = _fit(given, backbone, pos_embed_resize, final_norm)
-    except Exception as error:  # timm's filters raise many kinds on foreign files
-        reason = f"{path} does not fit {name}: {one_line(error)}"
-        raise InputError(f"{reason}; use weights of this model") from error
     backbone.load_state_dict(state)
     origin = f"{path} (sha256 {_sha256(path)[:12]}){where}"
     return f"{name}: {len(state)} tensors from {'; '.join([origin, *notes, *changes])}."
@@ -211,11 +208,9 @@ def read_weights(path: Path) -> State:
         InputError: a damaged file, or one that holds more or less than finite tensors.
     """
     readers = {".safetensors": safetensors.torch.load_file, ".npz": _read_google}
-    try:
+    with input_errors(f"{path}: cannot be read", "replace it"):
         state = readers.get(path.suffix.lower(), _read_torch)(path)
         good = [k for k, v in state.items() if isinstance(v, Tensor) and v.isfinite().all()]
-    except Exception as error:  # damaged and planted files raise many kinds
-        raise InputError(f"{path} cannot be read: {one_line(error)}; replace it") from error
     bad = [key for key in state if key not in good or not isinstance(key, str)]
     if bad or not state:
         raise InputError(f"{path}: no finite tensor in {shorten(bad) or 'it'}; replace it")

@@ -130,13 +130,15 @@ def test_missing_line_is_counted(tmp_path, name):
 def test_missing_file_is_named(tmp_path, name):
     root = write_cub(tmp_path)
     (root / f"{name}.txt").unlink()
-    assert f"{root / name}.txt: missing" in message(lambda: read("cub", root))
+    assert f"{root / name}.txt: cannot be read ([Errno 2] No such file" in message(
+        lambda: read("cub", root)
+    )
 
 
 def test_binary_file_is_not_text(tmp_path):
     root = write_cub(tmp_path)
     (root / "classes.txt").write_bytes(b"1 \xff\xfe")
-    assert "classes.txt: not as expected (UnicodeDecodeError" in message(lambda: read("cub", root))
+    assert "classes.txt: cannot be read (UnicodeDecodeError" in message(lambda: read("cub", root))
 
 
 @pytest.mark.parametrize("name", ["images", "classes", "train_test_split", "bounding_boxes"])
@@ -278,7 +280,7 @@ def test_cars_broken_files(tmp_path):
     file = root / "devkit/cars_train_annos.mat"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    assert "cars_train_annos.mat: not as expected" in message(lambda: read("cars", root))
+    assert "cars_train_annos.mat: cannot be read" in message(lambda: read("cars", root))
     bad = cars_records(4)
     bad["class"][1] = 3
     savemat(file, {"annotations": bad})
@@ -295,7 +297,7 @@ def test_dogs(tmp_path):
     assert table["class_name"][3] == "n0208b-b_dog"
     assert (table[BOX_COLUMNS] == [20.0, 10.0, 45.0, 40.0]).all(axis=None)  # largest, clipped at 45
     file = write(root / "Annotation/n0208a-a_dog/n0208a_2", "<annotation><xmin>3</xmin>")
-    assert f"{file}: not as expected" in message(lambda: read("dogs", root))
+    assert f"{file}: cannot be read" in message(lambda: read("dogs", root))
 
 
 def test_inaturalist_pairs_by_id(tmp_path):
@@ -314,9 +316,9 @@ def test_inaturalist_mistakes(tmp_path):
     content["annotations"].append(content["annotations"][0])
     write(root / "train2017.json", json.dumps(content))
     found = message(lambda: read("inaturalist", root))
-    assert "train2017.json: not as expected (MergeError: " in found
+    assert "train2017.json: cannot be read (MergeError: " in found
     write(root / "train2017.json", '{"images": []')
-    assert "train2017.json: not as expected" in message(lambda: read("inaturalist", root))
+    assert "train2017.json: cannot be read" in message(lambda: read("inaturalist", root))
 
 
 @pytest.mark.parametrize("year,ending", [(2018, "2018"), (2021, "")])
@@ -375,9 +377,7 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
         assert part["label"].tolist() == reference._labels
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
-    assert "setid.mat: not as expected (KeyError: 307)" in message(
-        lambda: read("flowers", tmp_path)
-    )
+    assert "setid.mat: cannot be read (KeyError: 307)" in message(lambda: read("flowers", tmp_path))
 
 
 def test_pets_equals_torchvision(tmp_path):
@@ -745,7 +745,7 @@ def test_coco_mistakes(tmp_path):
     assert "do not pair one to one by id" in message(lambda: read("coco", tmp_path))
     content["annotations"][0]["bbox"] = [1, 2]
     write(file, json.dumps(content))
-    assert f"{file}: not as expected" in message(lambda: read("coco", tmp_path))
+    assert f"{file}: cannot be read" in message(lambda: read("coco", tmp_path))
 
 
 # ---------------------------------------------------------------- lists: what to leave out, groups

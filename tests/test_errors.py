@@ -4,7 +4,15 @@ import os
 
 import pytest
 
-from ramslib.errors import InputError, one_line, shorten, write_atomically, writing
+from ramslib.errors import (
+    InputError,
+    file_errors,
+    input_errors,
+    one_line,
+    shorten,
+    write_atomically,
+    writing,
+)
 
 
 def test_an_error_is_one_line():
@@ -46,6 +54,20 @@ def test_what_cannot_be_written_is_named_with_a_remedy(tmp_path):
             tmp_path.write_text("")
     with pytest.raises(ValueError, match="other"), writing(tmp_path):
         raise ValueError("other")
+
+
+def test_what_cannot_be_read_is_named_once(tmp_path):
+    file = tmp_path / "a.txt"
+    with pytest.raises(InputError, match=f"^{file}: cannot be read .*No such file.*; find it$"):
+        with file_errors(file, "find it"):
+            file.read_text()
+    with pytest.raises(InputError, match="^a line of it$"), file_errors(file):
+        raise InputError("a line of it")
+    with pytest.raises(InputError, match="^no run .a setting.; give one$"):
+        with input_errors("no run", "give one"):
+            raise InputError("a setting")
+    with pytest.raises(MemoryError), file_errors(file):
+        raise MemoryError
 
 
 def test_a_link_is_not_replaced(tmp_path):

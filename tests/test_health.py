@@ -393,7 +393,8 @@ def test_the_command_reads_a_probe(tmp_path, capsys):
     assert main([*words, str(tmp_path / "probe")]) == 0
     assert f"suspicious label: 1, first: {root}/train/crow/crow3.jpg" in capsys.readouterr().out
     assert main([*words, str(tmp_path / "none")]) == 2
-    assert "out_of_sample.csv: missing; run ramslib probe first" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "out_of_sample.csv: cannot be read (" in found and "run ramslib probe first" in found
 
 
 # ---------------------------------------------------------------- what a dataset holds

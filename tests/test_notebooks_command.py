@@ -228,7 +228,7 @@ def test_a_folder_of_somebody_else_or_with_a_damaged_record_is_left_alone(folder
     monkeypatch.setattr(notebooks_command, "execute", None)
     write_notebook(folder, "01_first")
     (folder / "file").touch()
-    with pytest.raises(InputError, match="file: cannot be used"):
+    with pytest.raises(InputError, match="file: cannot be written"):
         run_all(folder, out=folder / "file")
     (folder / "mine").mkdir()
     (folder / "mine" / "results.csv").write_text("my own")
@@ -237,7 +237,7 @@ def test_a_folder_of_somebody_else_or_with_a_damaged_record_is_left_alone(folder
     (folder / "mine" / "results.csv").unlink()
     for text in ("", "{", "[1]", "3", '{"finished": 3}', "\udcff"):
         (folder / "mine" / "notebooks.json").write_text(text, errors="surrogateescape")
-        with pytest.raises(InputError, match="notebooks.json: damaged .*; remove it"):
+        with pytest.raises(InputError, match="notebooks.json: cannot be read .*; remove it"):
             run_all(folder, out=folder / "mine")
 
 

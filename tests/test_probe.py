@@ -97,7 +97,7 @@ def test_a_killed_extraction_goes_on_where_it_was(table, config, tmp_path, monke
     assert started == [range(16, 27)]
     assert all((whole[name] == rest[name]).all() for name in whole)
     last[0].write_bytes(b"cut off")
-    with pytest.raises(InputError, match="damaged .*; remove it"):
+    with pytest.raises(InputError, match="cannot be read .*; remove it"):
         extract_features(config, table, tmp_path / "whole")
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 
-from ramslib.errors import InputError, one_line
+from ramslib.errors import InputError, file_errors
 
 BOX_COLUMNS = ["top", "left", "bottom", "right"]
 TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS, "group"]
@@ -271,19 +271,6 @@ def read_mat(file: str, key: str, kind: type = object) -> np.ndarray:
     with file_errors(file):
         values = np.ravel(loadmat(file, squeeze_me=True, variable_names=[key])[key])
         return values if kind is object else values.astype(kind)
-
-
-@contextlib.contextmanager
-def file_errors(file: str, remedy: str = "download this file again") -> Iterator[None]:
-    """Turn whatever goes wrong with a structured file into one line that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{file}: missing; {remedy}") from None
-    except Exception as error:  # parsers of foreign files fail in any way they like
-        raise InputError(f"{file}: not as expected ({one_line(error)}); {remedy}") from None
 
 
 def image_size(path: str) -> tuple[int, int]:

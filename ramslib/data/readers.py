@@ -19,7 +19,6 @@ from ramslib.data.annotations import (
     LISTS,
     SPLIT_WORDS,
     clip_boxes,
-    file_errors,
     find_root,
     list_folder,
     locate_id,
@@ -29,7 +28,7 @@ from ramslib.data.annotations import (
     read_rows,
     read_text,
 )
-from ramslib.errors import InputError, shorten
+from ramslib.errors import InputError, file_errors, shorten
 
 PART_COLUMNS = ["path", "part", "y", "x"]
 TEXT_LAYOUTS = "CUB_200_2011", "nabirds"  # folders in archives

@@ -35,7 +35,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 from ramslib.config import Config
-from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.errors import InputError, file_errors, write_atomically, writing
 from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
 from ramslib.runs.folder import read_run
@@ -302,14 +302,13 @@ def read_record(out: Path, question: dict) -> dict[str, str]:
     foreign = [path for name in ours for path in out.glob(name)]
     if foreign and not records:
         raise InputError(f"{foreign[0]}: made by somebody else; choose another folder")
-    try:
+    with writing(out):
         (out / "results").mkdir(parents=True, exist_ok=True)
-        old = dict(json.loads(records[0].read_text("utf-8"))) if records else {}
-        finished = dict(old.pop("finished", {}))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be used ({one_line(error)}); choose another") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{records[0]}: damaged ({one_line(error)}); remove it") from None
+    old, finished = {}, {}
+    for record in records[:1]:
+        with file_errors(record, "remove it"):
+            old = dict(json.loads(record.read_text("utf-8")))
+            finished = dict(old.pop("finished", {}))
     for key in old | question if records else ():
         if json.dumps(old.get(key)) != json.dumps(question.get(key)):
             difference = f"{key}={old.get(key)}, not {question.get(key)}"

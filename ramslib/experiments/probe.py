@@ -37,7 +37,7 @@ from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint, load_table, relative_paths
 from ramslib.data.transforms import ImageTransform, temporary_seed
-from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table, writing
+from ramslib.errors import InputError, file_errors, shorten, write_atomically, write_table, writing
 from ramslib.evaluation import (
     choose_exit_threshold,
     first_region,
@@ -199,11 +199,9 @@ def _read_chunks(folder: Path) -> list[dict[str, Tensor]]:
     """What is stored without a gap, from the first image on."""
     parts, done = [], 0
     while (file := folder / f"{done:07d}.safetensors").exists():
-        try:
+        with file_errors(file, "remove it"):
             parts.append(load_file(file))
             done += len(parts[-1]["tokens"])
-        except Exception as error:  # of several libraries
-            raise InputError(f"{file}: damaged ({one_line(error)}); remove it") from None
     return parts
 
 

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ramslib.errors import InputError, one_line, write_atomically
+from ramslib.errors import InputError, input_errors, write_atomically
 
 NUMBER = "=number"  # ends the name of a tensor that stands for a plain number
-UNREADABLE = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError)
-UNREADABLE += (RecursionError,)  # what reading a file of any content may raise
 
 
 @dataclass
@@ -108,7 +106,8 @@ def read_checkpoint(path: Path, key: str = "") -> Checkpoint:
             other settings or data.
     """
     check_exists(path)
-    try:
+    what, remedy = "not a checkpoint of this library, or damaged", "remove it to start again"
+    with input_errors(f"{path}: {what}", f"{remedy}, or give another run"):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             values = json.loads((file.metadata() or {})["progress"])
@@ -116,11 +115,6 @@ def read_checkpoint(path: Path, key: str = "") -> Checkpoint:
         progress = TrainState(**values)
         if min(progress.step, progress.best_epoch, progress.seconds) < 0:
             raise ValueError("its progress is negative")
-    except UNREADABLE as error:
-        raise InputError(
-            f"{path}: not a checkpoint of this library, or damaged ({one_line(error)}); "
-            "remove it to start again, or give another run"
-        ) from None
     if key and progress.key not in ("", key):
         raise InputError(
             f"{path}: a checkpoint of other settings or data than config.json beside it; restore "
@@ -144,13 +138,9 @@ def restore(
     if ema is not None:
         load_module(ema, checkpoint, "ema")
     if optimizer is not None:
-        try:
+        what = f"{checkpoint.path}: does not fit the optimizer"
+        with input_errors(what, "choose another folder"):
             optimizer.load_state_dict(_optimizer_state(optimizer, checkpoint))
-        except (KeyError, IndexError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{checkpoint.path}: does not fit the optimizer ({one_line(error)}); choose "
-                "another folder"
-            ) from None
 
 
 def _optimizer_state(optimizer: Optimizer, checkpoint: Checkpoint) -> dict:
@@ -176,10 +166,6 @@ def load_module(module: nn.Module, checkpoint: Checkpoint, part: str) -> None:
     Raises:
         InputError: the checkpoint was made by a model of another shape.
     """
-    try:
+    remedy = "restore the files of one run, or choose another folder"
+    with input_errors(f"{checkpoint.path}: does not fit the configured model", remedy):
         module.load_state_dict(_under(part, checkpoint.tensors))
-    except RuntimeError as error:
-        raise InputError(
-            f"{checkpoint.path}: does not fit the configured model ({one_line(error)}); restore "
-            "the files of one run, or choose another folder"
-        ) from None

@@ -35,7 +35,16 @@ from ramslib import __version__, extensions
 from ramslib.config import RENAMED, Config, current_columns, current_names
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.datasets import fingerprint
-from ramslib.errors import InputError, one_line, shorten, write_atomically, write_table, writing
+from ramslib.errors import (
+    InputError,
+    file_errors,
+    input_errors,
+    one_line,
+    shorten,
+    write_atomically,
+    write_table,
+    writing,
+)
 
 # settings that say where things are or how fast they go, not what comes out
 NON_RESULT_SETTINGS = ("root", "lists", "year", "workers", "grad_checkpointing", "compile")
@@ -295,11 +304,9 @@ def read_csv(
     texts = {name: kind for name, kind in kinds.items() if kind is str}  # a class may be called NA
     missing = {name: [""] for name in (*BOX_COLUMNS, *added)}
     how = {"dtype": texts, "keep_default_na": False, "na_values": missing}
-    try:
+    with file_errors(path, remedy):
         table = pd.read_csv(path, encoding_errors="surrogateescape", **how)
         return add_columns(current_columns(table), added).astype(kinds)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from None
 
 
 def add_columns(table: pd.DataFrame, added: Mapping[str, object]) -> pd.DataFrame:
@@ -313,17 +320,13 @@ def read_metadata(run: Path) -> tuple[Config, dict]:
     Raises:
         InputError: not the folder of a run, or its config.json was edited.
     """
-    try:
+    with input_errors(f"{run}: not the folder of a run", "give one that training made"):
         metadata = json.loads((run / "config.json").read_text())
         wrong = [k for k, kind in DESCRIBED.items() if not isinstance(metadata.get(k), kind)]
         if wrong or not all(isinstance(name, str) for name in metadata["classes"]):
             raise ValueError(f"config.json lacks {shorten(wrong or ['names of classes'])}")
         values = current_names(extensions.locate_sources(metadata["config"], run))
         config = Config().replace(**values)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{run}: not the folder of a run ({one_line(error)}); give one that training made"
-        ) from None
     key = run_key(config, metadata["data_fingerprint"])
     same_version = metadata.get("versions", {}).get("ramslib") == __version__
     if same_version and metadata.get("key", key) != key:  # other versions have other settings
@@ -357,10 +360,8 @@ def validation_nll(run: Path, epoch: int) -> float:
 
 def _read_rows(path: Path) -> list[dict]:
     """Rows of a log, by their names of today; the last one may have been cut short by a kill."""
-    try:
+    with file_errors(path, "remove it"):
         lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}); remove it") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

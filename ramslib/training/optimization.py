@@ -22,7 +22,7 @@ from ramslib.acceleration import detached, selective_checkpointing
 from ramslib.classifier import ImageClassifier, ScaleOutput
 from ramslib.config import Config
 from ramslib.distributed import Processes
-from ramslib.errors import InputError, one_line
+from ramslib.errors import InputError, input_errors
 from ramslib.extensions import is_reference, resolve
 
 FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, of one kernel on a GPU
@@ -254,13 +254,9 @@ def create_optimizer(model: ImageClassifier, config: Config) -> torch.optim.Opti
     options = {"lr": config.learning_rate, "momentum": config.momentum}
     if config.optimizer in FUSED and model.classifier.weight.is_cuda:
         options["fused"] = True
-    try:
+    remedy = "choose one of timm.optim.list_optimizers(), such as adamw or sgd"
+    with input_errors(f"optimizer {config.optimizer!r} cannot be made", remedy):
         return create_optimizer_v2(parameter_groups(model, config), config.optimizer, **options)
-    except (AssertionError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"optimizer {config.optimizer!r} cannot be made ({one_line(error)}); choose one of "
-            "timm.optim.list_optimizers(), such as adamw or sgd"
-        ) from None
 
 
 def parameter_groups(model: ImageClassifier, config: Config) -> list[dict]:
