@@ -7,12 +7,11 @@ study records who works on what and what failed. A worker that dies stops its he
 takes its run over and resumes from the last checkpoint.
 """
 
-import sqlite3
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import Connection, event, make_url
+from sqlalchemy import Connection, create_engine, event, inspect
 from sqlalchemy.exc import NoSuchModuleError
 
 from ramslib.config import Config
@@ -32,7 +31,7 @@ from ramslib.runs.results import read_results
 from ramslib.training import launch
 
 Train = Callable[[Config, Path], object]
-Log = Callable[[str], object]
+ATTEMPTS = 2  # after so many failures a run is reported
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 # What Optuna raises at the end of a trial that others took for dead while it was only slow.
 ENDED_BY_OTHERS = (UpdateFinishedTrialError, ValueError, AssertionError)
@@ -50,7 +49,6 @@ def train_all(
     configs: Iterable[Config],
     folder: Path | str,
     processes: int = 1,
-    log: Log = print,
     storage: str | None = None,
 ) -> list[Path]:
     """Train every configuration that has no finished run yet.
@@ -62,7 +60,6 @@ def train_all(
         configs: what to train; duplicates share a run.
         folder: of all runs.
         processes: training processes per run.
-        log: called with one line per event.
         storage: URL of the queue's database; by default a file in the folder.
 
     Returns:
@@ -73,10 +70,10 @@ def train_all(
     """
     runs = {run_folder(config, folder): config for config in configs}
     finished = sum(map(is_finished, runs))
-    log(f"{finished} of {len(runs)} runs in {folder} are finished")
+    print(f"{finished} of {len(runs)} runs in {folder} are finished")
     if finished < len(runs):
         train = partial(launch.train, processes=processes, show=lambda metrics: None)
-        failed = run_worker(open_study(Path(folder), storage), runs, train, log=log)
+        failed = run_worker(open_study(Path(folder), storage), runs, train)
         if failed:
             run, reason = next(iter(failed.items()))
             raise InputError(
@@ -104,12 +101,13 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
         folder = folder.resolve()
         url = storage or f"sqlite:///{folder / 'sweep.db'}"
         options = {"heartbeat_interval": heartbeat, "grace_period": 3 * heartbeat}
-        sqlite = url.startswith("sqlite")
-        if sqlite:
-            _check_queue_file(Path(make_url(url).database or ""))
+        if sqlite := url.startswith("sqlite"):
             patient = {"timeout": 60, "isolation_level": None}
             options["engine_kwargs"] = {"connect_args": patient}
         try:
+            if sqlite and (names := inspect(create_engine(url)).get_table_names()):
+                if "studies" not in names:
+                    raise InputError(f"it holds tables of another program, {shorten(names)}")
             database = RDBStorage(url, **options)
             if sqlite:
                 event.listen(database.engine, "begin", _lock_the_file)
@@ -117,33 +115,12 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
                 study_name=folder.name, storage=database, direction="maximize", load_if_exists=True
             )
         except Exception as error:  # each database driver has its own; the URL may have a password
-            driver = isinstance(error, ImportError | NoSuchModuleError)
-            remedy = "its driver: pip install 'ramslib[postgres]'" if driver else "check its URL"
+            remedy = "check its URL, or remove a damaged sweep.db"
+            if isinstance(error, ImportError | NoSuchModuleError):
+                remedy = "its driver: pip install 'ramslib[postgres]'"
             raise InputError(
                 f"{folder}: the database of the queue cannot be used ({one_line(error)}); {remedy}"
             ) from None
-
-
-def _check_queue_file(path: Path) -> None:
-    """Check that an SQLite file, where there is one, is sound and holds a queue.
-
-    Raises:
-        InputError: it is damaged or belongs to another program.
-    """
-    if not path.is_file():
-        return
-    try:
-        with open(path, "rb") as file:
-            if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite deletes its journal
-                raise sqlite3.DatabaseError("file is not a database")
-        with closing(sqlite3.connect(path)) as connection:
-            names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master")]
-        foreign = f"holds tables of another program, {shorten(names)}" if names else ""
-        reason = "" if "studies" in names else foreign
-    except sqlite3.DatabaseError as error:
-        reason = f"damaged, {one_line(error)}"
-    if reason:
-        raise InputError(f"{path}: no queue ({reason}); remove it or give another file")
 
 
 def _lock_the_file(connection: Connection) -> None:
@@ -163,8 +140,6 @@ def run_worker(
     study: optuna.Study,
     runs: Mapping[Path, Config],
     train: Train,
-    max_attempts: int = 2,
-    log: Log = print,
     poll: float = 2.0,
 ) -> dict[Path, str]:
     """Take trials from the queue and train them, until none of ours is left.
@@ -173,22 +148,20 @@ def run_worker(
         study: from `open_study`; what others put into it is trained as well, while ours wait.
         runs: configurations, by the folder of their run.
         train: called as ``train(config, run)``; it finishes the run or raises.
-        max_attempts: how often a run may fail from now on.
-        log: called with one line per event.
         poll: seconds between checks of the runs that others train.
 
     Returns:
-        The runs that failed too often: the folder of each, and why.
+        The runs that failed `ATTEMPTS` times from now on: the folder of each, and why.
     """
     begin = len(study.get_trials(deepcopy=False))
-    train_next = partial(run_trial, study, runs, train, log)
+    train_next = partial(run_trial, study, runs, train)
     reported: list[Path] = []
     while True:
         with _quiet():
             fail_stale_trials(study)
         trials = _trials_by_run(study)
         failed = {run: _failures(trials[run.name], begin) for run in runs if not is_finished(run)}
-        left = [run for run, reasons in failed.items() if len(reasons) < max_attempts]
+        left = [run for run, reasons in failed.items() if len(reasons) < ATTEMPTS]
         if not left:
             return {run: reasons[-1] for run, reasons in failed.items()}
         for run in left:
@@ -200,7 +173,7 @@ def run_worker(
             continue
         if left != reported:
             names = shorten([run.name for run in left])
-            log(f"waiting for other workers: {names}; killed ones are replaced after 2 to 3 min")
+            print(f"waiting for other workers: {names}; killed ones are replaced after 2 to 3 min")
             reported = left
         time.sleep(poll)
 
@@ -212,7 +185,7 @@ def _enqueue(study: optuna.Study, run: Path, config: Config) -> None:
 
 
 def run_trial(
-    study: optuna.Study, runs: Mapping[Path, Config], train: Train, log: Log, trial: Trial
+    study: optuna.Study, runs: Mapping[Path, Config], train: Train, trial: Trial
 ) -> float:
     """Train the run of one trial.
 
@@ -228,12 +201,12 @@ def run_trial(
     running = [t for t in _trials_by_run(study)[name] if t.state == TrialState.RUNNING]
     if is_finished(run) or min(t.number for t in running) < trial.number:
         raise optuna.TrialPruned  # two workers put it into the queue at the same moment
-    log(f"{run}: training ({sum(map(is_finished, runs))} of {len(runs)} runs are finished)")
+    print(f"{run}: training ({sum(map(is_finished, runs))} of {len(runs)} runs are finished)")
     try:
         train(config, run)
     except Exception as error:
         trial.set_user_attr("error", one_line(error))
-        log(f"{run}: failed: {one_line(error)}")
+        print(f"{run}: failed: {one_line(error)}")
         raise
     return float(read_results(run).query("checkpoint == 'best'")["top1"].iloc[-1])
 
