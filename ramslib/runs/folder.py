@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -50,10 +50,7 @@ from ramslib.errors import (
 NON_RESULT_SETTINGS = ("root", "lists", "year", "workers", "grad_checkpointing", "compile")
 STARTING = {".lock", "output.log", "job.json", extensions.SOURCES}  # there before config.json is
 # what a kill while writing leaves: our temporary files and those of safetensors
-LEFTOVER = re.compile(
-    r"\.(config\.json|job\.json|table\.csv|metrics\.jsonl|(last|best)\.safetensors|README\.md|"
-    r"predictions_(last|best)\.csv|results\.csv|report\.html)\.\d+\.part|\.tmp[A-Za-z0-9]{6}"
-)
+LEFTOVER = re.compile(r"\.\w+\.(jsonl?|csv|safetensors|md|html)\.\d+\.part|\.tmp[A-Za-z0-9]{6}")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems without locks
 TABLE = {"path": str, "label": int, "class_name": str, "split": str}
 TABLE |= dict.fromkeys(BOX_COLUMNS, float)
@@ -91,16 +88,14 @@ def check_folder(run: Path) -> None:
 
 
 @contextmanager
-def lock_run(
-    run: Path, patience: float = 20.0, log: Callable[[str], object] = print
-) -> Iterator[None]:
+def lock_run(run: Path, patience: float = 20.0) -> Iterator[None]:
     """Make a run's folder and hold it, so that one training at a time writes there.
 
     Raises:
         InputError: the folder is not a run's, cannot be written, or another training holds it.
     """
     check_folder(run)
-    with lock_folder(run, patience, log):
+    with lock_folder(run, patience):
         for entry in os.scandir(run):
             if LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry)
@@ -108,9 +103,7 @@ def lock_run(
 
 
 @contextmanager
-def lock_folder(
-    folder: Path, patience: float = 20.0, log: Callable[[str], object] = print
-) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Make a folder and hold its ``.lock``; a killed process releases it at once.
 
     Processes that are forked meanwhile, such as a loader's, do not hold it.
@@ -118,7 +111,6 @@ def lock_folder(
     Args:
         folder: what to lock.
         patience: seconds to wait for another process.
-        log: called when there is something to wait for.
 
     Raises:
         InputError: the folder cannot be written, or is held all the time.
@@ -129,7 +121,7 @@ def lock_folder(
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log(f"{busy}; waiting up to {patience:.0f} s")
+            print(f"{busy}; waiting up to {patience:.0f} s")
             with suppress(Timeout):
                 lock.acquire(timeout=patience)
             if not lock.is_locked:
