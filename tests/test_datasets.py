@@ -97,10 +97,12 @@ MISTAKES = {
     "id twice": ("images.txt", 5, "4 001.Crow/other.jpg", "a second time"),
     "unknown image": ("train_test_split.txt", 12, "99 1", "id 99 is not among the images"),
     "split flag": ("train_test_split.txt", 1, "1 2", "expected 'id is_train'"),
-    "negative width": ("bounding_boxes.txt", 6, "6 1.0 2.0 -3.0 4.0", "has no area"),
-    "not a number": ("bounding_boxes.txt", 6, "6 nan 2.0 3.0 4.0", "has no area"),
-    "left of it": ("bounding_boxes.txt", 7, "7 -4.0 2.0 30.0 4.0", "outside its image"),
-    "above it": ("bounding_boxes.txt", 7, "7 4.0 -3.0 30.0 4.0", "outside its image"),
+}
+IMPOSSIBLE = {
+    "negative width": ("1.0 2.0 -3.0 4.0", "has no area"),
+    "not a number": ("nan 2.0 3.0 4.0", "has no area"),
+    "left of it": ("-4.0 2.0 30.0 4.0", "outside its image"),
+    "above it": ("4.0 -3.0 30.0 4.0", "outside its image"),
 }
 
 
@@ -110,6 +112,15 @@ def test_mistake_is_named_by_file_and_line(tmp_path, file, line, text, why):
     change_line(root / file, line, text)
     found = message(lambda: read("cub", root))
     assert f"{root / file}:{line}: " in found and why in found
+
+
+@pytest.mark.parametrize("box,why", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_an_impossible_box_is_named_by_id_and_image(tmp_path, box, why):
+    root = write_cub(tmp_path)
+    change_line(root / "bounding_boxes.txt", 6, f"6 {box}")
+    found = message(lambda: read("cub", root))
+    assert f"{root}/images.txt: id 6: {root}/images/001.Crow/Crow_0005.jpg: the box" in found
+    assert why in found
 
 
 def test_box_rounded_beyond_the_edge_is_clipped(tmp_path):
@@ -254,7 +265,8 @@ def test_nabirds_labels_are_contiguous_and_boxes_clipped(tmp_path):
 def test_nabirds_mistakes(tmp_path):
     root = write_nabirds(tmp_path)
     change_line(root / "bounding_boxes.txt", 2, "2 3.0 2.0 9.0 9.0")
-    assert "bounding_boxes.txt:2: " in message(lambda: read("nabirds", root))
+    found = message(lambda: read("nabirds", root))
+    assert "images.txt: id 2: " in found and "outside its image of [100.0, 3.0] pixels" in found
     change_line(root / "image_class_labels.txt", 4, "4 86")
     assert "image_class_labels.txt:4: " in message(lambda: read("nabirds", root))
 
@@ -284,7 +296,7 @@ def test_cars_broken_files(tmp_path):
     bad = cars_records(4)
     bad["class"][1] = 3
     savemat(file, {"annotations": bad})
-    assert "KeyError: 3" in message(lambda: read("cars", root))
+    assert "annos.mat: entry 2: class_name is 'nan'" in message(lambda: read("cars", root))
     bad["class"][1], bad["bbox_x2"][2] = 1, 0
     savemat(file, {"annotations": bad})
     assert "cars_train_annos.mat: entry 3" in message(lambda: read("cars", root))
@@ -377,7 +389,8 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
         assert part["label"].tolist() == reference._labels
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
-    assert "setid.mat: cannot be read (KeyError: 307)" in message(lambda: read("flowers", tmp_path))
+    found = message(lambda: read("flowers", tmp_path))
+    assert "setid.mat: image 307: class_name is 'nan'" in found
 
 
 def test_pets_equals_torchvision(tmp_path):

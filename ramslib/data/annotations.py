@@ -11,7 +11,7 @@ import csv
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from scipy.io import loadmat
 from ramslib.errors import InputError, file_errors
 
 BOX_COLUMNS = ["top", "left", "bottom", "right"]
+SIZE_COLUMNS = ["image_height", "image_width"]  # of readers that know them without the images
 TABLE_COLUMNS = ["path", "label", "class_name", "split", *BOX_COLUMNS, "group"]
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -40,7 +41,8 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
         found: a DataFrame of a row per image with ``path`` and ``label`` or ``class_name``. Labels
             are whole numbers, by default the rank of the class name, and are numbered anew from 0
             in their order. Class names are by default the labels as text; splits, boxes and groups
-            NaN. Further columns are dropped. An index of texts says where each row is written.
+            NaN. `SIZE_COLUMNS` clip boxes; further ones are dropped. An index of texts says where
+            each row is written.
         root: folder that relative paths start from.
         origin: name of the dataset or reader, for messages.
 
@@ -83,36 +85,34 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
         raise InputError(f"{places[row]}: {table['path'][row]} a second time; keep one line of it")
     table["split"], table["group"] = splits, table["group"].astype(str)
     table["label"] = labels.rank(method="dense").astype(np.int64) - 1
-    boxed = numbers.index[numbers.notna().any(axis=1)]
-    entries = [f"{places[row]}: {table['path'][row]}" for row in boxed]
-    numbers.loc[boxed] = clip_boxes(numbers.loc[boxed].to_numpy(), entries.__getitem__)
+    sizes = found.reindex(columns=SIZE_COLUMNS).apply(pd.to_numeric, errors="coerce")
+    boxed = numbers.notna().any(axis=1).to_numpy()
+    entries = [f"{places[row]}: {table['path'][row]}" for row in np.flatnonzero(boxed)]
+    limits = sizes.fillna(np.inf).to_numpy(float)[boxed]
+    numbers.loc[boxed] = clip_boxes(numbers.loc[boxed].to_numpy(), entries, limits)
     table[BOX_COLUMNS] = numbers
     return table
 
 
-def clip_boxes(
-    boxes: np.ndarray, locate: Callable[[int], str], sizes: np.ndarray | None = None
-) -> np.ndarray:
+def clip_boxes(boxes: np.ndarray, entries: Sequence[str], sizes: np.ndarray) -> np.ndarray:
     """Clip boxes that overhang their image; refuse those without area or outside it.
 
     Args:
         boxes: (N, 4) top, left, bottom, right in pixels, bottom and right exclusive.
-        locate: where the box of a row is written, for messages.
-        sizes: (N, 2) height, width of the images, where known.
+        entries: where each is written, for messages.
+        sizes: (N, 2) height, width of the images, infinite where not known.
     """
-    top, left, bottom, right = boxes.T
-    height, width = np.full((2, len(boxes)), np.inf) if sizes is None else sizes.T
-    sound = (bottom > top) & (right > left) & np.isfinite(boxes).all(axis=1)
-    inside = (top >= -2) & (left >= -2) & (top < height) & (left < width)  # -2: rounded by hand
-    limits = np.column_stack([height, width, height, width])
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    sound = (ends > starts).all(axis=1) & np.isfinite(boxes).all(axis=1)
+    inside = ((starts >= -2) & (starts < sizes)).all(axis=1)  # -2: rounded by hand
     if not (sound & inside).all():
         row = int(np.argmin(sound & inside))
-        image = "its image" if sizes is None else f"its image of {limits[row, :2].tolist()} pixels"
+        size = f" of {sizes[row].tolist()} pixels" if np.isfinite(sizes[row]).all() else ""
         raise InputError(
-            f"{locate(row)}: the box (top, left, bottom, right) = {boxes[row].tolist()} "
-            f"{f'lies outside {image}' if sound[row] else 'has no area'}; correct this entry"
+            f"{entries[row]}: the box (top, left, bottom, right) = {boxes[row].tolist()} "
+            f"{f'lies outside its image{size}' if sound[row] else 'has no area'}; correct it"
         )
-    return np.clip(boxes, 0, limits)
+    return np.clip(boxes, 0, np.tile(sizes, 2))
 
 
 def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.DataFrame:
@@ -201,16 +201,17 @@ def read_rows(file: str, **columns: Callable[[str], object]) -> Iterator[tuple[i
 
 
 def read_by_id(
-    file: str, known: Collection[str] | None = None, **columns: Callable[[str], object]
-) -> dict[str, object]:
-    """Read ``id column ...`` lines: the value of one column, or the list of several, by id.
+    file: str, known: pd.Index | None = None, **columns: Callable[[str], object]
+) -> pd.DataFrame:
+    """Read ``id column ...`` lines: a row per id.
 
     Args:
         file: the text file.
-        known: the ids that must be there, each once; any ids, each once, by default.
+        known: the ids that must be there, each once, whose order the rows get; by default any ids,
+            each once.
         columns: as in `read_rows`, without the id.
     """
-    values: dict[str, object] = {}
+    values: dict[str, list] = {}
     for number, (key, *fields) in read_rows(file, id=str, **columns):
         if key in values:
             raise InputError(f"{file}:{number}: id {key} a second time; keep one line of it")
@@ -218,22 +219,16 @@ def read_by_id(
             raise InputError(
                 f"{file}:{number}: id {key} is not among the images; correct this line"
             )
-        values[key] = fields if len(fields) > 1 else fields[0]
+        values[key] = fields
     if not values:
         raise InputError(f"{file}: has no line; download the dataset's annotation files again")
-    missing = [key for key in known or () if key not in values]
-    if missing:
+    known = pd.Index(values) if known is None else known
+    if missing := [key for key in known if key not in values]:
         raise InputError(
             f"{file}: no line for {len(missing):,} of {len(known):,} images, first: id "
             f"{missing[0]}; add them, or take these images out of the list of images"
         )
-    return values
-
-
-def locate_id(file: str, key: str) -> str:
-    """``file:line`` of an id, for messages."""
-    rows = read_rows(file, id=str, rest=str)
-    return next(f"{file}:{number}" for number, (found, _) in rows if found == key)
+    return pd.DataFrame.from_dict(values, "index", columns=list(columns)).loc[known]
 
 
 def read_columns(file: str, *needed: str, exactly: bool = False) -> tuple[pd.DataFrame, str]:

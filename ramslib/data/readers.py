@@ -17,11 +17,10 @@ import pandas as pd
 from ramslib.data.annotations import (
     BOX_COLUMNS,
     LISTS,
+    SIZE_COLUMNS,
     SPLIT_WORDS,
-    clip_boxes,
     find_root,
     list_folder,
-    locate_id,
     read_by_id,
     read_columns,
     read_mat,
@@ -41,36 +40,23 @@ def read_cub(root: Path | str) -> pd.DataFrame:
     hierarchy of 1,011).
     """
     root = find_root(root, "images.txt", *TEXT_LAYOUTS)
-    names = read_by_id(f"{root}/classes.txt", name=str)
-    rank = {key: label for label, key in enumerate(sorted(names, key=lambda k: (len(k), k)))}
-    images = read_by_id(f"{root}/images.txt", path=str)
-    labels = read_by_id(f"{root}/image_class_labels.txt", images, class_id=rank.__getitem__)
+    names = read_by_id(f"{root}/classes.txt", name=str)["name"]
+    names = names[sorted(names.index, key=lambda key: (len(key), key))]
+    table = read_by_id(f"{root}/images.txt", path=str)
+    table["path"], ids = f"{root}/images/" + table["path"], table.index
+    rank = {key: label for label, key in enumerate(names.index)}.__getitem__
+    table["label"] = read_by_id(f"{root}/image_class_labels.txt", ids, class_id=rank)
+    table["class_name"] = names.iloc[table["label"]].to_numpy()
     kinds = {"1": "train", "0": "test"}.__getitem__
-    splits = read_by_id(f"{root}/train_test_split.txt", images, is_train=kinds)
-    table = pd.DataFrame({"path": images, "label": labels, "split": splits}, index=list(images))
-    table["path"] = f"{root}/images/" + table["path"]
-    table["class_name"] = table["label"].map({rank[key]: name for key, name in names.items()})
-    file, sizes = f"{root}/bounding_boxes.txt", None
-    if os.path.exists(f"{root}/sizes.txt"):
-        found = read_by_id(f"{root}/sizes.txt", images, width=float, height=float)
-        sizes = np.array([found[key][::-1] for key in images])
-    if os.path.exists(file):
-        found = read_by_id(file, images, x=float, y=float, width=float, height=float)
-        x, y, width, height = np.array([found[key] for key in images]).T
-        boxes = np.column_stack([y, x, y + height, x + width])
-        table[BOX_COLUMNS] = clip_boxes(boxes, lambda row: locate_id(file, table.index[row]), sizes)
-    table.index = f"{root}/images.txt: id " + table.index
+    table["split"] = read_by_id(f"{root}/train_test_split.txt", ids, is_train=kinds)
+    if os.path.exists(file := f"{root}/sizes.txt"):
+        table[SIZE_COLUMNS[::-1]] = read_by_id(file, ids, width=float, height=float)
+    if os.path.exists(file := f"{root}/bounding_boxes.txt"):
+        found = read_by_id(file, ids, x=float, y=float, width=float, height=float)
+        x, y, width, height = found.to_numpy().T
+        table[BOX_COLUMNS] = np.column_stack([y, x, y + height, x + width])
+    table.index = f"{root}/images.txt: id " + ids
     return table
-
-
-def locate_box(path: str) -> str:
-    """Where an image's box is written, if known, and the image."""
-    root, _, name = path.partition("/images/")
-    file = f"{root}/bounding_boxes.txt"
-    if not os.path.exists(file):
-        return path
-    ids = {name: key for key, name in read_by_id(f"{root}/images.txt", path=str).items()}
-    return f"{locate_id(file, ids[name])}: {path}"
 
 
 def read_parts(root: Path | str) -> pd.DataFrame:
@@ -81,9 +67,9 @@ def read_parts(root: Path | str) -> pd.DataFrame:
     root = find_root(root, "images.txt", *TEXT_LAYOUTS)
     if not os.path.isdir(f"{root}/parts"):
         return pd.DataFrame(columns=PART_COLUMNS)
-    images = read_by_id(f"{root}/images.txt", path=str)
-    path = {key: f"{root}/images/{name}" for key, name in images.items()}.__getitem__
-    part = read_by_id(f"{root}/parts/parts.txt", name=str).__getitem__
+    images = read_by_id(f"{root}/images.txt", path=str)["path"]
+    path = (f"{root}/images/" + images).to_dict().__getitem__
+    part = read_by_id(f"{root}/parts/parts.txt", name=str)["name"].to_dict().__getitem__
     file = f"{root}/parts/part_locs.txt"
     rows = read_rows(file, image_id=path, part_id=part, x=float, y=float, visible=int)
     visible = [(path, part, y, x) for _, (path, part, x, y, is_visible) in rows if is_visible]
@@ -107,18 +93,15 @@ def read_cars(root: Path | str) -> pd.DataFrame:
         with file_errors(file):
             table = pd.DataFrame({key: records[key] for key in records.dtype.names})
             corners = table[["bbox_y1", "bbox_x1", "bbox_y2", "bbox_x2"]].to_numpy(float)
+            table[BOX_COLUMNS] = corners - [1, 1, 0, 0]  # pixels from 1, ends inclusive
         if "class" not in table:
             raise InputError(
                 f"{file}: {len(table):,} {split} images without a class; put the separate "
                 f"official file {labeled} into {root}"
             )
-        with file_errors(file):
-            table["class_name"] = [names[label] for label in table["class"]]
+        table["class_name"] = table["class"].map(names)
         table["path"], table["split"] = f"{root}/cars_{split}/" + table["fname"], split
-        entries = [f"{file}: entry {row + 1}" for row in table.index]
-        boxes = corners - [1, 1, 0, 0]  # pixels from 1, ends inclusive
-        table[BOX_COLUMNS] = clip_boxes(boxes, entries.__getitem__)
-        tables.append(table)
+        tables.append(table.set_index(f"{file}: entry " + (table.index + 1).astype(str)))
     return pd.concat(tables).rename(columns={"class": "label"})
 
 
@@ -132,24 +115,22 @@ def read_dogs(root: Path | str) -> pd.DataFrame:
     for split in ("train", "test"):
         with file_errors(file := f"{root}/{split}_list.mat"):
             images = read_mat(file, "file_list", str)
-            lists[split] = pd.Series(read_mat(file, "labels", int), index=images)
+            lists[split] = pd.DataFrame({"label": read_mat(file, "labels", int)}, images)
     table = _join(lists)
     table["class_name"] = table["key"].map(os.path.dirname)
     table["path"] = f"{root}/Images/" + table["key"]
     if os.path.isdir(f"{root}/Annotation"):
-        files = [f"{root}/Annotation/{os.path.splitext(name)[0]}" for name in table["key"]]
-        found, sizes = map(np.array, zip(*map(_read_dog, files), strict=True))
-        table[BOX_COLUMNS] = clip_boxes(found, files.__getitem__, sizes)
+        table.index = [f"{root}/Annotation/{os.path.splitext(name)[0]}" for name in table["key"]]
+        table[BOX_COLUMNS + SIZE_COLUMNS] = list(map(_read_dog, table.index))
     return table
 
 
-def _join(lists: Mapping[str, Mapping]) -> pd.DataFrame:
-    """One table of the list of each split: columns split, key, label."""
-    series = {split: pd.Series(found) for split, found in lists.items()}
-    return pd.concat(series, names=["split", "key"]).reset_index(name="label")
+def _join(lists: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One table of the list of each split, with the columns split and key, the list's index."""
+    return pd.concat(lists, names=["split", "key"]).reset_index()
 
 
-def _read_dog(file: str) -> tuple[list[float], list[float]]:
+def _read_dog(file: str) -> list[float]:
     """The largest box (top, left, bottom, right) and the image size (height, width) of one file."""
     values: dict[str, list[float]] = {}
     for tag, number in re.findall(r"<(width|height|[xy]m(?:in|ax))>\s*(-?\d+)", read_text(file)):
@@ -158,7 +139,7 @@ def _read_dog(file: str) -> tuple[list[float], list[float]]:
         corners = [values[tag] for tag in ("ymin", "xmin", "ymax", "xmax")]
         boxes = [[y1 - 1, x1 - 1, y2, x2] for y1, x1, y2, x2 in zip(*corners, strict=True)]
         largest = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
-        return largest, [values["height"][0], values["width"][0]]
+        return [*largest, values["height"][0], values["width"][0]]
 
 
 def read_inaturalist(root: Path | str, year: int = 2017) -> pd.DataFrame:
@@ -246,14 +227,15 @@ def read_aircraft(root: Path | str) -> pd.DataFrame:
     names = [name for _, (name,) in read_rows(f"{root}/variants.txt", variant=str)]
     rank = {name: label for label, name in enumerate(names)}.__getitem__
     lists = {name: f"{root}/images_variant_{name}.txt" for name in ("train", "val", "test")}
-    table = _join({name: read_by_id(file, variant=rank) for name, file in lists.items()})
+    table = _join({name: read_by_id(file, label=rank) for name, file in lists.items()})
     table["class_name"] = table["label"].map(dict(enumerate(names)))
     table["path"] = f"{root}/images/" + table["key"] + ".jpg"
-    keys, file = table["key"].tolist(), f"{root}/images_box.txt"
-    found = read_by_id(file, dict.fromkeys(keys), xmin=float, ymin=float, xmax=float, ymax=float)
-    left, top, right, bottom = np.array([found[key] for key in keys]).T
-    boxes = np.column_stack([top - 1, left - 1, bottom, right])  # pixels from 1, ends inclusive
-    table[BOX_COLUMNS] = clip_boxes(boxes, lambda row: locate_id(file, keys[row]))
+    corners = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), float)
+    found = read_by_id(f"{root}/images_box.txt", pd.Index(table["key"]).unique(), **corners)
+    left, top, right, bottom = found.loc[table["key"]].to_numpy().T
+    table[BOX_COLUMNS] = np.column_stack(
+        [top - 1, left - 1, bottom, right]
+    )  # from 1, ends included
     return table
 
 
@@ -263,26 +245,21 @@ def read_flowers(root: Path | str) -> pd.DataFrame:
 
     root = find_root(root, "imagelabels.mat", "flowers-102")
     file, keys = f"{root}/setid.mat", {"train": "trnid", "val": "valid", "test": "tstid"}
-    table = _join({split: read_mat(file, key, int) for split, key in keys.items()})
-    numbers = table["label"].tolist()
-    table["path"] = [f"{root}/jpg/image_{number:05d}.jpg" for number in numbers]
-    class_ids = dict(enumerate(read_mat(f"{root}/imagelabels.mat", "labels", int), 1))
-    names = dict(enumerate(Flowers102.classes, 1))
-    with file_errors(file):
-        table["label"] = [class_ids[number] for number in numbers]
-    with file_errors(f"{root}/imagelabels.mat"):
-        table["class_name"] = [names[label] for label in table["label"]]
-    return table
+    numbers = {split: pd.Series(read_mat(file, key, int)) for split, key in keys.items()}
+    table = pd.concat(numbers, names=["split"]).reset_index("split", name="number")
+    table["path"] = [f"{root}/jpg/image_{number:05d}.jpg" for number in table["number"]]
+    class_ids = read_mat(f"{root}/imagelabels.mat", "labels", int)
+    table["label"] = table["number"].map(dict(enumerate(class_ids, 1)))
+    table["class_name"] = table["label"].map(dict(enumerate(Flowers102.classes, 1)))
+    return table.set_index(f"{file}: image " + table["number"].astype(str))
 
 
 def read_pets(root: Path | str) -> pd.DataFrame:
     """Oxford-IIIT Pets: annotations/trainval.txt, test.txt, images. It boxes heads: not read."""
     root = find_root(root, "annotations/trainval.txt", "oxford-iiit-pet")
-    lists, columns = {}, {"class_id": int, "species": int, "breed_id": int}
-    for split, name in (("train", "trainval"), ("test", "test")):
-        lists[split] = read_by_id(f"{root}/annotations/{name}.txt", **columns)
-    table = _join(lists)
-    table["label"] = table["label"].str[0]
+    columns = {"label": int, "species": int, "breed_id": int}
+    files = {"train": f"{root}/annotations/trainval.txt", "test": f"{root}/annotations/test.txt"}
+    table = _join({split: read_by_id(file, **columns) for split, file in files.items()})
     table["class_name"] = table["key"].str.rpartition("_")[0]
     table["path"] = f"{root}/images/" + table["key"] + ".jpg"
     return table
