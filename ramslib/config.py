@@ -122,16 +122,11 @@ class Config:
     def from_file(cls, path: Path | str) -> "Config":
         """Read a configuration: a JSON object with some of the fields, or a run's config.json."""
         path = Path(path)
-        with input_errors(f"{path}: not a readable JSON file", "correct it"):
+        with input_errors(f"{path}: not a JSON object of settings", "correct it"):
             values = json.loads(path.read_text())
-        if isinstance(values, dict) and isinstance(values.get("config"), dict):
-            values = locate_sources(values["config"], path.parent)
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: a configuration is a JSON object of names and values")
-        try:
+            if isinstance(values.get("config"), dict):
+                values = locate_sources(values["config"], path.parent)
             return cls().replace(**current_names(values))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
 
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; strings are read as the field's type.

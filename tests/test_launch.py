@@ -182,16 +182,20 @@ def test_two_processes_stop_cleanly_and_leave_nothing(tmp_path):
 
 def test_a_slow_picture_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
     now, shown = [0.0], []
-    clock = {"monotonic": lambda: now[0], "sleep": lambda seconds: now.append(now.pop() + seconds)}
-    monkeypatch.setattr(ramslib.training.launch, "time", SimpleNamespace(**clock))
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(ramslib.training.launch, "time", clock)
     monkeypatch.setattr(Job, "is_running", lambda job: now[0] < 600)
     monkeypatch.setattr(Job, "_end", lambda job: None)
 
     def show():
         shown.append(now[0])
-        clock["sleep"](3.0)
+        sleep(3.0)
 
-    Job(tmp_path, None).watch(show, every=4.0)
+    Job(tmp_path, SimpleNamespace(wait=sleep)).watch(show, every=4.0)
     assert len(shown) == 11, "at 0, 63, 126 .. 567 seconds and at the end"
     assert min(b - a for a, b in zip(shown, shown[1:-1], strict=False)) >= 63
 

@@ -150,14 +150,12 @@ class Job:
             InputError: the job failed; the message is the last error that it printed.
         """
         try:
-            due = 0.0
             while self.is_running():
                 started = time.monotonic()
-                if started >= due:
-                    show()
-                    now = time.monotonic()
-                    due = now + max(every, 20 * (now - started))
-                time.sleep(min(every, 0.25))
+                show()
+                pause = 20 * (time.monotonic() - started)
+                with suppress(psutil.TimeoutExpired):
+                    self.process.wait(max(every, pause))
         except BaseException:
             self.stop()
             raise
@@ -178,12 +176,10 @@ class Job:
     def stop(self, patience: float = 60.0) -> None:
         """Ask the job to save and end; kill it when it does not within the patience."""
         for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, psutil.TimeoutExpired):
                 if self.is_running():
                     os.killpg(self.process.pid, number)
-            deadline = time.monotonic() + wait
-            while self.is_running() and time.monotonic() < deadline:
-                time.sleep(0.1)
+                    self.process.wait(wait)
         self._end()
 
     def _end(self) -> int | None:
