@@ -8,6 +8,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from ramslib.experiments import heads
 from ramslib.experiments.heads import (
     HEADS,
     combine,
@@ -31,13 +32,13 @@ def draw(classes=3, each=20, size=6, spread=1.0, seed=0):
 
 @pytest.mark.parametrize("size", [6, 100])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_discriminants_are_those_of_scikit_learn(size, classes):
+def test_discriminants_are_those_of_scikit_learn(size, classes, monkeypatch):
     """With more and with fewer directions than images."""
     features, labels = draw(classes, size=size)
     features, labels = features[:-7], labels[:-7]  # classes of unequal size
-    shrinkages = (0.1, 0.5, 1.0)
-    scores = discriminant_scores(features, labels, features, shrinkages)
-    for shrinkage, found in zip(shrinkages, scores, strict=True):
+    monkeypatch.setattr(heads, "SHRINKAGES", (0.1, 0.5, 1.0))
+    scores = discriminant_scores(features, labels, features)
+    for shrinkage, found in zip(heads.SHRINKAGES, scores, strict=True):
         known = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, labels)
         expected = known.decision_function(features)
         found = found[:, 1] - found[:, 0] if classes == 2 else found
@@ -57,7 +58,8 @@ def test_logistic_regression_is_that_of_scikit_learn_on_standardized_features():
     scaled = StandardScaler().fit_transform(features)
     models = [LogisticRegression(C=c, max_iter=1000).fit(scaled, labels) for c in (0.001, 0.1, 1)]
     expected = models[1].predict_log_proba(scaled)
-    np.testing.assert_allclose(logistic_scores(scaled, labels, scaled, [0.1])[0], expected)
+    found = logistic_scores(scaled, labels, scaled)
+    np.testing.assert_allclose(found[heads.INVERSE_PENALTIES.index(0.1)], expected)
     chosen = fitted.outside.argmax(axis=1)
     assert any((chosen == model.predict(scaled)).all() for model in models)
 

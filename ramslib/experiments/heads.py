@@ -17,16 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 FOLDS = 5  # of cross-validation
+SHRINKAGES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9)  # of the discriminant, in (0, 1]
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of logistic regression, its C
 
 Array = np.ndarray
 
 
-def discriminant_scores(
-    features: Array,
-    labels: Array,
-    new: Array,
-    shrinkages: Sequence[float] = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9),
-) -> Array:
+def discriminant_scores(features: Array, labels: Array, new: Array) -> Array:
     """Linear discriminant analysis, with the covariance within classes shrunk to a multiple of I.
 
     Each is scikit-learn's ``LinearDiscriminantAnalysis(solver="lsqr")``, but one decomposition
@@ -36,10 +33,9 @@ def discriminant_scores(
         features: (N, D), standardized.
         labels: (N,) 0 to K - 1, all of which occur.
         new: (n, D) likewise.
-        shrinkages: in (0, 1], R of them.
 
     Returns:
-        Scores (R, n, K) of the new images, for each shrinkage.
+        Scores (R, n, K) of the new images, for each of `SHRINKAGES`.
     """
     counts = np.bincount(labels)
     means = np.eye(len(counts))[labels].T @ features / counts[:, None]
@@ -47,7 +43,7 @@ def discriminant_scores(
     variances = deviations**2 / len(labels)
     average = variances.sum() / features.shape[1] or 1.0
     scores = []
-    for shrinkage in shrinkages:
+    for shrinkage in SHRINKAGES:
         outside = 1 / (shrinkage * average)  # precision of the directions without any variance
         gain = 1 / ((1 - shrinkage) * variances + shrinkage * average) - outside
         weights = outside * means + means @ axes.T * gain @ axes
@@ -56,14 +52,9 @@ def discriminant_scores(
     return np.stack(scores)
 
 
-def logistic_scores(
-    features: Array,
-    labels: Array,
-    new: Array,
-    inverse_penalties: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0),
-) -> Array:
-    """Log probabilities by scikit-learn's logistic regression, for each value of its C."""
-    models = [LogisticRegression(C=each, max_iter=1000) for each in inverse_penalties]
+def logistic_scores(features: Array, labels: Array, new: Array) -> Array:
+    """Log probabilities by scikit-learn's logistic regression, for each of `INVERSE_PENALTIES`."""
+    models = [LogisticRegression(C=each, max_iter=1000) for each in INVERSE_PENALTIES]
     if not len(new):  # which scikit-learn refuses
         return np.empty((len(models), 0, labels.max() + 1))
     return np.stack([model.fit(features, labels).predict_log_proba(new) for model in models])
