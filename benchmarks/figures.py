@@ -159,7 +159,7 @@ def loader(options: SimpleNamespace) -> Iterator[dict]:
     yield row(what, "", [seconds] * len(forward), forward)
     yield row("a loader's own memory on 11,788 images (MB) / 300 MB", "<= 1", [private], [300.0])
     cores, size = min(16, count_cores()), Config().highres_size
-    photos = ImageDataset(table, ImageTransform(size, train=True)), Decoded(paths)
+    photos = ImageDataset(table, ImageTransform(size, augment="flip")), Decoded(paths)
     rates = [
         [images_per_second(dataset, cores) for dataset in photos] for _ in range(options.repeats)
     ]

@@ -313,7 +313,7 @@ def test_papers_sizes():
 
 
 def test_training_takes_a_crop_maybe_flipped_of_the_resized_image():
-    image, transform = picture(90, 70), ImageTransform(24, 0.5, train=True)
+    image, transform = picture(90, 70), ImageTransform(24, 0.5, augment="flip")
     resized = image.resize((48, 48), Image.Resampling.BILINEAR)
     pictures = [np.asarray(resized), np.asarray(ImageOps.mirror(resized))]
     windows = {
@@ -330,9 +330,11 @@ def test_training_takes_a_crop_maybe_flipped_of_the_resized_image():
 
 
 def test_no_augmentation_is_the_center_crop():
-    image = picture()
-    transform = ImageTransform(16, train=True, augment="none")
-    assert torch.equal(transform(image), ImageTransform(16)(image)) and not transform.is_random
+    image, transform = picture(), ImageTransform(16)
+    top, left = transform.margins
+    resized = image.resize(transform.resized[::-1], Image.Resampling.BILINEAR)
+    center = np.asarray(resized.crop((left, top, left + 16, top + 16)))
+    assert (transform(image).permute(1, 2, 0).numpy() == center).all() and not transform.is_random
 
 
 @pytest.mark.parametrize("augment", ["autoaugment", "rand", "rand-m9-mstd0.5", "rand-n3-m7-inc1"])
@@ -340,7 +342,7 @@ def test_augmentations_change_pixels_and_keep_the_shape(augment):
     image = picture(90, 70)
     crops = {}
     for name in ("flip", augment):
-        transform = ImageTransform(24, train=True, augment=name)
+        transform = ImageTransform(24, augment=name)
         for seed in range(8):
             with temporary_seed(seed):
                 crops[name, seed] = transform(image)
@@ -351,7 +353,7 @@ def test_augmentations_change_pixels_and_keep_the_shape(augment):
 
 @pytest.mark.parametrize("augment", ["rand-n9-m2", "rand-n9-m10-inc1", "rand-n9-m30-mmax30"])
 def test_posterizing_keeps_1_to_8_bits(augment):
-    transform = ImageTransform(24, train=True, augment=augment)
+    transform = ImageTransform(24, augment=augment)
     for seed in range(20):
         with temporary_seed(seed):
             assert transform(picture()).shape == (3, 24, 24)
@@ -359,7 +361,7 @@ def test_posterizing_keeps_1_to_8_bits(augment):
 
 @pytest.mark.parametrize("augment", ["", "flips", "rand-x3", "rand-n2.5", "rand-", "augmix"])
 def test_unknown_augmentation(augment):
-    found = message(lambda: ImageTransform(24, train=True, augment=augment))
+    found = message(lambda: ImageTransform(24, augment=augment))
     assert f"augment is {augment!r}; choose none, flip, autoaugment" in found
 
 
@@ -437,7 +439,7 @@ def pixels_of(batches):
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
 def test_random_crops_do_not_depend_on_workers(table, augment):
-    dataset = ImageDataset(table, ImageTransform(16, 0.6, train=True, augment=augment), seed=3)
+    dataset = ImageDataset(table, ImageTransform(16, 0.6, augment=augment), seed=3)
     alone = pixels_of(DataLoader(dataset, batch_size=2))
     torch.manual_seed(99)
     np.random.seed(99)
@@ -448,7 +450,7 @@ def test_random_crops_do_not_depend_on_workers(table, augment):
 
 
 def test_epochs_and_seeds_differ_and_repeat(table):
-    transform = ImageTransform(16, 0.6, train=True)
+    transform = ImageTransform(16, 0.6, augment="flip")
     dataset = ImageDataset(table, transform, seed=3)
     first = pixels_of(DataLoader(dataset))
     second = pixels_of(DataLoader(dataset, sampler=[(1, row) for row in range(len(dataset))]))
@@ -462,13 +464,13 @@ def test_epochs_and_seeds_differ_and_repeat(table):
 
 def test_rows_differ_even_of_one_image(table):
     twelve = pd.concat([table.iloc[:1]] * 12)
-    found = pixels_of(DataLoader(ImageDataset(twelve, ImageTransform(16, 0.6, train=True))))
+    found = pixels_of(DataLoader(ImageDataset(twelve, ImageTransform(16, 0.6, augment="flip"))))
     assert len({pixels.numpy().tobytes() for pixels in found}) > 6
 
 
 @pytest.mark.parametrize("augment", ["flip", "autoaugment", "rand-m9-mstd0.5"])
 def test_global_generators_are_left_alone(table, augment):
-    dataset = ImageDataset(table, ImageTransform(16, 0.6, train=True, augment=augment))
+    dataset = ImageDataset(table, ImageTransform(16, 0.6, augment=augment))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     [dataset[row] for row in range(len(dataset))]
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

@@ -93,15 +93,13 @@ class ImageTransform:
     Attributes:
         size: (H, W) of the result, or one number for both.
         crop_fraction: size / the size that the image is resized to before cropping.
-        train: random crop and flip instead of the center crop.
-        augment: in training: "flip"; "autoaugment" (ImageNet's policy, after crop and flip) or
-            timm's RandAugment such as "rand-m9-mstd0.5" likewise; "none": as in testing.
+        augment: "none": the center crop; "flip": random crop and flip, after which "autoaugment"
+            is ImageNet's policy, and "rand-m9-mstd0.5" and the like timm's RandAugment.
     """
 
     size: int | tuple[int, int]
     crop_fraction: float = 0.875
-    train: bool = False
-    augment: str = "flip"
+    augment: str = "none"
 
     def __post_init__(self):
         size = (self.size,) * 2 if isinstance(self.size, int) else tuple(self.size)
@@ -116,7 +114,7 @@ class ImageTransform:
     @property
     def is_random(self) -> bool:
         """Whether two results of one image differ."""
-        return self.train and self.augment != "none"
+        return self.augment != "none"
 
     @property
     def resized(self) -> tuple[int, int]:

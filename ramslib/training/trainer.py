@@ -73,9 +73,7 @@ class Trainer:
         self.epochs = ceil(self.total_steps / self.epoch_steps)
         size = config.highres_size or config.image_size
         self.transform = ImageTransform(size, config.crop_fraction)
-        self.train_transform = ImageTransform(
-            size, config.crop_fraction, train=True, augment=config.augment
-        )
+        self.train_transform = ImageTransform(size, config.crop_fraction, config.augment)
 
     def _build(self) -> None:
         """Model, optimizer, schedule and their state; then a new run is described in its folder."""
