@@ -17,7 +17,6 @@ from ramslib.runs.folder import read_metrics
 from ramslib.training import trainer
 from ramslib.training.optimization import (
     FUSED,
-    backward_joint,
     backward_scales,
     create_optimizer,
     create_schedule,
@@ -116,8 +115,7 @@ def test_a_loss_of_ones_own_that_is_the_sum_gives_its_gradients(model_of, pixels
     model, batch = model_of("vit"), pixels(4)
     expected = backward_scales(model, batch, LABELS, [1.0] * 3, factor=2.0)
     gradient = gradients(model)
-    backward = backward_scales if hasattr(loss, "per_scale") else backward_joint
-    torch.testing.assert_close(backward(model, batch, LABELS, loss, factor=2.0), expected)
+    torch.testing.assert_close(backward_scales(model, batch, LABELS, loss, factor=2.0), expected)
     assert_same_gradients(gradients(model), gradient)
 
 
@@ -125,7 +123,7 @@ def test_a_joint_loss_couples_scales_and_a_staged_one_sees_earlier_scales_as_con
     model_of, pixels
 ):
     model, batch = model_of("vit"), pixels(4)
-    losses = backward_joint(model, batch, LABELS, ranking)
+    losses = backward_scales(model, batch, LABELS, ranking)
     joint = gradients(model)
     outputs = list(model.forward_scales(batch))
     value = ranking(outputs, LABELS)
@@ -147,10 +145,11 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("found", RETURNS)
-@pytest.mark.parametrize("backward", [backward_scales, backward_joint])
-def test_a_loss_that_returns_something_else_is_refused(model_of, pixels, found, backward):
+@pytest.mark.parametrize("mark", [per_scale, lambda loss: loss])
+def test_a_loss_that_returns_something_else_is_refused(model_of, pixels, found, mark):
+    loss = mark(lambda outputs, labels: RETURNS[found](outputs, labels))
     with pytest.raises(InputError, match=f"returns {found}; it must return a scalar tensor"):
-        backward(model_of("vit", 2), pixels(4), LABELS, RETURNS[found])
+        backward_scales(model_of("vit", 2), pixels(4), LABELS, loss)
 
 
 @pytest.mark.parametrize("loss", [[1.0, 1.0], staged_sum])
@@ -166,8 +165,9 @@ def test_only_one_scale_is_in_memory_at_a_time(model_of, pixels, loss):
     model.run_scale = run
     backward_scales(model, pixels(4), LABELS, loss)
     assert seen == [False, True]
-    backward_joint(model, pixels(4), LABELS, sum_of_cross_entropies)
-    assert len(seen) == 4
+    model.zero_grad()
+    backward_scales(model, pixels(4), LABELS, sum_of_cross_entropies)
+    assert seen[2:] == [False, False]
 
 
 @pytest.mark.parametrize("strength", ["last_class", "rollout_mean"])

@@ -5,8 +5,8 @@ resumes in the middle of an epoch without any saved generator, and two processes
 batches as one. Optimizers, weight-decay rules and layer-wise decay are timm's.
 
 `backward_scales` back-propagates each scale before the next one runs, which gives the gradients of
-the joint loss at the memory of one scale, because no gradient flows through a crop.
-`backward_joint` keeps the graphs of all scales for a loss that couples them.
+the joint loss at the memory of one scale, because no gradient flows through a crop. A loss that
+couples scales takes the graphs of all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -105,18 +105,16 @@ Loss = Callable[[list[ScaleOutput], Tensor], Tensor]  # outputs of scales, label
 
 
 def choose_backward(model: ImageClassifier, config: Config) -> Callable[..., Tensor]:
-    """`backward_scales` or `backward_joint` of a model, with the loss that is configured.
+    """`backward_scales` of a model, with the loss that is configured.
 
     Raises:
         InputError: a file of one's own that does not give the loss.
     """
     options = {"label_smoothing": config.label_smoothing, "amp": AMP_TYPES[config.amp]}
-    if not is_reference(config.loss):
-        weights = config.loss_weights(model.num_scales)
-        return partial(backward_scales, model, loss=weights, **options)
-    loss = resolve(config.loss, {}, "loss")
-    backward = backward_scales if getattr(loss, "per_scale", False) else backward_joint
-    return partial(backward, model, loss=loss, **options)
+    loss = config.loss_weights(model.num_scales)
+    if is_reference(config.loss):
+        loss = resolve(config.loss, {}, "loss")
+    return partial(backward_scales, model, loss=loss, **options)
 
 
 def backward_scales(
@@ -130,14 +128,17 @@ def backward_scales(
 ) -> Tensor:
     """Back-propagate the loss of each scale before the next one runs.
 
-    Crops carry no gradient, so the accumulated gradients are those of the sum over scales.
+    Crops carry no gradient, so the accumulated gradients are those of the sum over scales. A
+    function that is not marked by `extensions.per_scale` is called once, after all scales, whose
+    memory it takes.
 
     Args:
         model: in training mode.
         pixels: (B, 3, Hs, Ws), see `ImageClassifier.forward`.
         labels: (B,).
         loss: weight of each scale's own loss, where a scale of weight 0 runs without gradient; or a
-            function, called after each scale with the outputs so far, the earlier ones detached.
+            function; marked, it is called after each scale with the outputs so far, the earlier
+            ones detached.
         label_smoothing: of the cross entropy.
         amp: autocast type, None for float32.
         factor: multiplies the loss before the backward pass (micro-batch share, loss scale).
@@ -146,6 +147,12 @@ def backward_scales(
         (1 + S,) the loss; and each scale's own, with a function its cross entropy. Detached.
     """
     outputs, earlier, rows = _run_scales(model, pixels, amp), [], []
+    if callable(loss) and not getattr(loss, "per_scale", False):
+        together = list(outputs)
+        total = _call_loss(loss, together, labels)
+        (total * factor).backward()
+        each = [_cross_entropy(output, labels, label_smoothing) for output in together]
+        return torch.stack([total.detach(), *each])
     for weight in [1.0] * model.num_scales if callable(loss) else loss:
         with torch.set_grad_enabled(weight > 0):
             output = next(outputs)
@@ -161,26 +168,6 @@ def backward_scales(
         rows.append(torch.stack([total.detach(), own.detach()]))
     totals, each = torch.stack(rows).unbind(dim=1)
     return torch.cat([totals.sum()[None], each])
-
-
-def backward_joint(
-    model: ImageClassifier,
-    pixels: Tensor,
-    labels: Tensor,
-    loss: Loss,
-    label_smoothing: float = 0.0,
-    amp: torch.dtype | None = None,
-    factor: float | Tensor = 1.0,
-) -> Tensor:
-    """Run all scales and back-propagate a function of all their outputs once.
-
-    Takes the memory of all scales together. Arguments and result are those of `backward_scales`.
-    """
-    outputs = list(_run_scales(model, pixels, amp))
-    total = _call_loss(loss, outputs, labels)
-    (total * factor).backward()
-    each = [_cross_entropy(output, labels, label_smoothing) for output in outputs]
-    return torch.stack([total.detach(), *each])
 
 
 def _run_scales(
