@@ -99,9 +99,12 @@ def box_area(boxes: Tensor) -> Tensor:
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of boxes in pairs: (..., 4), (..., 4) -> (...); 0 for empty boxes."""
+    """Intersection over union of boxes in pairs: (..., 4), (..., 4) -> (...).
+
+    0 where both are empty, NaN where a box is unknown: NaN.
+    """
     start = torch.maximum(first[..., :2], second[..., :2])
     end = torch.minimum(first[..., 2:], second[..., 2:])
     intersection = (end - start).clamp(min=0).prod(dim=-1)
     union = box_area(first) + box_area(second) - intersection
-    return torch.where(union > 0, intersection / union, 0.0)
+    return torch.where(union == 0, 0.0, intersection / union)

@@ -285,11 +285,10 @@ class Inspector:
             ``components``, and ``kept``.
         """
         boxes, mask = self.image_boxes(region.boxes[:1]), region.proposal.mask[:1]
-        iou = float(box_iou(boxes, self.box)[0])
         return {
             **dict(zip(BOX_COLUMNS, boxes[0].tolist(), strict=True)),
             "area": float(box_area(boxes)[0] / self.size.prod()),
-            "iou": torch.nan if self.box.isnan().any() else iou,
+            "iou": float(box_iou(boxes, self.box)[0]),
             "patches": int(mask.sum()),
             "components": int(label_components(mask).max()),
             "kept": int(region.proposal.component[:1].sum()),
@@ -305,12 +304,9 @@ class Inspector:
             annotated.
         """
         settings = self.changed(settings, **changes)
-        regions = [self.region(0, settings, threshold=eta) for eta in thresholds]
-        boxes = self.image_boxes(torch.cat([region.boxes[:1] for region in regions]))
-        area = (box_area(boxes) / self.size.prod()).numpy()
-        curve = pd.DataFrame({"threshold": thresholds, "area": area})
-        known = not self.box.isnan().any()
-        return curve.assign(iou=box_iou(boxes, self.box).numpy()) if known else curve
+        stats = [self.region_stats(self.region(0, settings, threshold=eta)) for eta in thresholds]
+        curve = pd.DataFrame(stats).assign(threshold=thresholds)
+        return curve[["threshold", "area", "iou"]].dropna(axis=1)
 
     def probability_curve(
         self, thresholds: Sequence[float], settings: ProposalSettings | None = None, **changes

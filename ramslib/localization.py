@@ -110,7 +110,6 @@ def score_regions(
     annotated = torch.tensor(strengths.table[BOX_COLUMNS].to_numpy(float))
     scores = strengths.table[["path"]].copy()
     scores["iou"] = box_iou(boxes.double(), annotated).numpy()
-    scores.loc[annotated.isnan().any(dim=1).numpy(), "iou"] = np.nan
     scores["area"] = (box_area(boxes) / strengths.sizes.prod(dim=1)).numpy()
     if parts is not None:
         scores["parts_inside"] = scores["path"].map(_parts_inside(boxes, scores["path"], parts))

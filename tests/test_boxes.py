@@ -79,6 +79,7 @@ def test_area_and_overlap_equal_counted_pixels(first, second):
     expected = (grids[0] & grids[1]).sum() / union if union else 0
     assert box_iou(a, b).item() == pytest.approx(expected, abs=1e-6)
     assert box_iou(a[None].long(), b[None].long()).shape == (1,)
+    assert box_iou(a, torch.full((4,), torch.nan)).isnan(), "unknown, not 0"
 
 
 # --- crops -------------------------------------------------------------------------------------

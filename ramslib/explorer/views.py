@@ -354,8 +354,7 @@ def _scores(
         row = {"output": name}
         if name in boxes:
             row |= dict(zip(BOX_COLUMNS, boxes[name][0].tolist(), strict=True))
-            iou = box_iou(boxes[name], inspector.box)[0]
-            row["iou"] = float(iou if inspector.box.isfinite().all() else torch.nan)
+            row["iou"] = float(box_iou(boxes[name], inspector.box)[0])
         rows.append(row | dict(zip(inspector.classes, chances[name].tolist(), strict=False)))
     return pd.DataFrame(rows)
 
