@@ -4,9 +4,7 @@ import gc
 import html
 import io
 import math
-import queue
 import threading
-import time
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -324,59 +322,48 @@ class BackgroundWorker:
 
     Work is an iterator of functions that change the page; they are called under ``lock``, the work
     between them is not. It is abandoned at the next step when there is newer work or the process
-    ends. The thread ends with its worker, and never keeps the process alive.
+    ends. Each has a thread of its own, which never keeps the process alive; one works at a time.
     """
 
     def __init__(self, lock: threading.RLock, report: Callable[[Exception], None], delay=0.15):
-        self.lock, self.report, self.delay, self.ticket = lock, report, delay, 0
-        self.jobs, self.stopped = queue.SimpleQueue(), threading.Event()
-        self.threads = torch.get_num_threads()
-        thread = threading.Thread(target=_run_jobs, args=(self.jobs,), daemon=True)
-        thread.start()
-        weakref.finalize(self, _stop, self.jobs, self.stopped, thread)
+        self.lock, self.report, self.delay, self.busy = lock, report, delay, threading.Lock()
+        self.threads, self.newest = torch.get_num_threads(), []  # a timer, once there was work
+        weakref.finalize(self, _stop, self.newest)
 
     def __call__(self, work: Iterator[Callable]) -> None:
         """Do this work when no other has come for ``delay`` seconds."""
         self.cancel()
-        self.jobs.put(partial(self._work, self.ticket, work))
+        timer = threading.Timer(self.delay, self._work, [work])
+        timer.daemon, self.newest[:] = True, [timer]
+        timer.start()
 
     def cancel(self) -> None:
         """Abandon what is done."""
-        self.ticket += 1
-
-    def _is_old(self, ticket: int) -> bool:
-        return ticket != self.ticket or self.stopped.is_set()
+        for timer in self.newest:
+            timer.cancel()
 
     @torch.inference_mode()
-    def _work(self, ticket: int, work: Iterator[Callable]) -> None:
+    def _work(self, work: Iterator[Callable]) -> None:
         torch.set_num_threads(self.threads)  # each thread has its own number
+        is_cancelled = threading.current_thread().finished.is_set
         try:
-            if not self._is_old(ticket):
-                time.sleep(self.delay)
-            for change_page in () if self._is_old(ticket) else work:
-                with self.lock:
-                    if self._is_old(ticket):
-                        return
-                    change_page()
+            with self.busy:
+                for change_page in () if is_cancelled() else work:
+                    with self.lock:
+                        if is_cancelled():
+                            return
+                        change_page()
         except Exception as error:
             self.report(error)
 
     def wait(self) -> None:
         """Wait until all work is done."""
-        done = threading.Event()
-        self.jobs.put(done.set)
-        done.wait()
+        for timer in self.newest:
+            timer.join()
 
 
-def _run_jobs(jobs: queue.SimpleQueue) -> None:
-    while job := jobs.get():
-        job()
-        del job  # it holds the worker
-
-
-def _stop(jobs: queue.SimpleQueue, stopped: threading.Event, thread: threading.Thread) -> None:
+def _stop(newest: list[threading.Timer]) -> None:
     """End a worker's thread; Python aborts where torch still computes in one when it exits."""
-    stopped.set()
-    jobs.put(None)
-    if thread is not threading.current_thread():
-        thread.join(timeout=2)
+    for timer in newest:
+        timer.cancel()
+        timer.join(timeout=2)
