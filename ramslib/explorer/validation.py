@@ -25,6 +25,7 @@ from ramslib.errors import InputError, write_atomically, write_table
 from ramslib.evaluation import confusion_matrix, predict, score, score_boxes
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
+from ramslib.plots.drawing import new_grid
 from ramslib.runs.folder import TABLE, read_csv
 from ramslib.runs.inference import LoadedModel
 
@@ -264,8 +265,7 @@ def plot_calibration(inspector: Inspector, _, figure: Figure, stored: str) -> pd
     """Accuracy against confidence, and the scores, of each output."""
     predictions = read_stored(stored, inspector).predictions
     scores = score(predictions)
-    figure.set_size_inches(2.8 * len(scores), 3)
-    axes = figure.subplots(1, len(scores), squeeze=False)[0]
+    axes = new_grid(figure, (2.8 * len(scores), 3), 1, len(scores))[0]
     for ax, output in zip(axes, scores["output"], strict=True):
         plots.plot_reliability(predictions, output, ax=ax)
     return scores
@@ -277,11 +277,8 @@ def plot_gallery(inspector: Inspector, _, figure: Figure, stored: str, order: st
     values, table = sort_images(cached)[order], cached.strengths.table.set_index("path")
     rows = pd.DataFrame({order: values, "class": table["class_name"].reindex(values.index)})
     lines = max(1, math.ceil(min(PAGE, len(rows)) / 6))
-    figure.set_size_inches(9, 1.7 * lines)
-    axes = figure.subplots(lines, 6).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for ax, (path, value, name) in zip(axes, rows.head(PAGE).itertuples(), strict=False):
+    axes = new_grid(figure, (9, 1.7 * lines), lines, 6, blank=True)
+    for ax, (path, value, name) in zip(axes.flat, rows.head(PAGE).itertuples(), strict=False):
         title = f"{value:.2f}, {plots.clean_class_name(name)}"
         plots.plot_image(open_image(path, 200), title=title, ax=ax)
     return rows.reset_index()

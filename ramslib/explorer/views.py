@@ -121,8 +121,7 @@ def tokens(
         maps["cosine similarity"] = inspector.patch_similarity(token)
         if inspector.has_class_token:
             maps["class token − patch"] = inspector.disagreement(block, token, head)
-    figure.set_size_inches(3 * len(maps), 2.4)
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    axes = drawing.new_grid(figure, (3 * len(maps), 2.4), 1, len(maps))[0]
     for ax, (name, values) in zip(axes, maps.items(), strict=True):
         plots.plot_map(inspector.pixels, values, name, ax=ax)
     return _by_patch(maps)
@@ -142,8 +141,7 @@ def colors(inspector: Inspector, _, figure: Figure, images: Sequence[str] = ()) 
     values *= torch.where(border_sum(values).sum(dim=0) > 0, -1, 1)  # as in token_pca
     low, high = torch.quantile(values.flatten(0, 2), torch.tensor([0.02, 0.98]), dim=0)
     levels = ((values - low) / (high - low)).clamp(0, 1).mul(255).byte().numpy()
-    figure.set_size_inches(1.7 * len(shown), 5.1)
-    axes = figure.subplots(3, len(shown), squeeze=False).T
+    axes = drawing.new_grid(figure, (1.7 * len(shown), 5.1), 3, len(shown)).T
     for column, each, level, value in zip(axes, shown, levels, values[..., 0] > 0, strict=True):
         image = drawing.to_pil(each.pixels)
         plots.plot_image(image, title=Path(each.path).name[:18], ax=column[0])
@@ -166,8 +164,7 @@ def by_hand(
     outputs = {"scale 1": first, "scale 2": proposed, "by hand": given}
     boxes = {name: inspector.image_boxes(each.boxes[:1]) for name, each in outputs.items()}
     shown = {name: each.logits[0].float().softmax(dim=0).cpu() for name, each in outputs.items()}
-    figure.set_size_inches(9.5, 2.5)
-    axes = figure.subplots(1, 3 + bool(inspector.classes))
+    axes = drawing.new_grid(figure, (9.5, 2.5), 1, 3 + bool(inspector.classes))[0]
     scale = inspector.picture.height / inspector.size[0, 0]
     frames = {name: boxes[name] * scale for name in ("scale 2", "by hand")}
     plots.plot_image(inspector.picture, frames, inspector.box[0] * scale, "image", axes[0])

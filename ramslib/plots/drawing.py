@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
@@ -93,6 +94,22 @@ def _warn_of_missing_glyphs() -> None:
 def new_axes(ax: Axes | None, width: float = 4.2, height: float = 2.8) -> Axes:
     """``ax`` itself, or the Axes of a new figure of this size in inches."""
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
+
+
+def new_grid(
+    figure: FigureBase | None, size: tuple, rows: int = 1, columns: int = 1, blank: bool = False
+) -> np.ndarray:
+    """Axes (rows, columns) in a figure, or in a new one, of this size in inches.
+
+    ``blank`` shows nothing of those that remain empty.
+    """
+    figure = plt.figure() if figure is None else figure
+    if isinstance(figure, Figure):  # a part of one has its size
+        figure.set_size_inches(*size)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat if blank else ():
+        ax.axis("off")
+    return axes
 
 
 def to_pil(image: Tensor | Image.Image) -> Image.Image:

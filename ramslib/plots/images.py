@@ -8,12 +8,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
@@ -26,7 +25,7 @@ from ramslib.data.transforms import open_image
 from ramslib.dppm import Proposal
 from ramslib.evaluation import probabilities
 from ramslib.plots import drawing
-from ramslib.plots.drawing import clean_class_name, new_axes, output_color, styled, to_pil
+from ramslib.plots.drawing import clean_class_name, new_axes, new_grid, output_color, styled, to_pil
 
 RIM = [withStroke(linewidth=1.8, foreground="black", alpha=0.5)]  # lines on images of any color
 AnyImage = Tensor | Image.Image
@@ -177,7 +176,7 @@ def plot_recursion(
     """
     count, columns = len(pixels), 3 * len(outputs) - 2 + bool(len(classes))
     size, frame = (2.3 * columns, 2.3 * count), torch.tensor([0.0, 0.0, *pixels.shape[-2:]])
-    axes = _new_grid(figure, size, count, columns)
+    axes = new_grid(figure, size, count, columns)
     boxes = [rescale_boxes(output.boxes, model.image_size, frame) for output in outputs]
     for index, row in enumerate(axes):
         places = [index * len(output.input) // count for output in outputs]  # of first regions
@@ -248,12 +247,10 @@ def plot_strength_per_block(
     Or any other maps, such as those of all heads, with ``name`` above them.
     """
     rows, columns = map_grid(len(strengths))
-    axes = list(_new_grid(figure, (1.5 * columns, 1.6 * rows), rows, columns).flat)
+    axes = list(new_grid(figure, (1.5 * columns, 1.6 * rows), rows, columns, blank=True).flat)
     for number, (ax, strength) in enumerate(zip(axes, strengths, strict=False), start=1):
         drawn = drawing.draw_strength(to_pil(image), strength)
         plot_image(drawn, title=f"{name} {number}", ax=ax)
-    for ax in axes[len(strengths) :]:
-        ax.axis("off")
     return axes
 
 
@@ -262,23 +259,13 @@ def map_grid(count: int) -> tuple[int, int]:
     return -(-count // 6), min(6, count)
 
 
-def _new_grid(figure: FigureBase | None, size: tuple, rows: int, columns: int) -> np.ndarray:
-    """Axes (rows, columns) in a figure, or in a new one, of this size in inches."""
-    figure = plt.figure() if figure is None else figure
-    if isinstance(figure, Figure):  # a part of one has its size
-        figure.set_size_inches(*size)
-    return figure.subplots(rows, columns, squeeze=False)
-
-
 @styled
 def plot_samples(table: pd.DataFrame, rows: int = 2, columns: int = 5, seed: int = 0) -> np.ndarray:
     """Images drawn by seed, classes in turn, with annotated boxes and class names."""
     shuffled = table.sample(frac=1, random_state=seed)
     shuffled = shuffled.assign(turn=shuffled.groupby("label").cumcount())
     chosen = shuffled.sort_values(["turn", "label"]).head(rows * columns)
-    axes = _new_grid(None, (2 * columns, 1.7 * rows), rows, columns)
-    for ax in axes.flat:
-        ax.axis("off")
+    axes = new_grid(None, (2 * columns, 1.7 * rows), rows, columns, blank=True)
     for ax, row in zip(axes.flat, chosen.to_dict("records"), strict=False):
         box = [row[side] for side in BOX_COLUMNS]
         plot_image(open_image(row["path"]), None, box, clean_class_name(row["class_name"]), ax)
@@ -300,9 +287,7 @@ def plot_problems(problems: pd.DataFrame, columns: int = 4) -> np.ndarray:
     first = rows.head(1).groupby(["kind", "across"], sort=False).head(2).index
     chosen = [row.head(columns) for _, row in rows if row.index[0] in first]
     height = max(len(chosen), 1)
-    axes = _new_grid(None, (2.4 * columns, 2.4 * height), height, columns)
-    for ax in axes.flat:
-        ax.axis("off")
+    axes = new_grid(None, (2.4 * columns, 2.4 * height), height, columns, blank=True)
     for line, row in zip(axes, chosen, strict=False):
         for ax, image in zip(line, row.itertuples(), strict=False):
             unread = image.kind == "unreadable"
