@@ -168,8 +168,7 @@ class Inspector:
         self.path, self.label, self.pixels = str(image), label, self.transform(opened)
         self.picture = opened.copy()
         self.picture.thumbnail((DISPLAY, DISPLAY))
-        self.box = torch.full((1, 4), torch.nan) if box is None else torch.as_tensor([list(box)])
-        self.box = self.box.double()
+        self.box = torch.tensor([[torch.nan] * 4 if box is None else list(box)]).double()
         device = self.model.device
         with torch.inference_mode():
             self._images = self.model.preprocess(self.pixels[None].to(device))
@@ -344,10 +343,8 @@ class Inspector:
 
         Strengths of a single block are computed block by block.
         """
-        strength, recorded = (
-            self.changed(settings, **changes).functions[0],
-            self._run_before(0).recorded,
-        )
+        strength = self.changed(settings, **changes).functions[0]
+        recorded = self._run_before(0).recorded
         numbers = range(1, len(recorded.blocks) + 1)
         if getattr(strength, "is_single", False):
             maps = [single_block(n, None, self.has_class_token)(recorded) for n in numbers]

@@ -200,9 +200,7 @@ class Explorer:
         """
         if state["model"] != self.model:
             self._load(state["model"])
-        row = {"path": state["image"], "label": -1 if state["label"] is None else state["label"]}
-        box = state["box"] or [float("nan")] * 4
-        self._pick(pd.Series(row | dict(zip(BOX_COLUMNS, box, strict=True))))
+        self._open(state["image"], state["label"], state["box"])
         self.tabs.selected_index = state["tab"]
         for name, widget in self._named().items():
             value = state["widgets"][name]
@@ -229,10 +227,12 @@ class Explorer:
         """Open an image; if it cannot be opened, the one before remains."""
         if self.loaded is not None:
             label = None if row["label"] < 0 else int(row["label"])
-            box = row[BOX_COLUMNS].to_numpy(float)
-            new = inspector_of(self.loaded)  # work on the image before cannot change it
-            self.inspector = new.set_image(row["path"], label, box)
-            self.moved()
+            self._open(row["path"], label, row[BOX_COLUMNS])
+
+    def _open(self, *image) -> None:
+        """Show an image in a new inspector, which work on the image before cannot change."""
+        self.inspector = inspector_of(self.loaded).set_image(*image)
+        self.moved()
 
     def _moved(self) -> None:
         """Redraw what the controls say, and start what needs a forward pass."""

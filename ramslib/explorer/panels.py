@@ -54,14 +54,12 @@ def draw_figure(draw: Callable[[Figure], object], width: float, height: float) -
     A figure is a cycle of thousands of objects: they stay young while it is drawn, and are freed
     at once; left to a full collection, they would be tens of MB by then.
     """
-    is_collecting = gc.isenabled()
     gc.disable()
     try:
         return _draw_figure(draw, width, height)
     finally:
         gc.collect(0)
-        if is_collecting:
-            gc.enable()
+        gc.enable()
 
 
 def _draw_figure(draw: Callable[[Figure], object], width: float, height: float) -> Image.Image:

@@ -293,11 +293,7 @@ class AnalysisTabs(widgets.Tab):
             yield partial(self.curve.show, (key, True), lambda: full)
 
     def _draw_effect(self, key, cached, settings: ProposalSettings) -> Iterator:
-        rows = []
-        for threshold in THRESHOLDS:
-            rows.append(validation.threshold_effect(cached, settings, [threshold]))
-            yield _step
-        self.effects = pd.concat(rows, ignore_index=True)
+        self.effects = validation.threshold_effect(cached, settings, THRESHOLDS)
         is_own = settings.functions == self.explorer.loaded.model.settings.functions
         self.accuracy = cached.accuracy if is_own and len(cached.accuracy) else None
         drawn = draw_curve(self.effects, accuracy=self.accuracy)
