@@ -20,7 +20,7 @@ from ramslib.data.transforms import ImageTransform
 from ramslib.dppm import propose
 from ramslib.evaluation import confusion_matrix, expected_calibration_error, predict
 from ramslib.model import ProposalSettings, RAMSTrans
-from ramslib.plots import drawing, figures, images
+from ramslib.plots import drawing, images
 
 matplotlib.use("agg")
 
@@ -110,7 +110,7 @@ def test_each_scale_has_its_own_color_everywhere():
     assert len({drawing.output_color(name) for name in names}) == len(names)
 
 
-@pytest.mark.parametrize("name", [drawing.HEATMAP_CMAP, figures.CMAP])
+@pytest.mark.parametrize("name", [drawing.HEATMAP_CMAP, plots.CMAP])
 def test_color_maps_get_steadily_lighter(name):
     colors = matplotlib.colormaps[name](np.linspace(0, 1, 32))[:, :3]
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)

@@ -22,8 +22,8 @@ from ramslib.explorer.validation import (
     images_of,
     sort_images,
 )
+from ramslib.plots import CMAP
 from ramslib.plots.drawing import clean_class_name
-from ramslib.plots.figures import CMAP
 
 
 class Thumbnails(widgets.VBox):

@@ -17,7 +17,6 @@ from ramslib.explorer.gallery import Confusion, Disagreement, Gallery
 from ramslib.explorer.panels import Panel, Pointer, caption_html
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
-from ramslib.plots.figures import LABELS
 from ramslib.plots.images import map_grid
 from ramslib.runs.inference import LoadedModel
 
@@ -304,7 +303,7 @@ class AnalysisTabs(widgets.Tab):
         """The numbers of one threshold, below the curve of the validation images."""
         eta = settings.threshold(0)
         row = self.effects.iloc[(self.effects["threshold"] - eta).abs().argmin()].drop("threshold")
-        values = ", ".join(f"{value:.2f} {LABELS[name]}" for name, value in row.items())
+        values = ", ".join(f"{value:.2f} {plots.LABELS[name]}" for name, value in row.items())
         text = f"threshold {eta:.2f}, {len(self.cached.strengths.table)} images: {values}"
         if self.accuracy is not None:
             near = validation.nearest_stored_accuracy(self.cached, eta)
