@@ -193,12 +193,12 @@ def accuracy_by_threshold(
     for batch in iterate_batches(model, table, transform, batch_size, workers):
         images, high_res = model.preprocess(batch["pixels"])
         first, _, recorded = model.run_scale(images, 0, *model.settings.reads)
-        second = _SecondScale(model, images, high_res)
+        known = {}
         for row, threshold in enumerate(thresholds):
             with seed_random_proposals(batch["index"]):
                 settings = replace(model.settings, thresholds=(threshold,))
                 _, proposal = model.propose(recorded, settings, 0)
-            logits = first, second.logits(proposal.patch_boxes)
+            logits = first, _second_scale(model, images, high_res, proposal.patch_boxes, known)
             probabilities = torch.stack(fuse(logits, model.scale_weights))
             correct[row] += (probabilities.argmax(dim=-1) == batch["label"]).sum(dim=1).cpu()
     share = correct.double().numpy() / len(table)
@@ -208,22 +208,16 @@ def accuracy_by_threshold(
     return result.assign(images=len(table), standard_error=error)
 
 
-class _SecondScale:
-    """Logits of scale 2 for a batch, each image and region run once."""
-
-    def __init__(self, model: RAMSTrans, images: Tensor, high_res: Tensor | None):
-        self.model, self.images, self.high_res = model, images, high_res
-        self.whole = full_image_boxes(images)
-        self.known: dict[tuple, Tensor] = {}  # (image, boxes): logits
-
-    def logits(self, patch_boxes: Tensor) -> Tensor:
-        """(B, K) of the proposed regions (B, 4) or (B, R, 4)."""
-        keys = [(image, *box) for image, box in enumerate(patch_boxes.flatten(1).tolist())]
-        new = [key[0] for key in keys if key not in self.known]
-        if new:
-            high_res = None if self.high_res is None else self.high_res[new]
-            place = self.whole[new], patch_boxes[new]
-            crops, _ = self.model.crop_region(self.images[new], high_res, *place)
-            logits = self.model.run_scale(crops, 1)[0].unflatten(0, (len(new), -1)).mean(dim=1)
-            self.known.update(zip([keys[image] for image in new], logits, strict=True))
-        return torch.stack([self.known[key] for key in keys])
+def _second_scale(
+    model: RAMSTrans, images: Tensor, high_res: Tensor | None, patch_boxes: Tensor, known: dict
+) -> Tensor:
+    """Logits (B, K) of the proposed regions (B, 4) or (B, R, 4); ``known`` by image and boxes."""
+    keys = [(image, *box) for image, box in enumerate(patch_boxes.flatten(1).tolist())]
+    new = [key[0] for key in keys if key not in known]
+    if new:
+        source = None if high_res is None else high_res[new]
+        place = full_image_boxes(images[new]), patch_boxes[new]
+        crops, _ = model.crop_region(images[new], source, *place)
+        logits = model.run_scale(crops, 1)[0].unflatten(0, (len(new), -1)).mean(dim=1)
+        known.update(zip([keys[image] for image in new], logits, strict=True))
+    return torch.stack([known[key] for key in keys])

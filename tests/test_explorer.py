@@ -24,8 +24,7 @@ from PIL import Image
 from ramslib import Explorer, ProposalSettings
 from ramslib.__main__ import main
 from ramslib.errors import InputError
-from ramslib.explorer.controls import ALL
-from ramslib.explorer.gallery import PAGE
+from ramslib.explorer.gallery import ALL, PAGE
 from ramslib.explorer.tabs import TITLES
 from ramslib.explorer.validation import images_of, sort_images
 

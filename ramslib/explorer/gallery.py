@@ -1,29 +1,129 @@
-"""Images to open: pages of thumbnails, validation images in an order, a confusion matrix."""
+"""Images to open: those of a dataset, folder or upload; validation images by order or mistake."""
 
 import html
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.data.transforms import open_image
 from ramslib.errors import InputError
 from ramslib.evaluation import confusion_matrix
+from ramslib.explorer import validation
 from ramslib.explorer.panels import caption_html, encode, set_options
-from ramslib.explorer.validation import (
-    CLASSES,
-    PAGE,
-    VALUES,
-    CachedValidation,
-    compare_models,
-    images_of,
-    sort_images,
-)
-from ramslib.plots import CMAP
-from ramslib.plots.drawing import clean_class_name
+from ramslib.explorer.validation import CLASSES, PAGE, CachedValidation
+from ramslib.plots import CMAP, clean_class_name
+from ramslib.runs.photos import find_images
+
+ALL = "all"
+SHOWN = 300  # names in the list of images; more are found by filter and search
+
+
+class ImageBrowser(widgets.VBox):
+    """Chooses an image of the dataset, a folder or an upload, and calls ``pick(row)``.
+
+    A row is one of a dataset's table; images from elsewhere have label -1 and no box. ``guard``
+    wraps handlers.
+    """
+
+    def __init__(self, pick: Callable[[pd.Series], None], guard: Callable):
+        self.pick, self.quiet = pick, False
+        self.table = self.shown = _rows_of([])
+        self.uploads = tempfile.TemporaryDirectory(prefix="ramslib-")
+        self.split, self.class_name = (widgets.Dropdown(description=d) for d in ("split", "class"))
+        self.search = widgets.Text(description="search", placeholder="part of a name")
+        self.folder = widgets.Text(description="folder", placeholder="path, then Enter")
+        self.folder.continuous_update = False
+        self.upload = widgets.FileUpload(description="Choose photos", multiple=True)
+        self.upload.accept = "image/*"
+        self.sources = {
+            "dataset": ([self.split, self.class_name, self.search], self._filtered),
+            "folder": ([self.folder], self._in_folder),
+            "upload": ([self.upload], self._uploaded),
+        }
+        self.source = widgets.RadioButtons(options=tuple(self.sources), orientation="horizontal")
+        self.list, self.count = widgets.Select(rows=14, tooltip="images"), widgets.HTML()
+        super().__init__()
+        self.add_class("rams-browser")
+        for control in (self.source, self.split, self.class_name, self.search, self.folder):
+            control.observe(guard(self._update), "value")
+        self.upload.observe(guard(self._store_uploads), "value")
+        self.list.observe(guard(self._picked), "value")
+        self._update()
+
+    def use(self, table: pd.DataFrame) -> None:
+        """Browse another dataset; filters and the image are kept where it has them."""
+        present = [s for s in ("validation", "test", "train") if (table["split"] == s).any()]
+        names = table.drop_duplicates("label").sort_values("label")["class_name"]
+        self.table, self.quiet = table, True
+        set_options(self.split, [(split, split) for split in (*present, ALL)])
+        set_options(self.class_name, [(ALL, ALL), *((clean_class_name(n), n) for n in names)])
+        self.quiet = False
+        self._update()
+
+    def pick_path(self, path: str) -> None:
+        """Pick an image of the dataset by its path."""
+        self.pick(self.table[self.table["path"] == path].iloc[0])
+
+    def _update(self, _=None) -> None:
+        """List the images of a source, and pick the one before or the first."""
+        if self.quiet:
+            return
+        controls, find = self.sources[self.source.value]
+        self.children = [self.source, *controls, self.list, self.count]
+        rows = find()
+        self.shown, paths = rows.head(SHOWN), rows["path"].head(SHOWN).map(Path)
+        names = [path.name for path in paths]
+        if len(set(names)) < len(names):
+            names = ["/".join(path.parts[-2:]) for path in paths]
+        more = f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
+        self.count.value = caption_html(f"{len(rows):,} images{more}")
+        self.quiet = True
+        set_options(self.list, list(zip(names, self.shown["path"], strict=True)))
+        self.quiet = False
+        self._picked()
+
+    def _picked(self, _=None) -> None:
+        if self.list.index is not None and not self.quiet:
+            self.pick(self.shown.iloc[self.list.index])
+
+    def _filtered(self) -> pd.DataFrame:
+        rows = self.table
+        for column, menu in (("split", self.split), ("class_name", self.class_name)):
+            rows = rows if menu.value == ALL else rows[rows[column] == menu.value]
+        names = rows["path"].str.rsplit("/", n=2).str[1:].str.join("/")
+        return rows[names.str.contains(self.search.value.strip(), case=False, regex=False)]
+
+    def _in_folder(self) -> pd.DataFrame:
+        folder = os.path.expanduser(self.folder.value.strip())
+        return _rows_of(find_images([folder]) if folder else [])
+
+    def _store_uploads(self, _) -> None:
+        """Write uploads, each to a folder of its own, for two may have one name."""
+        for item in reversed(self.upload.value):
+            folder = Path(self.uploads.name, f"{len(os.listdir(self.uploads.name)):06}")
+            folder.mkdir()
+            (folder / Path(item["name"]).name).write_bytes(item["content"])
+        self.list.index = None  # the first of them is picked
+        self._update()
+
+    def _uploaded(self) -> pd.DataFrame:
+        """Newest first."""
+        return _rows_of(sorted(Path(self.uploads.name).glob("*/*"), reverse=True))
+
+
+def _rows_of(paths: Sequence[Path]) -> pd.DataFrame:
+    """Rows for images that are in no dataset."""
+    table = pd.DataFrame({"path": [str(path) for path in paths]}, dtype=str)
+    unknown = dict.fromkeys(BOX_COLUMNS, float("nan"))
+    return table.assign(label=-1, class_name="", split="", **unknown)
 
 
 class Thumbnails(widgets.VBox):
@@ -108,14 +208,14 @@ class Gallery(ValidationImages):
 
     def options(self, cached: CachedValidation) -> Sequence[str]:
         """The orders that are known."""
-        return list(sort_images(cached))
+        return list(validation.sort_images(cached))
 
     def draw(self, order: str) -> None:
         """Show the images in an order."""
-        values = sort_images(self.cached)[order]
+        values = validation.sort_images(self.cached)[order]
         names = self.cached.strengths.table.set_index("path")["class_name"].map(clean_class_name)
         captions = [f"{value:.2f}, {html.escape(names[path])}" for path, value in values.items()]
-        meaning = f"the number is the {VALUES[order]}" if len(values) else "no images"
+        meaning = f"the number is the {validation.VALUES[order]}" if len(values) else "no images"
         self.images.show(values.index.tolist(), captions, meaning)
 
 
@@ -126,11 +226,11 @@ class Disagreement(ValidationImages):
 
     def options(self, cached: tuple[CachedValidation, CachedValidation]) -> Sequence[str]:
         """Which of the two is right."""
-        return list(compare_models(*cached)[1])
+        return list(validation.compare_models(*cached)[1])
 
     def draw(self, side: str) -> None:
         """Show the images that one of them gets right, and the paired difference."""
-        differences, paths = compare_models(*self.cached)
+        differences, paths = validation.compare_models(*self.cached)
         text = (
             "{images:.0f} images, {better:.0f} right in this model only, {worse:.0f} in the other "
             "only: {difference:+.1f} points of accuracy, 95 % interval {low:+.1f} to {high:+.1f}, "
@@ -175,5 +275,5 @@ class Confusion(ValidationImages):
         return button
 
     def _open(self, true: int, predicted: int, meaning: str) -> None:
-        paths = images_of(self.cached, true, predicted, self.menu.value)
+        paths = validation.images_of(self.cached, true, predicted, self.menu.value)
         self.images.show(paths, [html.escape(Path(path).name) for path in paths], meaning)

@@ -1,6 +1,6 @@
 """The explorer: see which regions a model proposes, move the threshold, understand why.
 
-One way through: a model and an image (`controls`) -> an `Inspector` -> what it computes for the
+One way through: a model and an image (`gallery`) -> an `Inspector` -> what it computes for the
 controls' settings -> images (`panels`) and analyses (`tabs`). Every number is the inspector's. A
 control that moves redraws at once what follows from recorded attention; what needs a forward pass
 follows when the controls rest. Bad input is a message on the page, never a traceback.
@@ -30,7 +30,7 @@ from ramslib.data.datasets import read_table
 from ramslib.errors import InputError, one_line
 from ramslib.evaluation import probabilities
 from ramslib.explorer import panels
-from ramslib.explorer.controls import Controls, ImageBrowser
+from ramslib.explorer.gallery import ImageBrowser
 from ramslib.explorer.tabs import AnalysisTabs
 from ramslib.explorer.views import code, files, inspector_of, load
 from ramslib.inspector import Inspector
@@ -75,7 +75,7 @@ class Explorer:
         self.worker = panels.BackgroundWorker(self.lock, self.report)
         self.saver = panels.BackgroundWorker(self.lock, partial(self.report, topic="save"), delay=0)
         self.messages, self.moved = panels.Messages(), self.guard(self._moved, "controls")
-        self._build(Controls(self.moved, **functions))
+        self._build(panels.Controls(self.moved, **functions))
         self.guard(lambda: setattr(self, "table", read_table(data, self.root)), "dataset")()
         self.guard(self._offer_models, "model")(model)
         self.guard(self._load, "model")(model or self.models.value)
@@ -85,7 +85,7 @@ class Explorer:
     def _repr_mimebundle_(self, **options):
         return self.page._repr_mimebundle_(**options)
 
-    def _build(self, controls: Controls) -> None:
+    def _build(self, controls: panels.Controls) -> None:
         """Make the page."""
         self.models = widgets.Dropdown(description="model")
         hint = "a run's folder, or timm's name of a ViT; then Enter"

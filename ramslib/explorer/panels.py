@@ -1,17 +1,20 @@
-"""Parts of the explorer's page: panels, the row of one proposal, messages, and background work."""
+"""Parts of the explorer's page: panels, a proposal's row, its controls, messages, slow work."""
 
 import gc
 import html
 import io
 import math
+import os
 import threading
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import ipywidgets as widgets
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,14 +25,18 @@ from torchvision.utils import make_grid
 
 from ramslib.boxes import rescale_boxes
 from ramslib.data.annotations import BOX_COLUMNS
+from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
-from ramslib.inspector import Inspector, Region
+from ramslib.inspector import Inspector, Region, single_block
 from ramslib.model import ProposalSettings
 from ramslib.plots import drawing
 
 SIDE = 420  # pixels of the longer side of an image on the page; shown at two thirds of it or less
 CHART = (0.08, 0.17, 0.54, 0.78)  # left, bottom, width and height of a chart's axes in its figure
 TOP = 4.0  # the largest threshold
+THRESHOLDS = np.linspace(0, TOP, 81).round(3).tolist()  # what a slider can choose
+SCALES = 4  # at most, in the explorer
+SINGLE = ("single_block", "single_head")  # strengths beside those of the registry
 Drawing = tuple[Image.Image, str]  # an image and its note
 
 
@@ -297,6 +304,93 @@ def set_options(menu: widgets.Widget, options: Sequence[tuple], chosen: object =
     menu.index = None
     menu.options = tuple(options)
     menu.index = (values.index(chosen) if chosen in values else 0) if values else None
+
+
+class Controls(widgets.VBox):
+    """Sliders and menus about proposals; ``moved()`` is called after every change.
+
+    Args:
+        moved: without arguments.
+        strengths: further ones to offer, as functions or ``path/to/file.py:name``.
+        proposals: likewise.
+    """
+
+    def __init__(self, moved: Callable, strengths: Sequence = (), proposals: Sequence = ()):
+        self.moved, self.own, self.inspector, self.quiet = moved, (strengths, proposals), None, True
+        slider, count, menu = widgets.FloatSlider, widgets.IntSlider, widgets.Dropdown
+        names = [f"threshold of scale {scale}" for scale in range(1, SCALES)]
+        self.thresholds = [slider(description=n, max=TOP, step=THRESHOLDS[1]) for n in names]
+        self.opacity = slider(description="heat opacity", max=1, step=0.05, value=0.6)
+        self.strength, self.proposal = menu(description="strength"), menu(description="proposal")
+        self.from_high_res = menu(description="crop from")
+        self.block, self.head = count(description="block", min=1), count(description="head", min=1)
+        self.scales = count(description="scales", min=1, max=SCALES)
+        self.upsampling = count(description="upsampling", min=1, max=8)
+        self.reset = widgets.Button(description="Reset", tooltip="all controls as trained")
+        self.reset.on_click(lambda _: self.fit(self.inspector))
+        choices = self.strength, self.block, self.head, self.proposal, self.from_high_res
+        self.all = *choices, self.upsampling, self.scales, self.opacity
+        self.named = {control.description: control for control in (*self.thresholds, *self.all)}
+        for control in self.named.values():
+            control.observe(self._changed, "value")
+        super().__init__([*self.all, self.reset])
+        self.add_class("rams-controls")
+
+    def fit(self, inspector: Inspector | None) -> None:
+        """Take the limits of a model, and the values that it was trained with."""
+        if inspector is None:
+            return
+        self.inspector, settings, self.quiet = inspector, inspector.settings, True
+        strengths = [*inspector.strengths(), settings.strength, *self.own[0], *SINGLE]
+        proposals = [*PROPOSALS, settings.proposal, *self.own[1]]
+        set_options(self.strength, _labeled(strengths), settings.strength)
+        set_options(self.proposal, _labeled(proposals), settings.proposal)
+        size = " × ".join(map(str, inspector.transform.size))
+        crops = [(f"high resolution ({size})", True), ("previous input", False)]
+        set_options(self.from_high_res, crops if settings.from_high_res else crops[1:])
+        blocks = inspector.model.backbone.blocks
+        self.block.max, self.head.max = len(blocks), blocks[0].attn.num_heads
+        for scale, slider in enumerate(self.thresholds):
+            slider.max = max(TOP, settings.threshold(scale))
+            slider.value = settings.threshold(scale)
+        self.block.value, self.head.value, self.from_high_res.index = len(blocks), 1, 0
+        self.scales.value, self.upsampling.value = max(2, settings.scales), settings.upsampling
+        self.quiet = False
+        self._changed()
+
+    def settings(self) -> ProposalSettings:
+        """What the controls say."""
+        strength = self.strength.value
+        if strength in SINGLE:
+            head = self.head.value if strength == "single_head" else None
+            strength = single_block(self.block.value, head, self.inspector.has_class_token)
+        thresholds = tuple(slider.value for slider in self.thresholds)
+        names = "proposal", "scales", "from_high_res", "upsampling"
+        chosen = {name: getattr(self, name).value for name in names}
+        settings = self.inspector.settings
+        return replace(settings, thresholds=thresholds, strength=strength, **chosen)
+
+    def _changed(self, _=None) -> None:
+        self.block.layout.display = None if self.strength.value in SINGLE else "none"
+        self.head.layout.display = None if self.strength.value == SINGLE[1] else "none"
+        if not self.quiet:
+            self.moved()
+
+
+def _labeled(choices: Sequence[str | Callable]) -> list[tuple]:
+    """Options of a menu, each choice once; one's own has the name of its function.
+
+    Where two have one name, such as an idea and the copy that a run keeps of it, also of its file.
+    """
+    texts = {choice: _name(choice) for choice in choices}
+    names = [text.rpartition(":")[2] for text in texts.values()]
+    pairs = zip(texts.items(), names, strict=True)
+    return [(text if names.count(name) > 1 else name, choice) for (choice, text), name in pairs]
+
+
+def _name(choice: str | Callable) -> str:
+    """``name``, or ``file.py:name`` of one's own."""
+    return getattr(choice, "__name__", os.path.basename(str(choice)))
 
 
 class Messages(widgets.VBox):

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 
 from ramslib import plots
 from ramslib.explorer import panels, validation, views
-from ramslib.explorer.controls import THRESHOLDS
 from ramslib.explorer.gallery import Confusion, Disagreement, Gallery
-from ramslib.explorer.panels import Panel, Pointer, caption_html
+from ramslib.explorer.panels import THRESHOLDS, Panel, Pointer, caption_html
 from ramslib.inspector import Inspector
 from ramslib.model import ProposalSettings
 from ramslib.plots.images import map_grid
