@@ -5,7 +5,6 @@ Patch size and grid are not here: they are read from the backbone. Settings to s
 ``path/to/file.py:name`` (`ramslib.extensions`).
 """
 
-import difflib
 import json
 import math
 import tomllib
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ramslib.errors import InputError, input_errors
+from ramslib.errors import InputError, input_errors, nearest
 from ramslib.extensions import is_reference, locate_sources
 
 if TYPE_CHECKING:  # importing pandas takes a third of a second
@@ -211,8 +210,7 @@ _RANGES = {each.name: each.metadata.get("range") for each in fields(Config)}
 def _read(name: str, value: Any) -> Any:
     """One value as the type of the field it is for, within its limits."""
     if name not in _HINTS:
-        near = difflib.get_close_matches(name.lower(), _HINTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "docs/training.md lists all settings"
+        hint = nearest(name.lower(), _HINTS, "docs/training.md lists all settings")
         raise InputError(f"unknown setting {name!r}; {hint}")
     hint = _HINTS[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -1,9 +1,10 @@
 """What all modules need, without torch: errors in one line, whole files, a request to stop."""
 
+import difflib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,12 @@ def shorten(names: Sequence[object], count: int = 3) -> str:
     return ", ".join(map(str, names[:count])) + more
 
 
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Ask for the nearest of the known names; where none is near, say something else."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary_path)``, flush it to the disk and move it to ``path`` in one step.
 
@@ -67,6 +74,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, atomically; file names of any encoding are kept."""
+    content = text.encode("utf-8", "surrogateescape")
+    write_atomically(path, lambda part: part.write_bytes(content))
 
 
 @contextmanager

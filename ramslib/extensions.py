@@ -8,7 +8,6 @@ Code that came with somebody else's run is never executed by reading that run: a
 imported only if it was stored on this machine by you, or after `trust`.
 """
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ramslib.errors import InputError, file_errors, one_line
+from ramslib.errors import InputError, file_errors, nearest, one_line
 
 ARGUMENTS = {  # what the function of each setting that takes a reference is called with
     "data": ("root",),
@@ -98,8 +97,7 @@ def resolve(name: str | Callable, registry: Mapping[str, Any], kind: str) -> Any
     module = load_source(path)
     if not callable(found := getattr(module, attribute, None)):
         known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        near = difflib.get_close_matches(attribute, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "define it there"
+        hint = nearest(attribute, known, "define it there")
         raise InputError(f"{kind} {name!r}: {path.name} has no function {attribute!r}; {hint}")
     try:
         inspect.signature(found).bind(*ARGUMENTS[kind])

@@ -12,7 +12,6 @@ difference of two accuracies with an uncertainty each.
 import itertools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from ramslib.dppm import PROPOSALS
 from ramslib.errors import InputError
 from ramslib.evaluation import score_boxes
 from ramslib.experiments.sweep import run_folder, train_all
-from ramslib.extensions import is_reference, key_values
-from ramslib.runs.folder import NON_RESULT_SETTINGS, read_run
+from ramslib.extensions import is_reference
+from ramslib.runs.folder import changed_settings, read_run
 from ramslib.runs.results import read_predictions, read_results
 
 AXES: dict[str, Sequence] = {  # settings that an ablation varies by name
@@ -75,12 +74,8 @@ def describe(config: Config, base: Config) -> str:
 
     Files of one's own are compared by their content, wherever they are, and named without folder.
     """
-    here, there = (key_values(asdict(each)) for each in (config, base))
-    changed = {
-        name: getattr(config, name)
-        for name in Config.names()
-        if name not in ("seed", *NON_RESULT_SETTINGS) and here[name] != there[name]
-    }
+    names = [name for name in changed_settings(base, config) if name != "seed"]
+    changed = {name: getattr(config, name) for name in names}
     named = {k: v.rpartition("/")[2] if is_reference(v) else v for k, v in changed.items()}
     return ", ".join(f"{name}={value}" for name, value in named.items()) or "base"
 

@@ -11,7 +11,6 @@ parameters, ramslib and the dataset's files (by name and time) stay the same.
 
 import ast
 import base64
-import difflib
 import hashlib
 import html
 import io
@@ -35,7 +34,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 from ramslib.config import Config
-from ramslib.errors import InputError, file_errors, write_atomically, writing
+from ramslib.errors import InputError, file_errors, nearest, write_text, writing
 from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
 from ramslib.runs.folder import read_run
@@ -242,7 +241,7 @@ def run_notebooks(
             raise InputError(f"{path.stem}: it wrote no {table}; add that to its last cell")
         write_page(notebook, page, path.stem)
         finished[path.stem] = inputs()  # now, for the notebook may have made the dataset
-        _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
+        write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
     return summarize_notebooks(out, [path.stem for path in paths], question, probed)
 
 
@@ -257,7 +256,7 @@ def _probe(out: Path, question: dict, finished: dict[str, str], package: str) ->
         images = PROBED_PIXELS // (pixels * (10 if drawn else 1)) + 1
         probe.probe(config, record.parent, images=images, with_rivals=not drawn)
         finished["probe"] = inputs()
-        _write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
+        write_text(out / RECORD, json.dumps(question | {"finished": finished}, indent=1))
     return json.loads(record.read_text("utf-8"))["lines"]
 
 
@@ -278,8 +277,7 @@ def choose_parameters(
     known = {n: default for parameters in declared.values() for n, default in parameters.items()}
     accepted = [*known, *(Config.names() if "settings" in known else ())]
     for name in sorted(set(given) - set(accepted)):
-        near = difflib.get_close_matches(name.lower(), accepted, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"notebooks take {', '.join(known)}"
+        hint = nearest(name.lower(), accepted, f"notebooks take {', '.join(known)}")
         raise InputError(f"unknown parameter or setting {name!r}; {hint}")
     values = common | {n: read_value(n, v, known[n]) for n, v in given.items() if n in known}
     settings = values.get("settings", {}) | {n: v for n, v in given.items() if n not in known}
@@ -396,7 +394,7 @@ def write_page(notebook: "NotebookNode", path: Path, title: str, **options: obje
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(partial(_link, path.parent), EQUATION.sub(_draw, cell.source))
     page, _ = HTMLExporter(**options).from_notebook_node(notebook, {"metadata": {"name": title}})
-    _write_text(path, page)
+    write_text(path, page)
 
 
 def _link(folder: Path, match: re.Match) -> str:
@@ -461,7 +459,7 @@ def summarize_notebooks(out: Path, names: list[str], question: dict, probed: lis
     """Write ``results.csv`` and ``index.html``; print what came out and where to read on."""
     tables = {name: pd.read_csv(out / f"results/{name}.csv") for name in names}
     merged = pd.concat(tables, names=["notebook"]).reset_index("notebook")
-    _write_text(out / "results.csv", merged.to_csv(index=False))
+    write_text(out / "results.csv", merged.to_csv(index=False))
     titles = {name: read_notebook(out / f"{name}.ipynb").cells[0].source for name in names}
     lines, base = headlines(tables.values(), count=5), choose_config(question, Path.cwd())
     runs = sorted(file.parent for file in runs_folder(out).glob("*/results.csv"))
@@ -477,7 +475,7 @@ def summarize_notebooks(out: Path, names: list[str], question: dict, probed: lis
             reports=[str(run.relative_to(out)) for run in runs if (run / "report.html").exists()],
         )
     )
-    _write_text(out / "index.html", page)
+    write_text(out / "index.html", page)
     places = f"results: {out / 'results.csv'}", f"pages: {out / 'index.html'}"
     print(*probed[1:2], *lines, *places, sep="\n")
     return out / "results.csv"
@@ -489,8 +487,3 @@ def _template(name: str) -> str:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    content = text.encode("utf-8", "replace")
-    write_atomically(path, lambda part: part.write_bytes(content))

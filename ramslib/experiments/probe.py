@@ -37,7 +37,15 @@ from ramslib.classifier import ImageClassifier
 from ramslib.config import Config
 from ramslib.data.datasets import fingerprint, load_table, relative_paths
 from ramslib.data.transforms import ImageTransform, temporary_seed
-from ramslib.errors import InputError, file_errors, shorten, write_atomically, write_table, writing
+from ramslib.errors import (
+    InputError,
+    file_errors,
+    shorten,
+    write_atomically,
+    write_table,
+    write_text,
+    writing,
+)
 from ramslib.evaluation import (
     choose_exit_threshold,
     first_region,
@@ -383,8 +391,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _write_record(out: Path, facts: dict) -> None:
-    text = json.dumps({"made_by": MADE_BY, "version": __version__} | facts, indent=1)
-    write_atomically(out / RECORD, lambda part: part.write_text(text))
+    facts = {"made_by": MADE_BY, "version": __version__} | facts
+    write_text(out / RECORD, json.dumps(facts, indent=1))
 
 
 def _rivals(config: Config, found: Mapping[str, Array]) -> dict[str, Config]:

@@ -166,7 +166,9 @@ def run_worker(
             return {run: reasons[-1] for run, reasons in failed.items()}
         for run in left:
             if not any(trial.state in OPEN for trial in trials[run.name]):
-                _enqueue(study, run, runs[run])
+                changed = launch.overrides(runs[run])
+                facts = {"run": run.name, "config": asdict(runs[run]), "changed": changed}
+                study.enqueue_trial({}, user_attrs=facts)
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             with suppress(*ENDED_BY_OTHERS):
                 study.optimize(train_next, n_trials=1, catch=(Exception,))
@@ -176,12 +178,6 @@ def run_worker(
             print(f"waiting for other workers: {names}; killed ones are replaced after 2 to 3 min")
             reported = left
         time.sleep(poll)
-
-
-def _enqueue(study: optuna.Study, run: Path, config: Config) -> None:
-    values = asdict(config)
-    changed = {k: v for k, v in values.items() if v != getattr(Config(), k)}
-    study.enqueue_trial({}, user_attrs={"run": run.name, "config": values, "changed": changed})
 
 
 def run_trial(

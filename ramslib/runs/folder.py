@@ -41,8 +41,8 @@ from ramslib.errors import (
     input_errors,
     one_line,
     shorten,
-    write_atomically,
     write_table,
+    write_text,
     writing,
 )
 
@@ -61,6 +61,12 @@ def run_key(config: Config, data_fingerprint: str) -> str:
     """A name for all that decides a run's result: ten hexadecimal digits."""
     text = json.dumps([_result_settings(config), data_fingerprint], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """Names of the settings that differ; files of one's own by their content, wherever they are."""
+    there, here = _result_settings(old), _result_settings(new)
+    return [name for name in here if there[name] != here[name]]
 
 
 def _result_settings(config: Config) -> dict:
@@ -163,8 +169,7 @@ def init_run(
             raise InputError(f"{run}: its data differ: {_data_difference(run, table, root)}")
         metadata["config"]["root"] = config.root
     if is_new or metadata.get("root") != root or not (run / "table.csv").exists():
-        text = json.dumps(metadata | {"root": root}, indent=2)
-        write_atomically(run / "config.json", lambda part: part.write_text(text))
+        write_text(run / "config.json", json.dumps(metadata | {"root": root}, indent=2))
         write_table(shorten_paths(table[list(TABLE)], root), run / "table.csv")
 
 
@@ -245,9 +250,7 @@ def check_run(run: Path, config: Config) -> None:
         InputError: it was not; the message names what differs.
     """
     old, _ = read_metadata(run)
-    there, here = _result_settings(old), _result_settings(config)
-    changed = [_difference(name, old, config) for name in here if there[name] != here[name]]
-    if changed:
+    if changed := [_difference(name, old, config) for name in changed_settings(old, config)]:
         raise InputError(f"{run} holds another run ({shorten(changed)}); choose another folder")
 
 
@@ -377,8 +380,7 @@ class MetricsLogger:
     def __init__(self, run: Path, step: int):
         self.path, self.curves = run / "metrics.jsonl", Curves(run / "tensorboard")
         rows = [row for row in _read_rows(self.path) if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.path, lambda part: part.write_text(text))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.curves.write(rows)
 
     def write(self, rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ramslib.config import Config
 from ramslib.data.annotations import SPLITS
-from ramslib.errors import InputError, write_atomically, write_table
+from ramslib.errors import InputError, write_table, write_text
 from ramslib.evaluation import score
 from ramslib.runs.folder import (
     add_columns,
@@ -57,8 +57,7 @@ def write_results(
     results = add_columns(results, UNCALIBRATED)
     for checkpoint, table in predictions.items():
         write_table(shorten_paths(table, metadata["root"]), run / f"predictions_{checkpoint}.csv")
-    card = model_card(run, results).encode("utf-8", "surrogateescape")
-    write_atomically(run / "README.md", lambda part: part.write_bytes(card))
+    write_text(run / "README.md", model_card(run, results))
     write_table(results, run / "results.csv")
 
 

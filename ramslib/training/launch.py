@@ -21,7 +21,7 @@ import pandas as pd
 import psutil
 
 from ramslib.config import Config
-from ramslib.errors import InputError, count_cores, stop_request, write_atomically, writing
+from ramslib.errors import InputError, count_cores, stop_request, write_text, writing
 from ramslib.runs.folder import check_folder, check_run, is_finished, read_metrics, read_run
 from ramslib.training import forks
 
@@ -221,8 +221,8 @@ def start(folder: Path | str, arguments: Sequence[str], processes: int = 1) -> J
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    text = json.dumps({"pid": child.pid, "started": child.create_time()})
-    write_atomically(folder / "job.json", lambda part: part.write_text(text))
+    facts = {"pid": child.pid, "started": child.create_time()}
+    write_text(folder / "job.json", json.dumps(facts))
     return Job(folder, child)
 
 
