@@ -16,9 +16,9 @@ from ramslib.experiments.heads import (
     discriminant_scores,
     draw_folds,
     logistic_scores,
-    predict_out_of_sample,
     stack,
 )
+from ramslib.experiments.probe import evaluate_split
 
 
 def draw(classes=3, each=20, size=6, spread=1.0, seed=0):
@@ -151,7 +151,8 @@ def test_what_is_said_of_an_image_comes_from_heads_without_it():
     changed = labels.copy()
     changed[[3, 20]] = [2, 0]
     table = pd.DataFrame({"path": [f"{row}.jpg" for row in range(36)], "label": changed})
-    held = predict_out_of_sample(features, table.assign(group=np.nan))
+    rows = np.arange(36)
+    held = evaluate_split(table, [features], {}, rows, rows[:0]).held
     inside = np.exp(cross_fit(features, changed, None, features[:0], 3).inside)
     assert held["path"].tolist() == table["path"].tolist()
     assert held["prediction"][[3, 20]].tolist() == labels[[3, 20]].tolist()
@@ -160,7 +161,7 @@ def test_what_is_said_of_an_image_comes_from_heads_without_it():
     copies = np.repeat(features[::2], 2, axis=0) + np.random.default_rng(0).normal(size=(36, 1))
     grouped = table.assign(label=np.random.default_rng(1).integers(3, size=18).repeat(2))
     pairs = grouped.assign(group=np.arange(18).repeat(2).astype(str))
-    found = [predict_out_of_sample(copies, each) for each in (grouped, pairs)]
+    found = [evaluate_split(t, [copies], {}, rows, rows[:0]).held for t in (grouped, pairs)]
     right = [(each["prediction"] == each["label"]).mean() for each in found]
     assert right[1] < right[0], "copies of one group do not tell each other's label"
 

@@ -174,21 +174,3 @@ def cross_fit(
     calibrated = [combine([each], weight) for each, weight in zip(inside, weights, strict=True)]
     best = np.argmax([each[np.arange(len(labels)), labels].mean() for each in calibrated])
     return Fitted(calibrated[best], combine([outside[best]], weights[best]))
-
-
-def predict_out_of_sample(features: Array, table: pd.DataFrame) -> pd.DataFrame:
-    """Predictions by heads that did not see the image, for `health.suspicious_labels`.
-
-    Args:
-        features: (N, D).
-        table: the N images.
-
-    Returns:
-        Columns ``path, label, prediction, confidence`` and ``true_probability``, of the label.
-    """
-    labels = table["label"].to_numpy()
-    given = features, labels, groups_of(table), features[:0], labels.max() + 1
-    shares = np.exp(cross_fit(*given).inside)
-    held = table[["path", "label"]].assign(prediction=shares.argmax(axis=1))
-    true = shares[np.arange(len(labels)), labels]
-    return held.assign(confidence=shares.max(axis=1), true_probability=true)
