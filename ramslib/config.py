@@ -11,6 +11,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -217,8 +218,11 @@ def _read(name: str, value: Any) -> Any:
     named = str in kinds or typing.get_origin(hint) is Literal
     if isinstance(value, str) and (not named or kinds[1:] and not value[:1].isalpha()):
         value = value if is_reference(value) else _parse(name, value)
-    value = _promote(value, kinds)
-    if not any(_is_kind(value, kind) for kind in kinds):
+    for kind in kinds:
+        with suppress(ValueError):
+            value = _convert(value, kind)
+            break
+    else:
         expected = " or ".join(map(_describe, kinds))
         raise InputError(f"setting {name!r} takes {expected}, not {_show(value)}")
     numbers = value if isinstance(value, tuple) else (value,)
@@ -240,29 +244,21 @@ def _parse(name: str, text: str) -> Any:
         raise InputError(f"setting {name!r} cannot read {_show(text)}; correct it") from None
 
 
-def _promote(value: Any, kinds: tuple) -> Any:
-    """Lists as tuples, and whole numbers as floats where the field holds floats."""
-    if isinstance(value, list | tuple):
-        return tuple(
-            float(v) if type(v) is int and tuple[float, ...] in kinds else v for v in value
-        )
-    return float(value) if type(value) is int and float in kinds and int not in kinds else value
+def _convert(value: Any, kind: Any) -> Any:
+    """A value as a type of a field: lists become tuples, and whole numbers floats.
 
-
-def _is_kind(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type as `Config` writes them; bool is no number, NaN no value."""
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
-        same = items[-1] is ... or isinstance(value, tuple) and len(value) == len(items)
-        return (
-            isinstance(value, tuple)
-            and same
-            and value
-            and all(_is_kind(item, items[0]) for item in value)
-        )
-    return type(value) is kind and not (kind is float and not math.isfinite(value))
+    Raises:
+        ValueError: it is not of this type; bool is no number, and NaN and infinity are none.
+    """
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple) and value:
+        if items[-1] is ... or len(value) == len(items):
+            return tuple(_convert(item, items[0]) for item in value)
+    elif kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    elif kind is not float and type(value) is kind or origin is Literal and value in items:
+        return value
+    raise ValueError(kind)
 
 
 def _describe(kind: Any) -> str:

@@ -463,7 +463,7 @@ def test_images_that_cannot_be_read_are_one_line_and_leave_the_inspector_as_it_w
     before = inspector.outputs(), inspector.size.clone(), inspector.path
     (tmp_path / "text.jpg").write_text("no image")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    for name, words in (("text.jpg", "image"), ("dot.png", "1 x 1"), ("none.png", "missing")):
+    for name, words in (("text.jpg", "image"), ("dot.png", "1 x 1"), ("none.png", "No such file")):
         with pytest.raises(InputError, match=words) as error:
             inspector.set_image(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)

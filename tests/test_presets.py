@@ -41,8 +41,8 @@ def test_sizes_and_augmentation(data, preset):
     resized, crop, augment = FACTS[data]
     assert (preset.data, preset.root) == (data, f"data/{data}")
     assert (preset.image_size, preset.highres_size, preset.augment) == (crop, None, augment)
-    for train in (True, False):
-        view = ImageTransform(preset.image_size, preset.crop_fraction, train, preset.augment)
+    for chosen in ("none", augment):
+        view = ImageTransform(preset.image_size, preset.crop_fraction, chosen)
         assert view.resized == (resized, resized) and view.size == (crop, crop)
     assert view.margins == ((resized - crop) // 2,) * 2
     assert preset.normalization == "imagenet"

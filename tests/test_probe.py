@@ -54,7 +54,7 @@ def test_features_are_those_of_the_model_and_kept(table, config, tmp_path, monke
     monkeypatch.setattr(probing, "BATCH", 4)
     monkeypatch.setattr(probing, "CHUNK", 8)
     found = extract_features(config, table, tmp_path)
-    monkeypatch.setattr(probing, "iterate_batches", lambda *given: iter(()))
+    monkeypatch.setattr(probing.evaluation, "iterate_batches", lambda *given: iter(()))
     again = extract_features(config, table, tmp_path)
     assert found.keys() == again.keys()
     assert all((found[name] == again[name]).all() for name in found)
@@ -92,7 +92,7 @@ def test_a_killed_extraction_goes_on_where_it_was(table, config, tmp_path, monke
         started.append(rows)
         return iterate_batches(model, table, transform, batch_size, workers, rows)
 
-    monkeypatch.setattr(probing, "iterate_batches", counting)
+    monkeypatch.setattr(probing.evaluation, "iterate_batches", counting)
     rest = extract_features(config, table, tmp_path / "whole")
     assert started == [range(16, 27)]
     assert all((whole[name] == rest[name]).all() for name in whole)
@@ -172,8 +172,8 @@ def test_one_scale_is_read_alone():
 def test_groups_are_kept_apart_in_cross_validation():
     table, _ = draw_features()
     table["group"] = [f"burst {number // 8}" if number < 80 else None for number in range(120)]
-    folds = repeated_folds(table, repeats=2)
-    assert len(folds) == 10
+    folds = repeated_folds(table)
+    assert len(folds) == 15
     for fit, out in folds:
         assert not set(table["group"][fit].dropna()) & set(table["group"][out].dropna())
     whole = [table["group"][out].isna().sum() for _, out in folds]
@@ -251,7 +251,7 @@ def test_the_probe_writes_what_it_says_and_reuses_features(config, tmp_path, mon
     )
     predictions = pd.read_csv(tmp_path / "out" / "predictions.csv").query("split > 0")
     assert predictions.groupby(["output", "path"]).size().unique().tolist() == [3]
-    monkeypatch.setattr(probing, "iterate_batches", lambda *given: iter(()))
+    monkeypatch.setattr(probing.evaluation, "iterate_batches", lambda *given: iter(()))
     assert probe(config, tmp_path / "out") == lines
 
 

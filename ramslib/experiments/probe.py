@@ -30,7 +30,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from ramslib import __version__
+from ramslib import __version__, evaluation
 from ramslib.acceleration import choose_amp
 from ramslib.backbone import image_size, patch_grid
 from ramslib.classifier import ImageClassifier
@@ -46,24 +46,9 @@ from ramslib.errors import (
     write_text,
     writing,
 )
-from ramslib.evaluation import (
-    choose_exit_threshold,
-    first_region,
-    iterate_batches,
-    prediction_metrics,
-    score,
-    tidy,
-)
+from ramslib.experiments import heads
 from ramslib.experiments.comparison import paired_image_differences
-from ramslib.experiments.heads import (
-    HEADS,
-    Array,
-    combine,
-    cross_fit,
-    draw_folds,
-    groups_of,
-    stack,
-)
+from ramslib.experiments.heads import Array
 from ramslib.model import build_model
 from ramslib.runs.folder import lock_folder, run_key, shorten_paths
 from ramslib.training.optimization import AMP_TYPES
@@ -106,8 +91,8 @@ def probe(
         InputError: a folder of somebody else, or what is wrong with the settings or the images.
     """
     out = Path(out)
-    if head not in HEADS:
-        raise InputError(f"unknown head {head!r}; choose one of {', '.join(HEADS)}")
+    if head not in heads.HEADS:
+        raise InputError(f"unknown head {head!r}; choose one of {', '.join(heads.HEADS)}")
     _check_folder(out)
     with lock_folder(out):
         if not (out / RECORD).exists():
@@ -187,7 +172,7 @@ def extract_features(config: Config, table: pd.DataFrame, folder: Path) -> dict[
     parts = _read_chunks(folder)
     start = sum(len(part["tokens"]) for part in parts)
     rows = range(start, len(table))
-    batches = iterate_batches(model, table, transform, BATCH, config.workers, rows)
+    batches = evaluation.iterate_batches(model, table, transform, BATCH, config.workers, rows)
     options = {"total": -(-len(rows) // BATCH), "unit": " batches", "leave": False}
     computed = (
         _batch_features(model, transform, batch)
@@ -226,11 +211,11 @@ def _batch_features(
     prefix = getattr(model.backbone, "num_prefix_tokens", 0)
     for number, output in enumerate(model.forward_scales(batch["pixels"]), start=1):
         found[f"class {number}"] = output.feature.float()
-        boxes = first_region(output.boxes, count)
+        boxes = evaluation.first_region(output.boxes, count)
         boxes = transform.boxes_to_image(boxes, batch["size"], model.image_size)
         found[f"boxes {number}"] = boxes.float()
         if output.strength is not None:
-            found[f"strength {number}"] = first_region(output.strength, count).float()
+            found[f"strength {number}"] = evaluation.first_region(output.strength, count).float()
         regions, (height, width) = len(output.input) // count, output.input.shape[-2:]
         tokens.append(regions * (round(height * width * per_pixel) + prefix))
     found["tokens"] = torch.tensor(tokens, dtype=torch.float32).repeat(count, 1)
@@ -279,20 +264,24 @@ def evaluate_split(
         seed: of the folds.
     """
     labels, classes = table["label"].to_numpy(), int(table["label"].max()) + 1
-    groups = groups_of(table.iloc[train])
+    groups = heads.groups_of(table.iloc[train])
     features = {f"scale {number}": values for number, values in enumerate(scales, start=1)}
     names, weights, threshold, confident = list(features), np.ones(1), 1.0, np.zeros(1)
     if len(scales) > 1:
         features["concatenated"] = np.concatenate(scales, axis=1)
     held, found = {}, {}
     for name, values in (features | dict(rivals)).items():
-        fitted = cross_fit(values[train], labels[train], groups, values[test], classes, head, seed)
+        fitted = heads.cross_fit(
+            values[train], labels[train], groups, values[test], classes, head, seed
+        )
         held[name], found[name] = fitted
     if len(scales) > 1:
-        weights = stack([held[name] for name in names], labels[train])
+        weights = heads.stack([held[name] for name in names], labels[train])
         for side in (held, found):
             side |= _fuse([side[name] for name in names], weights)
-        threshold = _choose_exit(table.iloc[train], held)
+        outputs = {name: held[name] for name in ("scale 1", READ)}
+        confidences = _predictions(table.iloc[train], outputs)
+        threshold = evaluation.choose_exit_threshold(confidences, EXIT_DROP)
         for side in (held, found):
             confident = np.exp(side["scale 1"]).max(axis=1, keepdims=True) > threshold
             side["early exit"] = np.where(confident, side["scale 1"], side[READ])
@@ -306,31 +295,25 @@ def _fuse(scales: Sequence[Array], weights: Array) -> dict[str, Array]:
     surest = stacked.max(axis=2).argmax(axis=0)
     return {
         "mean softmax": np.log(np.exp(stacked).mean(axis=0)),
-        "mean logits": combine(scales, np.full(len(scales), 1 / len(scales))),
-        READ: combine(scales, weights),
+        "mean logits": heads.combine(scales, np.full(len(scales), 1 / len(scales))),
+        READ: heads.combine(scales, weights),
         "most confident": stacked[surest, np.arange(stacked.shape[1])],
     }
-
-
-def _choose_exit(table: pd.DataFrame, held: Mapping[str, Array]) -> float:
-    """Threshold of early exit; all scales together are the output that is read."""
-    outputs = {"scale 1": held["scale 1"], READ: held[READ]}
-    return choose_exit_threshold(_predictions(table, outputs), EXIT_DROP)
 
 
 def _predictions(table: pd.DataFrame, outputs: Mapping[str, Array]) -> pd.DataFrame:
     """Log probabilities (n, K) by output as a table of predictions."""
     labels = torch.tensor(table["label"].to_numpy()[:, None])
-    rows = [prediction_metrics(torch.from_numpy(np.exp(v)), labels) for v in outputs.values()]
-    return tidy(torch.stack(rows, dim=1).numpy(), table, list(outputs))
+    rows = [
+        evaluation.prediction_metrics(torch.from_numpy(np.exp(v)), labels) for v in outputs.values()
+    ]
+    return evaluation.tidy(torch.stack(rows, dim=1).numpy(), table, list(outputs))
 
 
-def repeated_folds(
-    table: pd.DataFrame, repeats: int = REPEATS, seed: int = 0
-) -> list[tuple[Array, Array]]:
-    """Training and test rows of repeated cross-validation over all images, by class and group."""
-    labels, groups = table["label"].to_numpy(), groups_of(table)
-    drawn = (draw_folds(labels, groups, seed + repeat) for repeat in range(repeats))
+def repeated_folds(table: pd.DataFrame, seed: int = 0) -> list[tuple[Array, Array]]:
+    """Training and test rows of `REPEATS` cross-validations of all images, by class and group."""
+    labels, groups = table["label"].to_numpy(), heads.groups_of(table)
+    drawn = (heads.draw_folds(labels, groups, seed + repeat) for repeat in range(REPEATS))
     return list(itertools.chain.from_iterable(drawn))
 
 
@@ -349,9 +332,11 @@ def summarize_splits(outcomes: Sequence[Outcome], read: str) -> pd.DataFrame:
         because these share images (Nadeau and Bengio, 2003; Bouckaert and Frank, 2004); those of
         accuracies are at least Wilson's of as many images.
     """
-    scores = [score(each.predictions).set_index("output") for each in outcomes]
+    scores = [evaluation.score(each.predictions).set_index("output") for each in outcomes]
     top1, nll = (pd.DataFrame([each[name] for each in scores]) for name in ("top1", "nll"))
-    held = pd.DataFrame([score(each.held).set_index("output")["top1"] for each in outcomes])
+    held = pd.DataFrame(
+        [evaluation.score(each.held).set_index("output")["top1"] for each in outcomes]
+    )
     images = pd.concat([each.predictions["path"] for each in outcomes]).nunique()
     right = (top1.mean() / 100 * images).round().astype(int)
     wilson = [stats.binomtest(k, images).proportion_ci(method="wilson") for k in right]
