@@ -7,6 +7,7 @@ of each class; photos of the first classes of a dataset. Times are of pairs, one
 """
 
 import argparse
+import itertools
 from functools import partial
 
 import torch
@@ -59,15 +60,16 @@ def main(arguments: list[str] | None = None) -> None:
     content, program = inference._to_onnx(
         inference.export_model(model, (HIGH_RES, HIGH_RES)), about
     )
-    print(f"file: {len(content) / 1e6:.0f} MB", flush=True)
+    small = inference._quantize(content, about)
+    print(f"files: {len(content) / 1e6:.0f} MB, int8 {len(small) / 1e6:.0f} MB", flush=True)
+    programs = {"float32": program, "int8": inference.ExportedModel(small).named_outputs}
     with torch.inference_mode():
-        compare(iterate_batches(model, test, transform, 8), eager, {"onnxruntime": program})
-        for batch in (1, 8):
+        compare(iterate_batches(model, test, transform, 8), eager, programs)
+        for batch, (name, program) in itertools.product((1, 8), programs.items()):
             pixels = torch.randint(256, (batch, 3, HIGH_RES, HIGH_RES), dtype=torch.uint8)
             pair = partial(program, pixels), partial(eager, pixels)
-            told = row(
-                f"onnxruntime / torch eager, batch {batch}", "", *ratios(*pair, options.repeats)
-            )
+            what = f"onnxruntime, {name} / torch eager, batch {batch}"
+            told = row(what, "", *ratios(*pair, options.repeats))
             line = "{figure}: {ratio:.2f} [{lowest:.2f}, {highest:.2f}], {measured:.3f} s"
             print(line.format(**told), flush=True)
 

@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     export("--out", required=True, type=_path, help="new file, .pt2 or .onnx: needs no ramslib")
     export("--format", choices=["pt2", "onnx"], help="by default the ending of the file")
     export("--root", type=_path, help="folder of the run's photos, if they moved")
+    export("--weights", default="float32", help="float32, or for .onnx int8: smaller and faster")
     page = add("export-page", _export_page, "write images and their thresholds as one HTML file")
     page("--run", required=True, help="folder of the run, or timm's name of a backbone")
     page("--out", required=True, type=_path, help="new file, .html, that needs no network")
@@ -285,7 +286,8 @@ def _check_outside(folder: Path, paths: Sequence[Path]) -> None:
 def _export(options: argparse.Namespace) -> None:
     from ramslib.runs.inference import export_run
 
-    print(export_run(options.run, options.out, kind=options.format, root=options.root))
+    given = {"kind": options.format, "root": options.root, "weights": options.weights}
+    print(export_run(options.run, options.out, **given))
 
 
 def _export_page(options: argparse.Namespace) -> None:

@@ -217,6 +217,49 @@ def test_a_program_that_differs_from_the_run_is_not_written(trained, quick, tmp_
     assert said == ["compared with the run on 8 test photos: logits within 5e-05, equal boxes"]
 
 
+def test_weights_of_8_bits_are_those_of_all_scales_and_their_accuracy_is_told(
+    exported, trained, tmp_path, capfd
+):
+    """Dynamic quantization alone leaves out every layer that several scales use."""
+    (photos, run), said, path = trained, [], tmp_path / "small.onnx"
+    export_run(run, path, weights="int8", log=said.append)
+    assert capfd.readouterr() == ("", ""), "onnxruntime logs advice"
+    plain, small = onnx.load(exported[0]), onnx.load(path)
+    model = load(run)
+    layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    kinds = [node.op_type for node in small.graph.node]
+    assert {node.domain for node in small.graph.node} == {""}, "ONNX's own operators alone"
+    assert kinds.count("MatMulInteger") == layers * model.num_scales
+    assert path.stat().st_size < 0.5 * exported[0].stat().st_size
+    about = [{each.key: each.value for each in file.metadata_props} for file in (plain, small)]
+    assert about[0] == about[1]
+    found, before = predict(path, [photos / "test"]), predict(run, [photos / "test"])
+    assert (found["probability"] - before["probability"]).abs().max() < 0.2
+    table = load_model(run).table.query("split == 'test'")
+    top1 = []
+    for loaded in (load_exported(path), load_model(run)):
+        rows = predict_table(loaded.model, table, loaded.transform).query("output == 'mean logits'")
+        top1.append(f"{100 * (rows['rank'] == 0).mean():.1f} %")
+    line = f"int8 on {len(table)} test photos: {top1[0]} correct, {top1[1]} before; the"
+    assert said[1].startswith(line) and said[0].startswith("compared with the run on 8 test photos")
+
+
+def test_weights_of_8_bits_are_refused_where_they_cannot_be_or_be_measured(trained, tmp_path):
+    photos, run = trained
+    for name, weights in (("a.pt2", "int8"), ("a.onnx", "int4")):
+        with pytest.raises(InputError, match="give float32, or for an .onnx file int8"):
+            export_run(run, tmp_path / name, weights=weights)
+    elsewhere = photos.rename(tmp_path / "elsewhere")
+    try:
+        with pytest.raises(
+            InputError, match="its test photos, to measure int8 on, are not there; give"
+        ):
+            export_run(run, tmp_path / "a.onnx", weights="int8")
+    finally:
+        elsewhere.rename(photos)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_photos_that_moved_are_found_at_their_new_root(trained, quick, tmp_path):
     photos, run = trained
     elsewhere, said = photos.rename(tmp_path / "elsewhere"), []
