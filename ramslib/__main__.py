@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     predict("paths", nargs="+", type=_path, help="image files, folders or patterns")
     predict("--out", type=_path, help="CSV file to write; the terminal by default")
     predict("--unsure-below", type=float, metavar="P", help="probability; the run's by default")
+    predict("--early-exit", action="store_true", help="only scale 1 where it is sure: faster")
     predict("--pictures", type=_path, help="folder for pictures with the regions")
     predict("--contact-sheet", type=_path, metavar="FILE", help="new .html page of thumbnails")
     predict("--sort-into", type=_path, metavar="FOLDER", help="new folder for copies by class")
@@ -249,14 +250,16 @@ def _predict(options: argparse.Namespace) -> int:
 
     for file in filter(None, (options.out, options.contact_sheet)):
         _check_new(file)
+    if options.early_exit and (options.pictures or options.contact_sheet):
+        raise InputError("--early-exit gives no regions, which pictures and contact sheets show")
     for folder in filter(None, (options.pictures, options.sort_into)):
         _check_outside(folder, options.paths)
     if options.pictures:
         photos.picture_paths(list(map(str, photos.find_images(options.paths))), options.pictures)
     if options.sort_into:
         photos.check_empty(options.sort_into)
-    limit = {"unsure_below": options.unsure_below}
-    predictions = photos.predict(options.model or options.run, options.paths, **limit)
+    given = {"unsure_below": options.unsure_below, "early_exit": options.early_exit}
+    predictions = photos.predict(options.model or options.run, options.paths, **given)
     failed = int((predictions["error"] != "").sum())
     if options.out:
         write_table(predictions, options.out)

@@ -116,21 +116,25 @@ def fit_calibration(
     Returns:
         One row per output: ``output``; ``temperature`` with the smallest nll, not below 1 where no
         image is wrong; ``unsure_below``, the smallest calibrated confidence such that ``RELIABLE``
-        of the images that have it or more are right, 1 where there is none. Without images, 1 and
-        NaN.
+        of the images that have it or more are right, 1 where there is none; and ``exit_above``, for
+        scale 1 of several, the threshold of `early_exit`. Without images 1, NaN and NaN.
     """
     table = table.sample(min(len(table), CALIBRATED), random_state=0).reset_index(drop=True)
     shape = model.num_scales, model.classifier.out_features
     given = processes, model, table, transform, batch_size, workers
     logits = _map_images(lambda b: torch.stack(model(b["pixels"]).logits, dim=1), shape, *given)
-    labels, rows = torch.tensor(table["label"].to_numpy()), []
+    labels, rows, answers = torch.tensor(table["label"].to_numpy()), [], []
     fused = fuse(logits.unbind(1), model.scale_weights)
     for name, values in zip(output_names(model.num_scales), fused, strict=True):
         temperature = fit_temperature(values, labels) if len(table) else 1.0
         confidence, prediction = temper(values, temperature).max(dim=1)
         unsure_below = reliable_confidence(confidence, prediction == labels)
         rows.append({"output": name, "temperature": temperature, "unsure_below": unsure_below})
-    return pd.DataFrame(rows)
+        found = {"output": name, "confidence": confidence, "rank": (prediction != labels).int()}
+        answers.append(pd.DataFrame(found))
+    exits = len(table) > 0 and model.num_scales > 1
+    threshold = choose_exit_threshold(pd.concat(answers)) if exits else math.nan
+    return pd.DataFrame(rows).assign(exit_above=[threshold, *[math.nan] * (len(rows) - 1)])
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:

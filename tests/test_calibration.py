@@ -17,6 +17,7 @@ import ramslib
 from ramslib.data.datasets import load_table
 from ramslib.data.transforms import ImageTransform
 from ramslib.evaluation import (
+    choose_exit_threshold,
     early_exit,
     fit_calibration,
     fit_temperature,
@@ -33,7 +34,13 @@ from ramslib.runs.results import read_calibration, read_predictions, read_result
 from ramslib.training.trainer import train
 
 TRANSFORM = ImageTransform(48, 0.875)
-LATER = ["temperature", "unsure_below", "ece_calibrated", "calibrated"]  # older runs lack these
+LATER = [
+    "temperature",
+    "unsure_below",
+    "exit_above",
+    "ece_calibrated",
+    "calibrated",
+]  # older runs lack these
 
 
 def drawn(seed, true_temperature, count=400, classes=7):
@@ -132,6 +139,10 @@ def test_a_run_keeps_temperatures_that_its_validation_split_gives(trained, check
     loaded = load_model(run, checkpoint)
     assert loaded.model.temperatures == results["temperature"].to_dict()
     assert loaded.unsure_below == results["unsure_below"].to_dict()
+    validation = loaded.table[loaded.table["split"] == "validation"].reset_index(drop=True)
+    wanted = choose_exit_threshold(predict(loaded.model, validation, loaded.transform))
+    assert loaded.exit_above == pytest.approx(wanted, abs=1e-5)
+    assert results["exit_above"].notna().tolist() == [True, False, False, False]
     logits, labels = logits_of(loaded, "validation")
     assert len(labels) == 18
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 3000))
@@ -204,6 +215,7 @@ def test_without_a_validation_split_nothing_is_fitted_and_this_is_said(trained, 
     assert "no validation split: temperatures are 1" in capsys.readouterr().out
     results = read_results(run)
     assert results["temperature"].eq(1).all() and results["unsure_below"].isna().all()
+    assert results["exit_above"].isna().all() and np.isnan(load_model(run).exit_above)
     np.testing.assert_allclose(results["ece_calibrated"], results["ece"])
     assert load_model(run).unsure_below == {}
     model = tiny_model()

@@ -38,7 +38,7 @@ SETTINGS = {name: name for name in SETTINGS} | {
     "head_lr_scale": "head_factor",
     "clip_grad_norm": "clip_norm",
 }
-LATER = ["temperature", "unsure_below", "ece_calibrated", "calibrated"]  # since 0.2
+LATER = ["temperature", "unsure_below", "exit_above", "ece_calibrated", "calibrated"]  # since 0.2
 COLUMNS = {
     "output": "scale",
     "checkpoint": "weights",

@@ -82,6 +82,41 @@ def test_the_limit_can_be_given_and_may_be_unknown(trained, tmp_path):
             predict(run, [photos], unsure_below=wrong)
 
 
+# --- early exit --------------------------------------------------------------------------------
+
+
+def test_early_exit_answers_with_the_scales_that_are_needed(trained, tmp_path, capsys):
+    """A run whose threshold is the median confidence of its first scale."""
+    photos, run = trained
+    rows = predict(run, [photos]).set_index("path")
+    first, whole = (rows[rows["output"] == name] for name in ("scale 1", "mean logits"))
+    copy, middle = shutil.copytree(run, tmp_path / "run"), first["probability"].median() + 1e-4
+    results = pd.read_csv(copy / "results.csv")
+    results.loc[results["output"] == "scale 1", "exit_above"] = middle
+    results.to_csv(copy / "results.csv", index=False)
+    found = predict(copy, [photos], early_exit=True).set_index("path")
+    sure = (first["probability"] > middle).loc[found.index]
+    assert found["scales"].tolist() == np.where(sure, 1, 2).tolist() and 5 < sure.sum() < 34
+    for name in ("class_name", "probability"):
+        wanted = first[name].where(sure, whole[name])
+        assert (found[name] == wanted).all() or np.allclose(found[name], wanted, atol=2e-4)
+    assert (found["output"] == "early exit").all() and not (found["error"] != "").any()
+    limit = load_model(copy).unsure_below["mean logits"]
+    assert found["unsure"].tolist() == (found["probability"] < limit).tolist()
+    arguments = ["predict", "--run", str(copy), str(photos), "--early-exit"]
+    assert main([*arguments, "--sort-into", str(tmp_path / "sorted")]) == 0
+    assert main([*arguments, "--pictures", str(tmp_path / "pictures")]) == 2
+    assert "--early-exit gives no regions" in capsys.readouterr().err
+
+
+def test_early_exit_needs_a_threshold(trained, tmp_path):
+    photos, run = trained
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "results.csv").unlink()
+    with pytest.raises(InputError, match="unfinished: has no threshold for early exit; that takes"):
+        predict(unfinished, [photos], early_exit=True)
+
+
 # --- the answer --------------------------------------------------------------------------------
 
 

@@ -65,6 +65,13 @@ def test_the_page_says_what_the_files_say(run, page):
         "threshold 1.25",
     ):
         assert word in page.text
+    threshold = results.query("checkpoint == 'best'")["exit_above"].max()
+    tested = pd.read_csv(run / "predictions_best.csv").groupby("output")
+    first, whole = (tested.get_group(name).set_index("path") for name in ("scale 1", "mean logits"))
+    sure = first["calibrated"] > threshold
+    right = 100 * (first["rank"].where(sure, whole["rank"]) == 0).mean()
+    alone = f"{100 * sure.mean():.0f} % of the test images need scale 1 alone; then {right:.1f} %"
+    assert alone in page.text
     assert f"epoch {best['best_epoch']} of 2: smallest validation nll" in page.text
     assert "test_vit" in page.text and "random initialization" in page.text
     assert "epochs=2" in page.text, "the command that trains it again"

@@ -6,6 +6,7 @@ An exported file holds all scales and needs neither ramslib nor timm.
 import importlib
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -57,6 +58,7 @@ class LoadedModel:
         origin: one sentence about its weights.
         key: names all that decides what it computes.
         unsure_below: confidence by output, see `evaluation.fit_calibration`; empty where unknown.
+        exit_above: the threshold of early exit, see there; NaN where unknown.
     """
 
     name: str
@@ -67,6 +69,7 @@ class LoadedModel:
     origin: str
     key: str
     unsure_below: dict[str, float] = field(default_factory=dict)
+    exit_above: float = math.nan
 
 
 def load(run: Path | str, checkpoint: str = "best") -> ImageClassifier:
@@ -122,7 +125,8 @@ def load_model(
     model, calibration = model.eval().to(_device()), read_calibration(run, checkpoint)
     model.temperatures = calibration["temperature"].to_dict()
     what = Path(run).name, model, transform, metadata["classes"], table, origin, key
-    return LoadedModel(*what, calibration["unsure_below"].dropna().to_dict())
+    exit_above = calibration["exit_above"].max()  # it is one of them
+    return LoadedModel(*what, calibration["unsure_below"].dropna().to_dict(), exit_above)
 
 
 def load_backbone(

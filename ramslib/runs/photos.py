@@ -1,11 +1,13 @@
 """Classify photos of one's own, with the model of a run or an exported one."""
 
 import io
+import math
 import os
 import re
 import shutil
 from base64 import b64encode
 from collections.abc import Sequence
+from functools import partial
 from glob import glob
 from itertools import chain, count
 from pathlib import Path
@@ -15,11 +17,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ramslib import evaluation
 from ramslib.data.annotations import BOX_COLUMNS, image_size
 from ramslib.data.datasets import PHOTO_SUFFIXES, list_files
 from ramslib.data.transforms import open_image, reading_error
 from ramslib.errors import InputError, write_atomically, writing
-from ramslib.evaluation import predict as predict_table
 from ramslib.runs.inference import load_exported, load_model
 
 SHEET = Path(__file__).with_name("contact_sheet.html.j2")
@@ -54,6 +56,7 @@ def predict(
     checkpoint: str = "best",
     batch_size: int = 16,
     unsure_below: float | None = None,
+    early_exit: bool = False,
 ) -> pd.DataFrame:
     """Classify images with a trained run, or with an exported ``.onnx`` file and no model built.
 
@@ -64,6 +67,8 @@ def predict(
         batch_size: images per forward pass.
         unsure_below: the probability below which an answer is unsure; by default that of the run,
             see `evaluation.fit_calibration`.
+        early_exit: run further scales only for images of which scale 1 is not sure: faster. The
+            table then has the answer alone, no regions, and ``scales``, how many were run.
 
     Returns:
         One row per image and output, the last of which is the answer: ``path, output, class_name``;
@@ -72,33 +77,42 @@ def predict(
         ``error``: why a file could not be read, which then has a single row.
 
     Raises:
-        InputError: no run there, no image there, or none that can be read; or a probability outside
-            of 0 to 1.
+        InputError: no run there, no image there, or none that can be read; a probability outside
+            of 0 to 1; or early exit with a run that has no threshold for it.
     """
     if unsure_below is not None and not 0 <= unsure_below <= 1:
         raise InputError(f"unsure_below is {unsure_below}; give a probability from 0 to 1")
     is_file = Path(run).suffix == ".onnx" or Path(run).is_file()
     loaded = load_exported(run) if is_file else load_model(run, checkpoint)
+    predict_table, known = evaluation.predict, loaded.unsure_below
+    if early_exit:
+        if math.isnan(loaded.exit_above):
+            raise InputError(
+                f"{run}: has no threshold for early exit; that takes a run (no exported file) of "
+                "several scales with a validation split, finished by version 0.2 or later"
+            )
+        predict_table = partial(evaluation.predict_early_exit, threshold=loaded.exit_above)
+        known = {"early exit": known[evaluation.output_names(loaded.model.num_scales)[-1]]}
     files = pd.DataFrame({"path": [str(file) for file in find_images(paths)], "label": 0})
-    errors = {}
+    errors, options = {}, {"batch_size": batch_size}
     try:
-        predictions = predict_table(loaded.model, files, loaded.transform, batch_size)
+        predictions = predict_table(loaded.model, files, loaded.transform, **options)
     except InputError:
         errors = {path: error for path in files["path"] if (error := reading_error(path))}
         if len(errors) in (0, len(files)):  # the model is at fault, or nothing is left
             raise
         sound = files[~files["path"].isin(errors)].reset_index(drop=True)
-        predictions = predict_table(loaded.model, sound, loaded.transform, batch_size)
+        predictions = predict_table(loaded.model, sound, loaded.transform, **options)
     names = np.array(loaded.classes, dtype=object)[predictions["prediction"]]
     table = predictions[["path", "output"]].assign(class_name=names)
     table["probability"] = predictions["calibrated"].round(4)
-    known = loaded.unsure_below
     if unsure_below is not None:
         known = dict.fromkeys(predictions["output"], unsure_below)
     limits = predictions["output"].map(lambda name: known.get(name, np.nan))
     unsure = (predictions["calibrated"] < limits).astype("boolean")
     table["unsure"] = unsure.mask(limits.isna())
-    table[BOX_COLUMNS] = predictions[BOX_COLUMNS]
+    further = ["scales"] if early_exit else BOX_COLUMNS
+    table[further] = predictions[further]
     failed = pd.DataFrame({"path": errors.keys(), "error": errors.values()})
     return pd.concat([table.assign(error=""), failed], ignore_index=True)
 

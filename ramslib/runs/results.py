@@ -25,7 +25,9 @@ RESULTS = {"output": str, "checkpoint": str, "images": int, "top1": float, "stan
 RESULTS |= {"top5": float, "mean_per_class_accuracy": float, "ece": float, "nll": float}
 RESULTS |= {"best_epoch": int, "epochs": int}
 RESULTS |= {"temperature": float, "unsure_below": float, "ece_calibrated": float}
+RESULTS |= {"exit_above": float}
 UNCALIBRATED = {"temperature": 1.0, "unsure_below": math.nan, "ece_calibrated": math.nan}
+UNCALIBRATED |= {"exit_above": math.nan}
 PREDICTIONS = {"path": str, "label": int, "output": str, "prediction": int, "confidence": float}
 PREDICTIONS |= {"true_probability": float, "rank": int, "calibrated": float}
 REMEDY = "restore it, or remove results.csv and train again: only the results are written anew"
@@ -74,9 +76,9 @@ def read_results(run: Path | str) -> pd.DataFrame:
 
 
 def read_calibration(run: Path | str, checkpoint: str) -> pd.DataFrame:
-    """``temperature`` and ``unsure_below`` by output; empty where the run is not finished."""
+    """What `evaluation.fit_calibration` gave, by output; empty where the run is not finished."""
     if not is_finished(run):
-        return pd.DataFrame(columns=["temperature", "unsure_below"], dtype=float)
+        return pd.DataFrame(columns=list(UNCALIBRATED), dtype=float)
     results = read_results(run)
     return results[results["checkpoint"] == checkpoint].set_index("output")
 
