@@ -64,18 +64,15 @@ def plot_class_balance(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 @styled
-def plot_learning(
-    metrics: pd.DataFrame, axes: Sequence[Axes] | None = None, smooth: int = 10
-) -> Sequence[Axes]:
+def plot_learning(metrics: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """How a run learned: training loss and validation accuracy, side by side.
 
-    Losses of each scale are drawn per step (pale) and as a running mean over ``smooth`` steps;
+    Losses of each scale are drawn per step (pale) and as a running mean over ten steps;
     accuracies of each output per epoch, with a band of +- one standard error.
 
     Args:
         metrics: from `read_metrics`; empty at the start of a run.
         axes: two, where to draw.
-        smooth: steps of the running mean.
     """
     axes = plt.subplots(1, 2, figsize=(8, 2.8))[1] if axes is None else axes
     metrics = metrics.reindex(columns=metrics.columns.union(["split", "step", "output"]))
@@ -84,7 +81,7 @@ def plot_learning(
         name = f"scale {column.removeprefix('loss_')}"
         color, line = drawing.output_color(name), output_style(name)["linestyle"]
         axes[0].plot(loss, color=color, alpha=0.25, linewidth=0.8)
-        axes[0].plot(loss.rolling(smooth, min_periods=1).mean(), color=color, ls=line, label=name)
+        axes[0].plot(loss.rolling(10, min_periods=1).mean(), color=color, ls=line, label=name)
     axes[0].set(xlabel="step", ylabel="loss (nats)", title="training loss", ylim=(0, None))
     for name, rows in metrics[metrics["split"] == "validation"].groupby("output", sort=False):
         style = output_style(name)
@@ -101,19 +98,18 @@ def plot_learning(
 
 @styled
 def plot_ablation(
-    summary: pd.DataFrame, by: str, hue: str = "output", label: str = "top1", ax: Axes | None = None
+    summary: pd.DataFrame, by: str, label: str = "top1", ax: Axes | None = None
 ) -> Axes:
     """Mean and 95 % interval of each condition, from `comparison.summarize`.
 
     Args:
-        summary: columns ``mean, half_width, runs`` and those named by ``by`` and ``hue``.
+        summary: columns ``output, mean, half_width, runs`` and the one named by ``by``.
         by: the column whose values are the rows, in the order of their appearance.
-        hue: the column that colors and markers distinguish.
         label: the score that was summarized; ``difference`` of `comparison.paired_differences`.
         ax: where to draw.
     """
     low, high = (summary["mean"] + sign * summary["half_width"] for sign in (-1, 1))
-    ax = _plot_intervals(summary.assign(low=low, high=high), by, hue, ax)
+    ax = _plot_intervals(summary.assign(low=low, high=high), by, ax)
     if label == "difference":
         ax.axvline(0, **ZERO)
     is_single = set(summary["runs"]) == {1}
@@ -134,34 +130,31 @@ def plot_differences(differences: pd.DataFrame, title: str = "", ax: Axes | None
     names, seeds = differences["method"], differences["seed"].astype(str)
     names = names if seeds.nunique() == 1 else names + ", seed " + seeds
     table = differences.assign(mean=differences["difference"], method=names)
-    ax = _plot_intervals(table, "method", "output", ax)
+    ax = _plot_intervals(table, "method", ax)
     ax.axvline(0, **ZERO)
     ax.set(xlabel="difference to the baseline (points, 95 % over images)", title=title)
     return ax
 
 
-def _plot_intervals(table: pd.DataFrame, by: str, hue: str, ax: Axes | None) -> Axes:
-    """A row per value of ``by``, in it a point and an interval (NaN: none) per value of ``hue``.
+def _plot_intervals(table: pd.DataFrame, by: str, ax: Axes | None) -> Axes:
+    """A row per value of ``by``, in it a point and an interval (NaN: none) per output.
 
     Args:
-        table: columns ``mean, low, high`` and those two.
+        table: columns ``output, mean, low, high`` and the one named by ``by``.
         by: a column.
-        hue: a column.
         ax: where to draw.
     """
-    names, hues = list(dict.fromkeys(table[by])), list(dict.fromkeys(table[hue]))
-    ax = new_axes(ax, 6, 1 + (0.1 + 0.13 * len(hues)) * len(names))
-    for number, value in enumerate(hues):
-        rows = table[table[hue] == value]
-        places = [names.index(name) + 0.8 * ((number + 0.5) / len(hues) - 0.5) for name in rows[by]]
+    names, count = list(dict.fromkeys(table[by])), table["output"].nunique()
+    ax = new_axes(ax, 6, 1 + (0.1 + 0.13 * count) * len(names))
+    for number, (output, rows) in enumerate(table.groupby("output", sort=False)):
+        places = [names.index(name) + 0.8 * ((number + 0.5) / count - 0.5) for name in rows[by]]
         ends = np.nan_to_num([rows["mean"] - rows["low"], rows["high"] - rows["mean"]]).clip(0)
-        style = output_style(value if hue == "output" else f"scale {number + 1}")
-        style = style | {"linestyle": "none", "label": str(value)}
+        style = output_style(output) | {"linestyle": "none", "label": output}
         ax.errorbar(rows["mean"], places, xerr=ends, **style)
     ax.set_yticks(range(len(names)), list(map(str, names)))
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(False, axis="y")
-    ax.legend(title=LABELS.get(hue, hue), loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(title="output", loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 
