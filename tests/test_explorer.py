@@ -25,7 +25,6 @@ from ramslib import Explorer, ProposalSettings
 from ramslib.__main__ import main
 from ramslib.errors import InputError
 from ramslib.explorer.gallery import ALL, PAGE
-from ramslib.explorer.tabs import TITLES
 from ramslib.explorer.validation import images_of, sort_images
 
 pytestmark = pytest.mark.slow
@@ -420,7 +419,7 @@ def test_the_threshold_curve_gets_a_marker_and_the_blocks_their_maps(explorer):
 @pytest.fixture
 def evaluated(explorer):
     """The explorer after evaluating the validation set."""
-    explorer.tabs.selected_index = TITLES.index("validation set")
+    explorer.tabs.selected_index = explorer.tabs.titles.index("validation set")
     if explorer.tabs.cached is None:
         assert "not evaluated yet" in text_of(explorer.tabs.state)
         assert explorer.tabs.start.description == "Evaluate validation set"
@@ -468,7 +467,7 @@ def test_the_threshold_of_the_validation_set_answers_at_once(evaluated):
 
 
 def test_gallery_opens_images(evaluated):
-    evaluated.tabs.selected_index = TITLES.index("gallery")
+    evaluated.tabs.selected_index = evaluated.tabs.titles.index("gallery")
     gallery = evaluated.tabs.gallery
     orders = sort_images(evaluated.tabs.cached)
     assert [label for label, _ in gallery.menu.options] == list(orders)
@@ -498,7 +497,7 @@ def test_gallery_turns_pages(evaluated):
 
 
 def test_confusion_cells_open_their_images(evaluated):
-    evaluated.tabs.selected_index = TITLES.index("confusion")
+    evaluated.tabs.selected_index = evaluated.tabs.titles.index("confusion")
     confusion, cached = evaluated.tabs.confusion, evaluated.tabs.cached
     confusion.menu.value = "scale 2"
     buttons = [w for w in confusion.matrix.children if getattr(w, "tooltip", None)]
@@ -532,7 +531,7 @@ def test_damaged_cached_predictions_are_computed_again(evaluated, places):
 
 def open_tab(explorer, title):
     """Bring a tab to the front and wait; returns it."""
-    explorer.tabs.selected_index = TITLES.index(title)
+    explorer.tabs.selected_index = explorer.tabs.titles.index(title)
     explorer.worker.wait()
     assert messages_of(explorer) == ""
     return explorer.tabs.views[title]
@@ -589,9 +588,9 @@ def test_a_map_of_elsewhere_stops_when_its_tab_is_left(explorer, monkeypatch):
             time.sleep(0.02)
 
     monkeypatch.setattr("ramslib.inspector.Inspector.probability_elsewhere", slow)
-    explorer.tabs.selected_index = TITLES.index("by hand")
+    explorer.tabs.selected_index = explorer.tabs.titles.index("by hand")
     assert steps.wait(20)
-    explorer.tabs.selected_index = TITLES.index("gallery")
+    explorer.tabs.selected_index = explorer.tabs.titles.index("gallery")
     explorer.worker.wait()
     assert len(seen) < 64
 
@@ -689,7 +688,7 @@ def test_a_figure_is_saved_and_its_state_reopened(explorer, places):
 def test_figures_of_the_validation_images_are_saved(evaluated):
     stored, saved = {"stored": str(evaluated.tabs.cached.folder)}, {}
     for title in ("validation set", "gallery", "confusion"):
-        evaluated.tabs.selected_index = TITLES.index(title)
+        evaluated.tabs.selected_index = evaluated.tabs.titles.index(title)
         evaluated.worker.wait()
         saved |= evaluated.state()["views"]
     order, output = evaluated.tabs.gallery.menu.value, evaluated.tabs.confusion.menu.value
@@ -789,7 +788,7 @@ def test_a_run_offers_the_functions_that_it_was_trained_with(places, ideas, tmp_
     assert page.loaded.name == "own" and messages_of(page) == ""
     assert page.controls.proposal.label == "upper_half"
     assert "y 6–45, x 6–92" in text_of(page.rows[0].crop.note)
-    page.tabs.selected_index = TITLES.index("validation set")
+    page.tabs.selected_index = page.tabs.titles.index("validation set")
     page.tabs.start.click()
     page.tabs.worker.wait()
     page.worker.wait()

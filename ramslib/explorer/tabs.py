@@ -19,10 +19,6 @@ from ramslib.model import ProposalSettings
 from ramslib.plots.images import map_grid
 from ramslib.runs.inference import LoadedModel
 
-TITLES = (
-    *("threshold", "blocks", "attention", "colors", "by hand", "compare"),
-    *("validation set", "gallery", "confusion"),
-)
 BLOCKS = "Attention strength, block by block, each in its own brightness"
 TOKENS = "What it attends to; of a patch, what is like it, and where the class token differs"
 COLORS = "Patch tokens as colors: their principal components"
@@ -118,18 +114,20 @@ class AnalysisTabs(widgets.Tab):
         self.gallery, self.confusion = Gallery(pick, guard), Confusion(pick, guard)
         self.pair = Disagreement(pick, guard)
         self.state, self.start = widgets.HTML(), widgets.Button(description=EVALUATE)
-        self.start.on_click(guard(lambda _: self.worker(self._evaluate(explorer.loaded))))
-        self.sets = [widgets.VBox() for _ in range(3)]
+        self.start.on_click(guard(lambda _: self.worker(self._evaluate())))
+        self.sets = {name: widgets.VBox() for name in ("validation set", "gallery", "confusion")}
         self.both = widgets.Button(description="Evaluate both on the validation set")
-        self.both.on_click(guard(lambda _: self.worker(self._evaluate_both())))
         self.views = self._build_views()
+        other = self.views["compare"].controls["other"]
+        self.both.on_click(guard(lambda _: self.worker(self._evaluate(other.value))))
         self.views["compare"].children += (self.both, self.state, self.pair)
         self.named = {
             f"{title}: {name}": getattr(control, "field", control)
             for title, tab in self.views.items()
             for name, control in tab.controls.items()
         }
-        super().__init__([self.curve, *self.views.values(), *self.sets], titles=TITLES)
+        tabs = {"threshold": self.curve} | self.views | self.sets
+        super().__init__([*tabs.values()], titles=[*tabs])
         self.selected_index = 0
         self.observe(lambda _: explorer.moved(), "selected_index")
         self.add_class("rams-tabs")
@@ -156,7 +154,7 @@ class AnalysisTabs(widgets.Tab):
 
     def front(self) -> dict[str, dict]:
         """The views of the tab in front with their options; before an evaluation, all scales."""
-        title, cached = TITLES[self.selected_index], self.cached
+        title, cached = self.titles[self.selected_index], self.cached
         if title in self.views:
             shown = dict.fromkeys(self.views[title].panels, self.views[title].options())
             if title == "compare" and self._is_paired():
@@ -216,7 +214,8 @@ class AnalysisTabs(widgets.Tab):
         text = caption_html(f"{len(images)} of {total:,} images, not evaluated yet")
         self.state.value = "" if self.cached else text
         self.start.disabled = images.empty
-        for tab, part in zip(self.sets, (self.effect, self.gallery, self.confusion), strict=True):
+        parts = self.effect, self.gallery, self.confusion
+        for tab, part in zip(self.sets.values(), parts, strict=True):
             tab.children = [part] if self.cached else [self.state, self.start]
         for part in (self.gallery, self.confusion) if self.cached else ():
             part.use(loaded.classes, self.cached)
@@ -234,21 +233,18 @@ class AnalysisTabs(widgets.Tab):
             self.start.disabled = self.both.disabled = False
             self.state.value = ""
 
-    def _evaluate(self, loaded: LoadedModel) -> Iterator[Callable]:
-        """Evaluate the validation images in the background."""
-        self._predict(loaded)
+    def _evaluate(self, other: tuple | None = None) -> Iterator[Callable]:
+        """Evaluate the model in the background; and another, to list where the two differ."""
+        loaded = self.explorer.loaded
+        cached = self._predict(loaded)
+        if other:
+            both = cached, self._predict(views.load_once(*other))
+            yield partial(self.pair.use, loaded.classes, both)
+            yield partial(setattr, self.pair, "of", (loaded.key, other))
+            yield self.pair.fill
         if loaded is self.explorer.loaded:
             yield self.explorer.guard(self._show_cached, "validation")
             yield self.explorer.moved
-
-    def _evaluate_both(self) -> Iterator[Callable]:
-        """Evaluate both models of the comparison, and list where they differ."""
-        loaded, name = self.explorer.loaded, self.views["compare"].options()["other"]
-        cached = self._predict(loaded), self._predict(views.load_once(*name))
-        yield partial(self.pair.use, loaded.classes, cached)
-        yield partial(setattr, self.pair, "of", (loaded.key, name))
-        yield self.pair.fill
-        yield from self._evaluate(loaded)
 
     def update(self, inspector: Inspector, settings: ProposalSettings) -> Iterator | None:
         """Bring the tab in front up to date, as far as that is known.
@@ -256,7 +252,7 @@ class AnalysisTabs(widgets.Tab):
         Returns:
             What remains to be computed, as `BackgroundWorker` takes it, or None.
         """
-        tab, functions = TITLES[self.selected_index], settings.functions
+        tab, functions = self.titles[self.selected_index], settings.functions
         self.curve.mark(settings.threshold(0))
         self.effect.mark(settings.threshold(0))
         if tab == "threshold":
