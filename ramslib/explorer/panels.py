@@ -98,8 +98,7 @@ class Panel(widgets.VBox):
 
     def outdated(self, is_outdated: bool = True, why: str = "computing …") -> None:
         """Dim the image, and say why, while it is not of what the controls say."""
-        if is_outdated != self.is_outdated:
-            (self.add_class if is_outdated else self.remove_class)("rams-outdated")
+        (self.add_class if is_outdated else self.remove_class)("rams-outdated")
         self.is_outdated = is_outdated
         self.note.value = caption_html(why if is_outdated else self.text)
 
