@@ -207,9 +207,9 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     found = message(lambda: read("cub", root))
-    assert f"{root}/images/001.Crow: cannot be listed (Permission denied)" in found
+    assert f"{root}/images/001.Crow: cannot be read ([Errno 13] Permission denied" in found
     found = message(lambda: read("folder", photos))
-    assert f"{photos}/crow: cannot be listed (Permission denied)" in found
+    assert f"{photos}/crow: cannot be read ([Errno 13] Permission denied" in found
 
 
 def test_no_image_folder_at_all(tmp_path):

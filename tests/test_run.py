@@ -309,7 +309,7 @@ def test_a_full_disk_ends_the_curves_and_not_the_training(tmp_path, recwarn):
     rows = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2)]
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").symlink_to("/dev")
-    logger.curves.path = tmp_path / "tensorboard" / "full"
+    logger.curves = tmp_path / "tensorboard" / "full"
     logger.write(rows)
     logger.write(rows)
     assert len(recwarn) == 1

@@ -146,13 +146,10 @@ def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.Data
 
 def list_folder(folder: str) -> list[os.DirEntry]:
     """What a folder holds, by name; nothing where there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror}); correct that") from None
+    with file_errors(folder, "correct that"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as held:
+            return sorted(held, key=lambda entry: entry.name)
+    return []
 
 
 def is_file(entry: os.DirEntry) -> bool:

@@ -208,12 +208,8 @@ def git_commit() -> str:
 
 def shorten_paths(table: pd.DataFrame, root: Path | str) -> pd.DataFrame:
     """A table whose paths are relative to a root; those that are not below it stay as they are."""
-    starts = [os.path.join(start, "") for start in (str(root), os.path.abspath(root))]
-    paths = [
-        next((path.removeprefix(start) for start in starts if path.startswith(start)), path)
-        for path in table["path"]
-    ]
-    return table.assign(path=paths)
+    given, absolute = (os.path.join(start, "") for start in (str(root), os.path.abspath(root)))
+    return table.assign(path=table["path"].str.removeprefix(given).str.removeprefix(absolute))
 
 
 def locate_images(
@@ -374,14 +370,17 @@ def _read_rows(path: Path) -> list[dict]:
 class MetricsLogger:
     """The log of a run that resumes at a step; rows after it are dropped and logged again.
 
-    Rows go to ``metrics.jsonl`` and, as curves, to TensorBoard's files.
+    Rows go to ``metrics.jsonl`` and, as curves, to TensorBoard's files. Curves are optional: an
+    error ends them, never the training.
     """
 
     def __init__(self, run: Path, step: int):
-        self.path, self.curves = run / "metrics.jsonl", Curves(run / "tensorboard")
+        self.path, folder = run / "metrics.jsonl", run / "tensorboard"
         rows = [row for row in _read_rows(self.path) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.curves.write(rows)
+        shutil.rmtree(folder, ignore_errors=True)  # all rows are written anew
+        self.curves: Path | None = folder / f"events.out.tfevents.{time.time():.0f}"
+        self._draw(rows)
 
     def write(self, rows: list[dict]) -> None:
         """Add rows.
@@ -392,41 +391,34 @@ class MetricsLogger:
         remedy = "the last checkpoint is intact, make room and run the same command again"
         with writing(self.path, remedy), open(self.path, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.curves.write(rows)
+        self._draw(rows)
+
+    def _draw(self, rows: list[dict]) -> None:
+        try:
+            if self.curves:
+                _append_curves(self.curves, rows)
+        except Exception as error:
+            warnings.warn(f"{self.curves}: no more curves ({one_line(error)})", stacklevel=3)
+            self.curves = None
 
 
-class Curves:
-    """Numbers of a log for TensorBoard: optional, so an error ends the curves, never the training.
+def _append_curves(path: Path, rows: list[dict]) -> None:
+    """Add the numbers of rows to a file of TensorBoard, each under its split, output and name.
 
     Torch's own writer has a thread, whose errors nobody can catch.
     """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def __init__(self, folder: Path):
-        shutil.rmtree(folder, ignore_errors=True)  # the log writes all its rows anew
-        self.path, self.works = folder / f"events.out.tfevents.{time.time():.0f}", True
-
-    def write(self, rows: list[dict]) -> None:
-        """Add the numbers of rows, each under its split, output and name."""
-        try:
-            if self.works:
-                self._append(rows)
-        except Exception as error:
-            self.works = False
-            warnings.warn(f"{self.path}: no more curves ({one_line(error)})", stacklevel=3)
-
-    def _append(self, rows: list[dict]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.path.parent.mkdir(exist_ok=True)
-        events = [] if self.path.exists() else [Event(file_version="brain.Event:2")]
-        for row in rows:
-            place = "/".join(filter(None, (row["split"], row.get("output"))))
-            numbers = [(name, value) for name, value in row.items() if isinstance(value, float)]
-            values = [Summary.Value(tag=f"{place}/{k}", simple_value=v) for k, v in numbers]
-            now = time.time()
-            events.append(Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
-        with open(self.path, "ab") as file:
-            for event in events:
-                RecordWriter(file).write(event.SerializeToString())
+    path.parent.mkdir(exist_ok=True)
+    events = [] if path.exists() else [Event(file_version="brain.Event:2")]
+    for row in rows:
+        place = "/".join(filter(None, (row["split"], row.get("output"))))
+        numbers = [(name, value) for name, value in row.items() if isinstance(value, float)]
+        values = [Summary.Value(tag=f"{place}/{k}", simple_value=v) for k, v in numbers]
+        now = time.time()
+        events.append(Event(wall_time=now, step=row["step"], summary=Summary(value=values)))
+    with open(path, "ab") as file:
+        for event in events:
+            RecordWriter(file).write(event.SerializeToString())

@@ -52,6 +52,7 @@ class Trainer:
         self.run, self.processes = run, processes
         self.last, self.best = run / "last.safetensors", run / "best.safetensors"
         self.config = folder.keep_sources(config, run)
+        self.loading = config.batch_size, config.workers, processes  # of images to predict
         self.unread: tuple | None = None  # a step whose numbers may still be on the device
         self.loss, self.asked, self.stopping = math.nan, False, False  # of the last step read
         self._read_data()
@@ -274,15 +275,8 @@ class Trainer:
         """The model that predicts: the moving average where there is one; in evaluation mode."""
         return (self.averaged or self.model).eval()
 
-    def load_weights(self, path: Path) -> None:
-        """Take the weights of a checkpoint, to predict with them."""
-        checkpoint.restore(
-            checkpoint.read_checkpoint(path, self.state.key), self.model, ema=self.averaged
-        )
-
     def _predict(self, table: pd.DataFrame) -> pd.DataFrame:
-        options = self.config.batch_size, self.config.workers, self.processes
-        return predict(self.eval_model(), table, self.transform, *options)
+        return predict(self.eval_model(), table, self.transform, *self.loading)
 
     def _out_of_patience(self) -> bool:
         epoch = self.state.step // self.epoch_steps
@@ -295,7 +289,8 @@ class Trainer:
             self._say("no validation split: temperatures are 1, probabilities not calibrated")
         last = best = self._calibrate_and_test()
         if best_epoch != epochs:
-            self.load_weights(self.best)
+            stored = checkpoint.read_checkpoint(self.best, self.state.key)
+            checkpoint.restore(stored, self.model, ema=self.averaged)
             best = self._calibrate_and_test()
         columns = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
         columns["train_seconds"] = round(self.state.seconds, 1)
@@ -306,8 +301,8 @@ class Trainer:
 
     def _calibrate_and_test(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Calibration on the validation split, and predictions of the test split with it."""
-        options = self.config.batch_size, self.config.workers, self.processes
-        calibration = fit_calibration(self.eval_model(), self.validation, self.transform, *options)
+        given = self.eval_model(), self.validation, self.transform, *self.loading
+        calibration = fit_calibration(*given)
         temperatures = calibration.set_index("output")["temperature"].to_dict()
         self.eval_model().temperatures = temperatures
         return calibration, self._predict(self.test)
