@@ -96,9 +96,7 @@ class Config:
     layer_decay: float = within(1.0, 0.01, 1)  # learning-rate factor per block, last to first
     warmup_steps: int = within(20, 0, 10**9)  # linear, then cosine to 0, by step
     clip_grad_norm: float = within(1.0, 0, 1e6)  # 0 switches clipping off
-    frozen_blocks: int = within(
-        8, 0, 1000
-    )  # first blocks that are not trained, and patch embedding
+    frozen_blocks: int = within(8, 0, 1000)  # first ones that are not trained; patch embedding, too
     # of training and of the probe's features; auto: bf16 where the device computes with it
     amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     compile: bool = False  # the encoder's blocks by torch.compile, in training; a minute at first

@@ -316,7 +316,7 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
         One row per output: ``images, top1, standard_error, top5, mean_per_class_accuracy, ece,
         nll``; accuracies and ``ece`` (expected calibration error) in percent, the standard error
         that of ``top1``, ``nll`` (negative log-likelihood) in nats; ``ece_calibrated`` of the
-        calibrated confidence, where the table has it.
+        calibrated confidence.
     """
     rows = []
     for name, group in predictions.groupby("output", sort=False):
@@ -332,11 +332,9 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
                 "mean_per_class_accuracy": 100 * correct.groupby(group["label"]).mean().mean(),
                 "ece": 100 * expected_calibration_error(group["confidence"], correct),
                 "nll": -np.log(group["true_probability"].clip(lower=1e-12)).mean(),
+                "ece_calibrated": 100 * expected_calibration_error(group["calibrated"], correct),
             }
         )
-        if "calibrated" in group:
-            gap = expected_calibration_error(group["calibrated"], correct)
-            rows[-1]["ece_calibrated"] = 100 * gap
     return pd.DataFrame(rows)
 
 

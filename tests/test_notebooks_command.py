@@ -46,6 +46,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("photos", "notebooks", "package"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(notebooks_command, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(notebooks_command, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(probe, "probe", write_probe)
     return tmp_path
 
@@ -72,9 +73,7 @@ def write_notebook(folder, name, *code, more="", last=WRITE):
 def run_all(folder, **changes):
     """Execute the notebooks in ``folder``."""
     arguments = {"data": "folder", "root": folder / "photos", "out": folder / "runs" / "a {b}"}
-    return notebooks_command.run_notebooks(
-        **(arguments | {"notebooks": folder / "notebooks"} | changes)
-    )
+    return notebooks_command.run_notebooks(**(arguments | changes))
 
 
 def test_executes_all_with_own_interpreter_and_reuses_what_did_not_change(
@@ -289,7 +288,7 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
     write_notebook(folder, "01_first", more=more)
     given = {"data": "cub", "root": "data/cub", "out": "runs/x", "preset": "tiny", "other": 3}
     given |= {"scales": "[1, 3]", "share": "1", "quick": "True", "settings": "{'lists': 'mine'}"}
-    read = notebooks_command.read_parameters("01_first", given, folder / "notebooks")
+    read = notebooks_command.read_parameters("01_first", given)
     assert (read.scales, read.share, read.quick) == ([1, 3], 1, True)
     assert read.root == folder / "data" / "cub" and read.out == folder / "runs" / "x"
     places = {"root": str(read.root), "lists": f"{folder}/mine"}
@@ -297,13 +296,13 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
     assert read.table == read.out / "results" / "01_first.csv" and read.table.parent.is_dir()
     assert read.runs == read.out / "runs" and not hasattr(read, "other")
     (read.out / "cells").mkdir()
-    again = notebooks_command.read_parameters("01_first", given, folder / "notebooks")
+    again = notebooks_command.read_parameters("01_first", given)
     assert again.runs == read.out / "cells", "runs of version 0.1 are found"
     for wrong in ({"root": ""}, {"preset": "none"}, {"scales": "two"}, {"settings": {"x": 1}}):
         with pytest.raises(InputError):
-            notebooks_command.read_parameters("01_first", given | wrong, folder / "notebooks")
+            notebooks_command.read_parameters("01_first", given | wrong)
     with pytest.raises(InputError, match="no such notebook"):
-        notebooks_command.read_parameters("02_second", given, folder / "notebooks")
+        notebooks_command.read_parameters("02_second", given)
 
 
 def test_links_pictures_and_equations_are_right_in_a_page_elsewhere(tmp_path):

@@ -188,7 +188,7 @@ def outcome_of(correct, train=20):
     predictions = [
         pd.DataFrame(
             {"path": [f"{n}.png" for n in range(len(right))], "label": 0, "output": name}
-        ).assign(rank=1 - np.array(right), confidence=0.5, true_probability=0.5)
+        ).assign(rank=1 - np.array(right), confidence=0.5, calibrated=0.5, true_probability=0.5)
         for name, right in correct.items()
     ]
     held = [table.iloc[:1].loc[[0] * train] for table in predictions]

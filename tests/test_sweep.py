@@ -35,6 +35,12 @@ RESULTS = pd.DataFrame(
 ).reindex(columns=["checkpoint", "output", *SCORES], fill_value=1)
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Who waits for others need not wait long."""
+    monkeypatch.setattr(sweep, "POLL", 0.05)
+
+
 def pretend(config, run, seconds=0.05):
     """Stands for a training: notes that it began, takes its time, and leaves results."""
     run.mkdir(exist_ok=True)
@@ -73,7 +79,7 @@ def start_worker(folder, runs, how=pretend, heartbeat=30, storage=None):
 
 
 def _work(folder, runs, how, heartbeat, storage):
-    run_worker(open_study(folder, storage, heartbeat), runs, how, poll=0.05)
+    run_worker(open_study(folder, storage, heartbeat), runs, how)
 
 
 def _take_all(folder, storage, together, taken):
@@ -196,7 +202,7 @@ def test_the_run_of_a_killed_worker_is_trained_by_another(tmp_path, storage):
     os.kill(doomed.pid, signal.SIGKILL)
     doomed.join()
     study = open_study(tmp_path, storage, heartbeat=1)
-    assert run_worker(study, runs, pretend, poll=0.1) == {}
+    assert run_worker(study, runs, pretend) == {}
     assert Counter(name for name, _ in begun(tmp_path)) == {"run0": 2, "run1": 1}
     states = Counter(trial.state.name for trial in study.trials)
     assert states == {"COMPLETE": 2, "FAIL": 1}
@@ -291,7 +297,7 @@ def test_who_waits_for_other_workers_says_so_once(tmp_path, capsys):
     other = start_worker(tmp_path, runs, takes_a_second)
     wait_for(lambda: begun(tmp_path))
     study = open_study(tmp_path)
-    assert run_worker(study, runs, pretend, poll=0.05) == {}
+    assert run_worker(study, runs, pretend) == {}
     other.join()
     (line,) = capsys.readouterr().out.splitlines()
     assert "waiting for other workers: run0" in line

@@ -76,9 +76,7 @@ class OwnInterpreter(AsyncKernelManager):
         return "auto"  # without it every kernel warns on the terminal
 
 
-def read_parameters(
-    notebook: str, given: Mapping[str, object], folder: Path = NOTEBOOKS
-) -> SimpleNamespace:
+def read_parameters(notebook: str, given: Mapping[str, object]) -> SimpleNamespace:
     """A notebook's parameters, whether a person, papermill or ``ramslib notebooks`` set them.
 
     The second cell of a notebook calls it::
@@ -91,7 +89,6 @@ def read_parameters(
     Args:
         notebook: name of the file, without its ending.
         given: the parameters by name; other names are ignored.
-        folder: of the notebook.
 
     Returns:
         All declared parameters (``root``, ``out`` and ``run`` as absolute paths) and, where
@@ -102,7 +99,7 @@ def read_parameters(
     Raises:
         InputError: a value of another type, an unknown preset or setting, or an empty path.
     """
-    declared = declared_parameters(folder / f"{notebook}.ipynb")
+    declared = declared_parameters(NOTEBOOKS / f"{notebook}.ipynb")
     values = {name: read_value(name, given.get(name, d), d) for name, d in declared.items()}
     for name in {"root", "out", "run"} & {name for name, value in values.items() if value}:
         values[name] = CLONE / Path(values[name]).expanduser()
@@ -195,9 +192,10 @@ def run_notebooks(
     out: str | Path,
     preset: str = "small",
     parameters: Mapping[str, object] | None = None,
-    notebooks: Path = NOTEBOOKS,
 ) -> Path:
     """Execute all numbered notebooks, collect their tables, print what came out and where it is.
+
+    Each writes ``results/<its name>.csv`` below ``out``.
 
     Args:
         data: a reader: ``diagnostic``, ``cub``, ``folder``, ...
@@ -207,7 +205,6 @@ def run_notebooks(
             cores, ``paper`` is the size of the paper.
         parameters: further notebook parameters, each for the notebooks that declare it, and
             settings of `Config` for all of them.
-        notebooks: their folder; each writes ``results/<its name>.csv`` below ``out``.
 
     Returns:
         Path of ``results.csv``: the rows of all tables, with a column ``notebook``.
@@ -219,7 +216,7 @@ def run_notebooks(
     out = Path(out).absolute()
     common = _locate({"data": data}, Path.cwd()) | {"root": str(Path(root).absolute())}
     common |= {"out": str(out), "preset": preset}
-    paths = sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     chosen = choose_parameters(paths, common, parameters or {})
     question = {k: v for path in paths for k, v in chosen[path].items() if k != "out"}
     finished, package = read_record(out, question), _hash_package()

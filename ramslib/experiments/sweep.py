@@ -32,6 +32,7 @@ from ramslib.training import launch
 
 Train = Callable[[Config, Path], object]
 ATTEMPTS = 2  # after so many failures a run is reported
+POLL = 2.0  # seconds between checks of the runs that others train
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 # What Optuna raises at the end of a trial that others took for dead while it was only slow.
 ENDED_BY_OTHERS = (UpdateFinishedTrialError, ValueError, AssertionError)
@@ -136,19 +137,13 @@ def _quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def run_worker(
-    study: optuna.Study,
-    runs: Mapping[Path, Config],
-    train: Train,
-    poll: float = 2.0,
-) -> dict[Path, str]:
+def run_worker(study: optuna.Study, runs: Mapping[Path, Config], train: Train) -> dict[Path, str]:
     """Take trials from the queue and train them, until none of ours is left.
 
     Args:
         study: from `open_study`; what others put into it is trained as well, while ours wait.
         runs: configurations, by the folder of their run.
         train: called as ``train(config, run)``; it finishes the run or raises.
-        poll: seconds between checks of the runs that others train.
 
     Returns:
         The runs that failed `ATTEMPTS` times from now on: the folder of each, and why.
@@ -177,7 +172,7 @@ def run_worker(
             names = shorten([run.name for run in left])
             print(f"waiting for other workers: {names}; killed ones are replaced after 2 to 3 min")
             reported = left
-        time.sleep(poll)
+        time.sleep(POLL)
 
 
 def run_trial(

@@ -261,8 +261,8 @@ class Trainer:
         """Log the scores of the validation split; returns the nll of the last output."""
         if self.validation.empty:
             return math.inf
-        predictions = self._predict(self.validation).drop(columns="calibrated")
-        scores, seconds = score(predictions), round(self.state.seconds, 2)
+        scores = score(self._predict(self.validation)).drop(columns="ece_calibrated")
+        seconds = round(self.state.seconds, 2)
         place = {"step": self.state.step, "epoch": epoch, "split": "validation"}
         self._log([place | row | {"seconds": seconds} for row in scores.to_dict("records")])
         nll = float(scores["nll"].iloc[-1])
