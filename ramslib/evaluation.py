@@ -105,13 +105,8 @@ def fit_calibration(
 ) -> pd.DataFrame:
     """Fit the temperature of each output, and the confidence above which it can be relied on.
 
-    Args:
-        model: in evaluation mode, on its device.
-        table: the validation split; of more than ``CALIBRATED`` images, a sample is used.
-        transform: the deterministic one of the test.
-        batch_size: images per batch and process.
-        workers: loader processes per process.
-        processes: those that share the images; each calls this and gets the whole result.
+    The arguments are those of `predict`; of more than ``CALIBRATED`` images, those of the
+    validation split, a sample is used.
 
     Returns:
         One row per output: ``output``; ``temperature`` with the smallest nll, not below 1 where no

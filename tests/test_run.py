@@ -98,7 +98,7 @@ def test_odd_names_survive(tmp_path):
     assert read["class_name"].tolist() == table["class_name"].tolist()
     predictions = table.loc[table["split"] == "test", ["path", "label"]]
     predictions = predictions.assign(output="scale 1", rank=0, prediction=0)
-    predictions = predictions.assign(confidence=0.5, true_probability=0.5)
+    predictions = predictions.assign(confidence=0.5, calibrated=0.5, true_probability=0.5)
     columns = {"epochs": 1, "best_epoch": 1, "train_seconds": 2.0, "processes": 1}
     write_results(tmp_path / "run", {"best": predictions}, columns)
     assert is_finished(tmp_path / "run") and len(read_results(tmp_path / "run")) == 1
