@@ -260,7 +260,7 @@ class Explorer:
     def _draw(self, settings: ProposalSettings) -> bool:
         """Draw all that is known by now; returns whether all scales are."""
         inspector, known = copy(self.inspector), 1  # work beside the page may replace its scales
-        key, pixels = (self.inspector,), inspector.pixels
+        key, pixels = self.inspector, inspector.pixels
         boxes = {} if inspector.box.isnan().any() else {"annotated": inspector.box}
         whole = torch.tensor([[0, 0, *inspector.model.image_size]])
         boxes["scale 1"] = inspector.image_boxes(whole)
@@ -268,13 +268,12 @@ class Explorer:
             if row.scale >= known:
                 row.outdated()
                 continue
-            region = row.draw(key, pixels, inspector, settings, self.controls.opacity.value)
+            region, key = row.draw(key, pixels, inspector, settings, self.controls.opacity.value)
             if settings.scales > 1:
                 boxes[f"scale {row.scale + 2}"] = inspector.image_boxes(region.boxes)
                 known += inspector.has_run(row.scale + 1, region.crop)
-            key = *key, settings.from_high_res, *region.boxes.flatten().tolist()
             pixels = region.crop[0]
-        self.rows[0].draw_image(key[:1], inspector, boxes)
+        self.rows[0].draw_image(self.inspector, inspector, boxes)
         is_complete = known == settings.scales
         text = "attention only: this backbone has no trained classifier"
         if self.loaded.classes:

@@ -180,9 +180,9 @@ class ScaleRow(widgets.VBox):
         self.add_class("rams-row")
 
     def draw(
-        self, key: tuple, pixels: Tensor, inspector: Inspector, settings: ProposalSettings, opacity
-    ) -> Region:
-        """Draw what has changed; returns the proposed region.
+        self, key: object, pixels: Tensor, inspector: Inspector, settings: ProposalSettings, opacity
+    ) -> tuple[Region, tuple]:
+        """Draw what has changed; returns the proposed region, and the key of the next input.
 
         Args:
             key: names the input of this scale.
@@ -207,9 +207,9 @@ class ScaleRow(widgets.VBox):
             boxes = region.proposal.patch_boxes[0].reshape(-1, 4)
             boxes = rescale_boxes(boxes, region.strength.shape[1:], frame)
             self.input.show(crop, partial(draw_boxes, base, {self.name: boxes}, ""))
-        return region
+        return region, crop
 
-    def draw_image(self, key: tuple, inspector: Inspector, boxes: dict[str, Tensor]) -> None:
+    def draw_image(self, key: object, inspector: Inspector, boxes: dict[str, Tensor]) -> None:
         """Draw the whole image with the boxes (R, 4) of each scale, in its pixels."""
         if self.image[0] != key:
             self.image = key, fit(inspector.picture)

@@ -218,14 +218,11 @@ def sort_into(predictions: pd.DataFrame, folder: Path | str) -> list[Path]:
     """
     check_empty(folder)
     found, copies = answers(predictions), []
-    places: dict[str, str] = {}
-    for name in sorted(found["class_name"].unique()):
-        places[name] = _unused(safe_name(name), {each.lower() for each in places.values()})
-    taken = {name: set() for name in places}
+    classes, folders = sorted(found["class_name"].unique()), set()
+    places = {name: (_unused(safe_name(name), folders), set()) for name in classes}
     for row in found.itertuples():
-        name = _unused(Path(row.path).name, taken[row.class_name])
-        taken[row.class_name].add(name.lower())
-        copies.append(Path(folder, places[row.class_name], name))
+        place, taken = places[row.class_name]
+        copies.append(Path(folder, place, _unused(Path(row.path).name, taken)))
         with writing(copies[-1]):
             copies[-1].parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(row.path, copies[-1])
@@ -245,7 +242,9 @@ def safe_name(class_name: str) -> str:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """The name, with a number before its ending where it is taken, whatever the case."""
+    """The name, numbered before its ending where it is taken, whatever the case; now it is."""
     stem, suffix = os.path.splitext(name)
     numbered = (f"{stem} {number}{suffix}" for number in count(2))
-    return next(each for each in chain([name], numbered) if each.lower() not in taken)
+    unused = next(each for each in chain([name], numbered) if each.lower() not in taken)
+    taken.add(unused.lower())
+    return unused
