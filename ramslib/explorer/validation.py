@@ -249,7 +249,7 @@ def images_of(cached: CachedValidation, label: int, prediction: int, output: str
     return rows.loc[rows["output"] == output, "path"].tolist()
 
 
-def plot_effect(
+def all_thresholds(
     inspector: Inspector, settings: ProposalSettings, figure: Figure, stored: str
 ) -> pd.DataFrame:
     """What the threshold of scale 1 does to all images, and its stored accuracies."""
@@ -261,7 +261,7 @@ def plot_effect(
     return curve
 
 
-def plot_calibration(inspector: Inspector, _, figure: Figure, stored: str) -> pd.DataFrame:
+def calibration(inspector: Inspector, _, figure: Figure, stored: str) -> pd.DataFrame:
     """Accuracy against confidence, and the scores, of each output."""
     predictions = read_stored(stored, inspector).predictions
     scores = score(predictions)
@@ -271,7 +271,7 @@ def plot_calibration(inspector: Inspector, _, figure: Figure, stored: str) -> pd
     return scores
 
 
-def plot_gallery(inspector: Inspector, _, figure: Figure, stored: str, order: str) -> pd.DataFrame:
+def gallery(inspector: Inspector, _, figure: Figure, stored: str, order: str) -> pd.DataFrame:
     """The first images in one of the orders of `sort_images`; the table has all."""
     cached = read_stored(stored, inspector)
     values, table = sort_images(cached)[order], cached.strengths.table.set_index("path")
@@ -284,7 +284,7 @@ def plot_gallery(inspector: Inspector, _, figure: Figure, stored: str, order: st
     return rows.reset_index()
 
 
-def plot_mistakes(inspector: Inspector, _, figure: Figure, stored: str, output: str):
+def confusion(inspector: Inspector, _, figure: Figure, stored: str, output: str):
     """Images by true and predicted class; of many classes, those with the most mistakes."""
     predictions, classes = read_stored(stored, inspector).predictions, inspector.classes
     counts = confusion_matrix(predictions, len(classes), output, CLASSES)
@@ -294,19 +294,13 @@ def plot_mistakes(inspector: Inspector, _, figure: Figure, stored: str, output: 
     return counts.set_axis(names, axis=1).set_axis(names).rename_axis("true").reset_index()
 
 
-def plot_pair(inspector: Inspector, _, figure: Figure, stored: str, other: str) -> pd.DataFrame:
+def differences(inspector: Inspector, _, figure: Figure, stored: str, other: str) -> pd.DataFrame:
     """Differences in accuracy of each output to another model's last, with their intervals."""
-    differences, _ = compare_models(*(read_stored(each, inspector) for each in (stored, other)))
+    table, _ = compare_models(*(read_stored(each, inspector) for each in (stored, other)))
     figure.set_size_inches(6, 2.2)
-    shown = differences.assign(method="this − other", seed=0)
+    shown = table.assign(method="this − other", seed=0)
     plots.plot_differences(shown, ax=figure.subplots())
-    return differences
+    return table
 
 
-FIGURES: dict[str, Callable[..., pd.DataFrame]] = {
-    "all thresholds": plot_effect,
-    "calibration": plot_calibration,
-    "gallery": plot_gallery,
-    "confusion": plot_mistakes,
-    "differences": plot_pair,
-}
+FIGURES = all_thresholds, calibration, gallery, confusion, differences

@@ -1,7 +1,7 @@
 """Figures of one image with their numbers: the page, files and copied code call the same functions.
 
-A view draws on a figure, which gets its size, and returns its numbers as a table. ``VIEWS`` maps
-names to views, ``READ`` to what a view reads of the settings.
+A view draws on a figure, which gets its size, and returns its numbers as a table. ``VIEWS`` has the
+functions by name, ``READ`` what a view reads of the settings.
 """
 
 import io
@@ -293,12 +293,11 @@ def export_page(run: Path | str, images: Sequence[Path | str], out: Path) -> Pat
         label, box = (None, None) if row is None else (int(row["label"]), row[BOX_COLUMNS])
         inspector.set_image(path, label, box)
         pages.append(_page_of(inspector, replace(inspector.settings, scales=2)))
-    environment = jinja2.Environment(autoescape=True)
-    template = Path(__file__).with_name("export.html.j2").read_text()
+    template = Path(__file__).with_name("export.html.j2").read_text("utf-8")
     eta = inspector.settings.threshold(0)
     shared = {"classes": loaded.classes, "thresholds": PAGE_THRESHOLDS, "model": loaded.name}
     shared["start"] = min(round(10 * eta), len(PAGE_THRESHOLDS) - 1)
-    text = environment.from_string(template).render(images=pages, **shared)
+    text = jinja2.Template(template, autoescape=True).render(images=pages, **shared)
     write_atomically(out, lambda part: part.write_text(text, encoding="utf-8"))
     return out
 
@@ -368,22 +367,12 @@ def _by_patch(maps: dict[str, Tensor]) -> pd.DataFrame:
     return pd.DataFrame(places | {name: each.flatten().tolist() for name, each in maps.items()})
 
 
+SHOWN = threshold, recursion, blocks, tokens, heads, colors, by_hand, elsewhere, compare
 VIEWS: dict[str, Callable[..., pd.DataFrame]] = {
-    "threshold": threshold,
-    "recursion": recursion,
-    "blocks": blocks,
-    "tokens": tokens,
-    "heads": heads,
-    "colors": colors,
-    "by hand": by_hand,
-    "elsewhere": elsewhere,
-    "compare": compare,
-    **validation.FIGURES,
+    view.__name__.replace("_", " "): view for view in (*SHOWN, *validation.FIGURES)
 }
 READ: dict[str, Callable[[ProposalSettings], object]] = {  # all else redraws nothing
     "blocks": lambda settings: settings.functions[0],
-    "tokens": lambda settings: None,
-    "heads": lambda settings: None,
-    "colors": lambda settings: None,
     "elsewhere": lambda settings: settings.from_high_res,
+    **dict.fromkeys(("tokens", "heads", "colors"), lambda settings: None),
 }
