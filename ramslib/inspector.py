@@ -307,30 +307,17 @@ class Inspector:
         curve = pd.DataFrame(stats).assign(threshold=thresholds)
         return curve[["threshold", "area", "iou"]].dropna(axis=1)
 
-    def probability_curve(
-        self, thresholds: Sequence[float], settings: ProposalSettings | None = None, **changes
-    ) -> Iterator[float]:
-        """Probability of the true class at scale 2, threshold by threshold of scale 1.
+    def chances(self, proposed: Iterable[ProposalSettings]) -> Iterator[float]:
+        """Probability of the true class at scale 2, for each settings of what scale 1 proposes.
 
         Where the true class is unknown, that of the class which scale 1 predicts. One forward pass
         per different crop.
         """
-        settings = self.changed(settings, **changes)
-        return self._chances(self.region(0, settings, threshold=eta) for eta in thresholds)
-
-    def probability_elsewhere(
-        self, boxes: Tensor, settings: ProposalSettings | None = None, **changes
-    ) -> Iterator[float]:
-        """Like `probability_curve`, for boxes (n, 4) in pixels of the upright image."""
-        settings = self.changed(settings, **changes)
-        places = (self.by_hand(box, settings) for box in boxes.tolist())
-        return self._chances(self.region(0, place) for place in places)
-
-    def _chances(self, regions: Iterable[Region]) -> Iterator[float]:
         known, label = {}, self.label
         label = self._run_before(0).logits[0].argmax() if label is None else label
-        for region in regions:
-            key = tuple(region.boxes.flatten().tolist())
+        for settings in proposed:
+            region = self.region(0, settings)
+            key = settings.from_high_res, *region.boxes.flatten().tolist()
             if key not in known:
                 with torch.inference_mode():
                     logits = self.model.run_scale(region.crop, 1)[0].mean(dim=0)

@@ -580,14 +580,14 @@ def test_a_box_by_hand_starts_as_the_proposed_one_and_is_kept_for_its_image(expl
 def test_a_map_of_elsewhere_stops_when_its_tab_is_left(explorer, monkeypatch):
     seen, steps = [], threading.Event()
 
-    def slow(self, boxes, settings):
-        for number in range(len(boxes)):
+    def slow(self, proposed):
+        for number, _ in enumerate(proposed):
             seen.append(number)
             steps.set()
             yield 0.5
             time.sleep(0.02)
 
-    monkeypatch.setattr("ramslib.inspector.Inspector.probability_elsewhere", slow)
+    monkeypatch.setattr("ramslib.inspector.Inspector.chances", slow)
     explorer.tabs.selected_index = explorer.tabs.titles.index("by hand")
     assert steps.wait(20)
     explorer.tabs.selected_index = explorer.tabs.titles.index("gallery")

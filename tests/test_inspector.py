@@ -260,8 +260,9 @@ def test_probabilities_elsewhere_are_those_of_the_boxes(inspector):
     assert torch.allclose(boxes[0, :2], seen[:2]) and torch.allclose(boxes[-1, 2:], seen[2:])
     sizes = boxes[:, 2:] - boxes[:, :2]
     assert torch.allclose(sizes, torch.tensor([[25.0, 32.0]]).double().expand(9, 2))
-    for box, chance in zip(boxes, inspector.probability_elsewhere(boxes), strict=True):
-        outputs = inspector.outputs(inspector.by_hand(box))
+    places = [inspector.by_hand(box) for box in boxes]
+    for place, chance in zip(places, inspector.chances(places), strict=True):
+        outputs = inspector.outputs(place)
         assert chance == pytest.approx(float(outputs[1].logits[0].softmax(0)[1]), abs=1e-6)
 
 
@@ -365,7 +366,7 @@ def test_curves_are_the_numbers_at_every_threshold(inspector, table, label):
     inspector.set_image(table["path"][0], label, BOX)
     thresholds = [0.0, 0.9, 1.1, 9.0]
     curve = inspector.threshold_curve(thresholds)
-    chances = list(inspector.probability_curve(thresholds))
+    chances = list(inspector.chances(inspector.changed(threshold=eta) for eta in thresholds))
     for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
         stats = inspector.region_stats(inspector.region(threshold=threshold))
         assert (row.area, row.iou) == pytest.approx((stats["area"], stats["iou"]))
@@ -374,9 +375,13 @@ def test_curves_are_the_numbers_at_every_threshold(inspector, table, label):
         assert chance == pytest.approx(float(second.logits[0].softmax(0)[index]), abs=1e-6)
 
 
-def test_a_probability_curve_runs_each_crop_once(inspector, forwards):
-    list(inspector.probability_curve([50.0, 60.0, 0.0, 70.0]))
+def test_probabilities_run_each_crop_once(inspector, forwards):
+    proposed = [inspector.changed(threshold=eta) for eta in (50.0, 60.0, 0.0, 70.0)]
+    list(inspector.chances(proposed))
     assert len(forwards) == 1, "no patch or every patch: the whole image"
+    coarse = replace(proposed[0], from_high_res=False)
+    first, *_, last = inspector.chances([*proposed, coarse])
+    assert len(forwards) == 3 and first != last, "the same box of other pixels"
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
@@ -427,7 +432,8 @@ def test_functions_of_ones_own_and_several_regions(inspector, forwards):
             logits = inspector.model.run_scale(outputs[scale].input, scale)[0].mean(0)
         assert torch.allclose(outputs[scale].logits[0], logits, atol=1e-5)
         assert torch.allclose(inspector.logits(3)[scale][0], logits, atol=1e-5)
-    chances = list(inspector.probability_curve([0.5, 1.0], proposal=halves))
+    proposed = [inspector.changed(threshold=eta, proposal=halves) for eta in (0.5, 1.0)]
+    chances = list(inspector.chances(proposed))
     expected = outputs[1].logits[0].softmax(0)[1]
     assert chances == pytest.approx([float(expected)] * 2, abs=1e-6)
 

@@ -87,8 +87,8 @@ class ViewTab(widgets.VBox):
     def _draw(self, missing: dict, inspector, settings, options: dict) -> Iterator[Callable]:
         for view, key in missing.items():
             if view == "elsewhere":
-                boxes, chances = inspector.sliding_boxes(options["box"]), []
-                for chance in inspector.probability_elsewhere(boxes, settings):
+                boxes, chances = inspector.sliding_boxes(options["box"]).tolist(), []
+                for chance in inspector.chances(inspector.by_hand(box, settings) for box in boxes):
                     chances.append(chance)
                     yield _step
                 options = options | {"chances": chances}
@@ -279,7 +279,8 @@ class AnalysisTabs(widgets.Tab):
         drawn = draw_curve(curve, note)
         yield partial(self.curve.show, (key, not note), lambda: drawn)
         if note:
-            for chance in inspector.probability_curve(THRESHOLDS, settings):
+            proposed = (inspector.changed(settings, threshold=eta) for eta in THRESHOLDS)
+            for chance in inspector.chances(proposed):
                 chances.append(chance)
                 yield _step
             curve["probability"] = chances

@@ -88,7 +88,8 @@ def threshold(inspector: Inspector, settings: ProposalSettings, figure: Figure) 
     """What the threshold of scale 1 does to this image."""
     curve = inspector.threshold_curve(PAGE_THRESHOLDS, settings)
     if inspector.classes:
-        curve["probability"] = list(inspector.probability_curve(PAGE_THRESHOLDS, settings))
+        proposed = (inspector.changed(settings, threshold=eta) for eta in PAGE_THRESHOLDS)
+        curve["probability"] = list(inspector.chances(proposed))
     figure.set_size_inches(7, 2.8)
     plots.plot_threshold(curve, settings.threshold(0), ax=figure.subplots())
     return curve
@@ -195,7 +196,8 @@ def elsewhere(
         chances: the probabilities, where they are known.
     """
     boxes = inspector.sliding_boxes(box, steps)
-    chances = chances or list(inspector.probability_elsewhere(boxes, settings))
+    places = (inspector.by_hand(each, settings) for each in boxes.tolist())
+    chances = chances or list(inspector.chances(places))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2 * inspector.picture.height / inspector.size[0, 0]
     half = (centers[-1] - centers[0]) / (steps - 1) / 2
     frame = torch.cat([centers[0] - half, centers[-1] + half])
