@@ -134,6 +134,7 @@ class Inspector:
         size: (1, 2) height and width of the upright image.
         label: true class, or None.
         box: (1, 4) annotated box in pixels of the upright image, NaN where unknown.
+        seen: (1, 4) what scale 1 sees of the upright image, in its pixels.
     """
 
     def __init__(self, model: RAMSTrans, transform: ImageTransform, classes: Sequence[str] = ()):
@@ -174,6 +175,7 @@ class Inspector:
             self._images = self.model.preprocess(self.pixels[None].to(device))
             self._scales = (self._run(self._images[0], 0),)
         self._scales[0].boxes = full_image_boxes(self._images[0])
+        self.seen = self.image_boxes(self._scales[0].boxes)
         return self
 
     def _check_size(self, image: object, size: tuple[int, int]) -> None:
@@ -428,10 +430,9 @@ class Inspector:
         given = torch.as_tensor([list(box)], dtype=torch.float64)
         inside = self.transform.boxes_to_input(given, self.size, self.model.image_size)[0]
         if not (inside[2:] > inside[:2]).all():
-            seen = self.image_boxes(full_image_boxes(self._images[0]))[0].round().int().tolist()
             raise InputError(
                 f"box {list(box)}: the model sees nothing of it; give (top, left, bottom, right) "
-                f"in pixels, within {seen}"
+                f"in pixels, within {self.seen[0].round().int().tolist()}"
             )
         whole = torch.tensor([0.0, 0.0, *self.model.grid])
         place = fixed_box(*rescale_boxes(inside, self.model.image_size, whole).tolist())
@@ -440,7 +441,7 @@ class Inspector:
 
     def sliding_boxes(self, box: Sequence[float], steps: int = 8) -> Tensor:
         """A box (4,) slid over what the model sees: (steps * steps, 4), row by row."""
-        seen, box = self.image_boxes(full_image_boxes(self._images[0]))[0], torch.as_tensor(box)
+        seen, box = self.seen[0], torch.as_tensor(box)
         size = (box[2:] - box[:2]).minimum(seen[2:] - seen[:2])
         ways = seen[:2] + torch.linspace(0, 1, steps)[:, None] * (seen[2:] - size - seen[:2])
         corners = torch.cartesian_prod(*ways.T)

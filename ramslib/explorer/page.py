@@ -262,8 +262,7 @@ class Explorer:
         inspector, known = copy(self.inspector), 1  # work beside the page may replace its scales
         key, pixels = self.inspector, inspector.pixels
         boxes = {} if inspector.box.isnan().any() else {"annotated": inspector.box}
-        whole = torch.tensor([[0, 0, *inspector.model.image_size]])
-        boxes["scale 1"] = inspector.image_boxes(whole)
+        boxes["scale 1"] = inspector.seen
         for row in self.stage.children:
             if row.scale >= known:
                 row.outdated()

@@ -29,7 +29,6 @@ from ramslib.boxes import box_iou
 from ramslib.data.annotations import BOX_COLUMNS
 from ramslib.dppm import upsample
 from ramslib.errors import InputError, write_atomically
-from ramslib.evaluation import first_region
 from ramslib.explorer import validation
 from ramslib.inspector import Inspector, Token
 from ramslib.model import ProposalSettings, RAMSTrans
@@ -78,7 +77,7 @@ def recursion(inspector: Inspector, settings: ProposalSettings, figure: Figure) 
     outputs = inspector.outputs(settings)
     inspector.plot(settings, figure)
     boxes = {
-        f"scale {number}": inspector.image_boxes(first_region(output.boxes, 1))
+        f"scale {number}": inspector.image_boxes(output.boxes[:1])
         for number, output in enumerate(outputs, start=1)
     }
     return _scores(inspector, boxes, inspector.probabilities(outputs))
@@ -309,7 +308,6 @@ def _page_of(inspector: Inspector, settings: ProposalSettings) -> dict:
     picture, content = inspector.picture.copy(), io.BytesIO()
     picture.thumbnail((PAGE_SIDE, PAGE_SIDE))
     picture.save(content, "jpeg", quality=80)
-    seen = inspector.image_boxes(torch.tensor([[0, 0, *inspector.model.image_size]]))
     steps, shown = [], {}
     for eta in PAGE_THRESHOLDS:
         region = inspector.region(0, settings, threshold=eta)
@@ -326,7 +324,7 @@ def _page_of(inspector: Inspector, settings: ProposalSettings) -> dict:
         "name": Path(inspector.path).name,
         "picture": "data:image/jpeg;base64," + b64encode(content.getvalue()).decode(),
         "size": inspector.size[0].tolist(),
-        "seen": seen[0].tolist(),
+        "seen": inspector.seen[0].tolist(),
         "truth": truth,
         "grid": finer.shape,
         "strength": relative.round(decimals=3).tolist(),
