@@ -37,7 +37,7 @@ from ramslib.runs.folder import (
     run_key,
 )
 from ramslib.runs.inference import load
-from ramslib.runs.results import read_predictions, read_results, write_results
+from ramslib.runs.results import UNCALIBRATED, read_predictions, read_results, write_results
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,9 @@ def test_odd_names_survive(tmp_path):
     predictions = predictions.assign(output="scale 1", rank=0, prediction=0)
     predictions = predictions.assign(confidence=0.5, calibrated=0.5, true_probability=0.5)
     columns = {"epochs": 1, "best_epoch": 1, "train_seconds": 2.0, "processes": 1}
-    write_results(tmp_path / "run", {"best": predictions}, columns)
+    calibration = pd.DataFrame([{"output": "scale 1"} | UNCALIBRATED])
+    outcome = calibration.drop(columns="ece_calibrated"), predictions
+    write_results(tmp_path / "run", {"best": outcome}, columns)
     assert is_finished(tmp_path / "run") and len(read_results(tmp_path / "run")) == 1
     found = read_predictions(tmp_path / "run")
     assert found["path"].tolist() == predictions["path"].tolist()

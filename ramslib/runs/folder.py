@@ -296,13 +296,9 @@ def read_csv(
     missing = {name: [""] for name in (*BOX_COLUMNS, *added)}
     how = {"dtype": texts, "keep_default_na": False, "na_values": missing}
     with file_errors(path, remedy):
-        table = pd.read_csv(path, encoding_errors="surrogateescape", **how)
-        return add_columns(current_columns(table), added).astype(kinds)
-
-
-def add_columns(table: pd.DataFrame, added: Mapping[str, object]) -> pd.DataFrame:
-    """A table with those of the columns added that it does not have."""
-    return table.assign(**{name: added[name] for name in added if name not in table})
+        table = current_columns(pd.read_csv(path, encoding_errors="surrogateescape", **how))
+        lacking = {name: added[name] for name in added if name not in table}
+        return table.assign(**lacking).astype(kinds)
 
 
 def read_metadata(run: Path) -> tuple[Config, dict]:

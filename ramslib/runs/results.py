@@ -12,7 +12,6 @@ from ramslib.data.annotations import SPLITS
 from ramslib.errors import InputError, write_table, write_text
 from ramslib.evaluation import score
 from ramslib.runs.folder import (
-    add_columns,
     is_finished,
     locate_images,
     read_csv,
@@ -34,31 +33,24 @@ REMEDY = "restore it, or remove results.csv and train again: only the results ar
 
 
 def write_results(
-    run: Path,
-    predictions: Mapping[str, pd.DataFrame],
-    columns: dict,
-    calibration: Mapping[str, pd.DataFrame] = {},
+    run: Path, outcomes: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], columns: dict
 ) -> None:
     """Write the files that end a run; ``results.csv`` comes last and means that it is finished.
 
     Args:
         run: its folder.
-        predictions: of the test split, by checkpoint.
+        outcomes: by checkpoint, the table of `evaluation.fit_calibration` and the predictions of
+            the test split.
         columns: further columns of the results: epochs, best_epoch, seconds, processes.
-        calibration: from `evaluation.fit_calibration`, by checkpoint.
     """
     _, metadata, _ = read_run(run)
-    scores = [
-        score(table).assign(split="test", checkpoint=checkpoint)
-        for checkpoint, table in predictions.items()
-    ]
-    results = pd.concat(scores).assign(**columns)
-    if calibration:
-        fitted = pd.concat(calibration, names=["checkpoint"]).reset_index("checkpoint")
-        results = results.merge(fitted, on=["checkpoint", "output"])
-    results = add_columns(results, UNCALIBRATED)
-    for checkpoint, table in predictions.items():
-        write_table(shorten_paths(table, metadata["root"]), run / f"predictions_{checkpoint}.csv")
+    parts = []
+    for checkpoint, (calibration, predictions) in outcomes.items():
+        scores = score(predictions).assign(split="test", checkpoint=checkpoint, **columns)
+        parts.append(scores.merge(calibration, on="output"))
+        predictions = shorten_paths(predictions, metadata["root"])
+        write_table(predictions, run / f"predictions_{checkpoint}.csv")
+    results = pd.concat(parts)
     write_text(run / "README.md", model_card(run, results))
     write_table(results, run / "results.csv")
 

@@ -295,9 +295,7 @@ class Trainer:
         columns = {"epochs": epochs, "best_epoch": best_epoch, "processes": self.processes.world}
         columns["train_seconds"] = round(self.state.seconds, 1)
         if self.processes.is_first:
-            both = zip(best, last, strict=True)  # each (calibration, predictions)
-            calibration, predictions = ({"best": one, "last": other} for one, other in both)
-            write_results(self.run, predictions, columns, calibration)
+            write_results(self.run, {"best": best, "last": last}, columns)
 
     def _calibrate_and_test(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Calibration on the validation split, and predictions of the test split with it."""
