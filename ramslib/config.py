@@ -121,7 +121,8 @@ class Config:
         """Read a configuration: a JSON object with some of the fields, or a run's config.json."""
         path = Path(path)
         with input_errors(f"{path}: not a JSON object of settings", "correct it"):
-            values = json.loads(path.read_text())
+            if not isinstance(values := json.loads(path.read_text()), dict):
+                raise InputError(f"found {type(values).__name__}")
             if isinstance(values.get("config"), dict):
                 values = locate_sources(values["config"], path.parent)
             return cls().replace(**current_names(values))

@@ -99,7 +99,8 @@ def input_errors(
     except passed:
         raise
     except kinds as error:
-        raise InputError(f"{what} ({one_line(error)}); {remedy}") from None
+        why = getattr(error, "strerror", None) or one_line(error)  # of the system, without the path
+        raise InputError(f"{what} ({why}); {remedy}") from None
 
 
 def writing(path: Path, remedy: str = "choose another folder") -> AbstractContextManager:

@@ -141,9 +141,7 @@ def test_missing_line_is_counted(tmp_path, name):
 def test_missing_file_is_named(tmp_path, name):
     root = write_cub(tmp_path)
     (root / f"{name}.txt").unlink()
-    assert f"{root / name}.txt: cannot be read ([Errno 2] No such file" in message(
-        lambda: read("cub", root)
-    )
+    assert f"{root / name}.txt: cannot be read (No such file" in message(lambda: read("cub", root))
 
 
 def test_binary_file_is_not_text(tmp_path):
@@ -207,9 +205,9 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     found = message(lambda: read("cub", root))
-    assert f"{root}/images/001.Crow: cannot be read ([Errno 13] Permission denied" in found
+    assert f"{root}/images/001.Crow: cannot be read (Permission denied" in found
     found = message(lambda: read("folder", photos))
-    assert f"{photos}/crow: cannot be read ([Errno 13] Permission denied" in found
+    assert f"{photos}/crow: cannot be read (Permission denied" in found
 
 
 def test_no_image_folder_at_all(tmp_path):
