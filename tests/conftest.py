@@ -1,26 +1,20 @@
 """Shared fixtures: tiny, freshly randomized backbones of every family of timm that is supported."""
 
 import functools
+import pkgutil
 
 import pytest
-import torch
 from hypothesis import settings
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
-torch.set_num_threads(1)  # of tiny tensors, threads only wait for each other
-
 # Modules of trainings, processes, exports, kernels and browsers: `make check` leaves them out.
 SLOW = """
-test_backbone_kinds test_benchmarks test_browser test_data_notebook test_export test_forks
-test_golden test_launch test_notebooks test_notebooks_command test_old_runs
+test_backbone_kinds test_benchmarks test_browser test_calibration test_data_notebook test_export
+test_forks test_golden test_launch test_notebooks test_notebooks_command test_old_runs test_photos
 test_processes_benchmark test_report test_strangers test_sweep test_trainer test_training
+test_validation
 """.split()
 
 
@@ -44,6 +38,16 @@ TOKEN = VIT | {"global_pool": "token"}
 ROTARY = TOKEN | {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
 LAYER_SCALE = {"init_values": 0.5}
 
+VisionTransformer, Distilled, Eva, Beit, RelPos = (  # timm is imported where one is built
+    f"timm.models.{name}"
+    for name in (
+        "vision_transformer:VisionTransformer",
+        "deit:VisionTransformerDistilled",
+        "eva:Eva",
+        "beit:Beit",
+        "vision_transformer_relpos:VisionTransformerRelPos",
+    )
+)
 FAMILIES = {
     "vit": (VisionTransformer, TOKEN),
     "qk_norm": (VisionTransformer, TOKEN | {"qk_norm": True}),
@@ -54,7 +58,7 @@ FAMILIES = {
         TOKEN | LAYER_SCALE | {"reg_tokens": 4, "no_embed_class": True},
     ),
     "deit3": (VisionTransformer, TOKEN | LAYER_SCALE | {"no_embed_class": True}),
-    "distilled": (VisionTransformerDistilled, VIT),
+    "distilled": (Distilled, VIT),
     "siglip": (VisionTransformer, VIT | {"class_token": False, "global_pool": "map"}),
     "average": (VisionTransformer, VIT | {"class_token": False, "global_pool": "avg"}),
     "registers_average": (
@@ -72,8 +76,8 @@ FAMILIES = {
     ),
     "beit": (Beit, TOKEN | {"use_abs_pos_emb": False, "use_rel_pos_bias": True}),
     "beit_shared": (Beit, TOKEN | {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}),
-    "relpos": (VisionTransformerRelPos, TOKEN | {"class_token": True, "rel_pos_type": "bias"}),
-    "relpos_mlp": (VisionTransformerRelPos, TOKEN | {"class_token": True}),
+    "relpos": (RelPos, TOKEN | {"class_token": True, "rel_pos_type": "bias"}),
+    "relpos_mlp": (RelPos, TOKEN | {"class_token": True}),
 }
 ABSOLUTE = ["vit", "qk_norm", "clip", "dinov2", "dinov2_registers", "deit3", "eva"]
 ROTARIES = ["eva02", "eva_split", "dinov3", "rotary_mixed", "grouped_query"]
@@ -81,7 +85,10 @@ ROTARIES = ["eva02", "eva_split", "dinov3", "rotary_mixed", "grouped_query"]
 
 def build(family: str, seed: int = 0, **changes):
     """A backbone of a family with weights large enough that attention is far from uniform."""
+    import torch  # not by the process that hands out tests: seconds
+
     kind, options = FAMILIES[family]
+    kind = pkgutil.resolve_name(kind)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         backbone = kind(**options | changes).eval()
@@ -89,6 +96,14 @@ def build(family: str, seed: int = 0, **changes):
             spread = 0.3 if parameter.ndim > 1 else 0.1
             parameter.add_(spread * torch.randn_like(parameter))
     return backbone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Of tiny tensors, threads only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -116,5 +131,7 @@ def images():
 
 
 def _noise(count=2, size=(24, 32), seed=0, channels=3):
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, channels, *size, generator=generator)
