@@ -351,16 +351,17 @@ class Inspector:
         names = [f"class {number}" for number in range(1, classes + 1)]
         return names + [f"register {number}" for number in range(1, count - classes + 1)]
 
-    def token_index(self, token: Token) -> int:
+    def token_index(self, token: Token, scale: int = 0) -> int:
         """Where a token is in the sequence.
 
         Args:
             token: a name of `prefix_tokens`, or a patch as (row, column) from 0.
+            scale: from 0, one that was run.
 
         Raises:
             InputError: there is none.
         """
-        names, (height, width) = self.prefix_tokens, self._run_before(0).recorded.grid
+        names, (height, width) = self.prefix_tokens, self._run_before(scale).recorded.grid
         if isinstance(token, str):
             if token not in names:
                 raise InputError(f"no token {token!r}; choose one of {names} or (row, column)")
@@ -369,13 +370,16 @@ class Inspector:
         return len(names) + width * row + _checked("column", token[1], 0, width - 1)
 
     @torch.inference_mode()
-    def attention_rows(self, block: int, token: Token, head: int | None = None) -> Tensor:
+    def attention_rows(
+        self, block: int, token: Token, head: int | None = None, scale: int = 0
+    ) -> Tensor:
         """What one token attends to: its row of a block's attention probabilities, by head.
 
         Args:
             block: from 1.
             token: the one that reads, see `token_index`.
             head: from 1; None gives all.
+            scale: from 0, one that was run; of several regions, the first.
 
         Returns:
             (A, N), or (1, N) of one head; each row sums to 1. `attention.on_grid` gives the
@@ -384,12 +388,14 @@ class Inspector:
         Raises:
             InputError: no such block, head or token.
         """
-        blocks, index = self._run_before(0).recorded.blocks, self.token_index(token)
+        blocks, index = self._run_before(scale).recorded.blocks, self.token_index(token, scale)
         chosen = blocks[_checked("block", block, 1, len(blocks)) - 1]
         rows = attention_probabilities(chosen, slice(index, index + 1))[0, :, 0]
         return rows if head is None else rows[[_checked("head", head, 1, len(rows)) - 1]]
 
-    def disagreement(self, block: int, patch: Token, head: int | None = None) -> Tensor:
+    def disagreement(
+        self, block: int, patch: Token, head: int | None = None, scale: int = 0
+    ) -> Tensor:
         """Where class token and patch disagree: (h, w), positive where the class token looks more.
 
         The difference of what each gives to every patch, mean over heads, as shares of what it
@@ -397,21 +403,21 @@ class Inspector:
         """
         if not self.has_class_token:
             raise InputError("this backbone has no class token; use attention_rows")
-        asked = self.prefix_tokens[self._run_before(0).recorded.class_index], patch
-        rows = [self.attention_rows(block, token, head).mean(dim=0) for token in asked]
-        maps = on_grid(torch.stack(rows), self._run_before(0).recorded.grid)
+        asked = self.prefix_tokens[self._run_before(scale).recorded.class_index], patch
+        rows = [self.attention_rows(block, token, head, scale).mean(dim=0) for token in asked]
+        maps = on_grid(torch.stack(rows), self._run_before(scale).recorded.grid)
         first, second = maps / maps.sum(dim=(1, 2), keepdim=True)
         return first - second
 
-    def patch_tokens(self) -> Tensor:
-        """The patch tokens (h, w, D) after the last block."""
-        return self._run_before(0).recorded.tokens[0]
+    def patch_tokens(self, scale: int = 0) -> Tensor:
+        """The patch tokens (h, w, D) of a scale that was run, after the last block."""
+        return self._run_before(scale).recorded.tokens[0]
 
     @torch.inference_mode()
-    def patch_similarity(self, patch: tuple[int, int]) -> Tensor:
+    def patch_similarity(self, patch: tuple[int, int], scale: int = 0) -> Tensor:
         """Cosine of a patch's token after the last block to those of all patches: (h, w)."""
-        tokens = self.patch_tokens()
-        index = self.token_index(patch) - len(self.prefix_tokens)
+        tokens = self.patch_tokens(scale)
+        index = self.token_index(patch, scale) - len(self.prefix_tokens)
         return F.cosine_similarity(tokens, tokens.flatten(0, 1)[index], dim=-1)
 
     def by_hand(

@@ -211,10 +211,23 @@ def test_rows_of_any_token_are_those_of_unfused_attention(family, backbone_of, t
             inspector.disagreement(3, (1, 2))
 
 
-def test_similarity_is_the_cosine_of_the_tokens(inspector):
+def test_rows_of_scale_2_are_of_what_it_saw(inspector):
+    model, (first, second) = inspector.model, inspector.outputs()
+    with torch.no_grad(), record_attention(model.backbone) as blocks:
+        model.backbone.forward_features(second.input)
+    rows = attention_probabilities(blocks[3])[0, :, 0]
+    found = inspector.attention_rows(4, "class 1", scale=1)
+    assert torch.allclose(found, rows, atol=1e-6)
+    assert not torch.allclose(found, inspector.attention_rows(4, "class 1"), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_similarity_is_the_cosine_of_the_tokens(inspector, scale):
+    inputs = inspector.outputs()[scale].input
     with torch.no_grad():
-        tokens = inspector.model.backbone.forward_features(inspector.outputs()[0].input)[0, -16:]
-    found = inspector.patch_similarity((2, 1))
+        tokens = inspector.model.backbone.forward_features(inputs)[0, -16:]
+    found = inspector.patch_similarity((2, 1), scale)
+    assert torch.allclose(inspector.patch_tokens(scale).flatten(0, 1), tokens, atol=1e-5)
     for place, other in enumerate(tokens):
         cosine = float(tokens[9] @ other / (tokens[9].norm() * other.norm()))
         assert float(found.flatten()[place]) == pytest.approx(cosine, abs=1e-5)
