@@ -20,7 +20,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import Connection, create_engine, event, inspect
+from sqlalchemy import Connection, create_engine, event, inspect, make_url
 from sqlalchemy.exc import NoSuchModuleError
 
 from ramslib.config import Config
@@ -105,6 +105,7 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
         if sqlite := url.startswith("sqlite"):
             patient = {"timeout": 60, "isolation_level": None}
             options["engine_kwargs"] = {"connect_args": patient}
+            _check_header(Path(make_url(url).database or ""))
         try:
             if sqlite and (names := inspect(create_engine(url)).get_table_names()):
                 if "studies" not in names:
@@ -122,6 +123,18 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
             raise InputError(
                 f"{folder}: the database of the queue cannot be used ({one_line(error)}); {remedy}"
             ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file that is no database, of which SQLite would delete what it takes for a journal.
+
+    Raises:
+        InputError: it is none.
+    """
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):
+                raise InputError(f"{path}: no database; remove it or give another file")
 
 
 def _lock_the_file(connection: Connection) -> None:
