@@ -212,7 +212,7 @@ def test_rows_of_any_token_are_those_of_unfused_attention(family, backbone_of, t
 
 
 def test_rows_of_scale_2_are_of_what_it_saw(inspector):
-    model, (first, second) = inspector.model, inspector.outputs()
+    model, second = inspector.model, inspector.outputs()[1]
     with torch.no_grad(), record_attention(model.backbone) as blocks:
         model.backbone.forward_features(second.input)
     rows = attention_probabilities(blocks[3])[0, :, 0]
