@@ -254,6 +254,27 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
         start(tmp_path / "file" / "run", ["train"])
 
 
+STARTER = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_whose_starter_takes_no_notice_is_stopped_at_once(tmp_path):
+    """It stays a zombie, as that of a notebook whose kernel is idle."""
+    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
+    try:
+        job = Job(tmp_path, psutil.Process(int(starter.stdout.readline())))
+        started = time.monotonic()
+        job.stop(patience=40)
+        assert time.monotonic() - started < 20
+        assert job.process.status() == psutil.STATUS_ZOMBIE
+    finally:
+        starter.kill()
+        starter.wait()
+
+
 def test_ports_are_read_as_they_are():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert f"{server.getsockname()[1]:04X}" in _listening([Path("/proc/self")])

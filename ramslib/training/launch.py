@@ -176,10 +176,12 @@ class Job:
     def stop(self, patience: float = 60.0) -> None:
         """Ask the job to save and end; kill it when it does not within the patience."""
         for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
-            with suppress(ProcessLookupError, psutil.TimeoutExpired):
+            with suppress(ProcessLookupError):
                 if self.is_running():
                     os.killpg(self.process.pid, number)
-                    self.process.wait(wait)
+            deadline = time.monotonic() + wait
+            while self.is_running() and time.monotonic() < deadline:  # psutil waits for zombies
+                time.sleep(0.1)
         self._end()
 
     def _end(self) -> int | None:
