@@ -233,9 +233,8 @@ def read_aircraft(root: Path | str) -> pd.DataFrame:
     corners = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), float)
     found = read_by_id(f"{root}/images_box.txt", pd.Index(table["key"]).unique(), **corners)
     left, top, right, bottom = found.loc[table["key"]].to_numpy().T
-    table[BOX_COLUMNS] = np.column_stack(
-        [top - 1, left - 1, bottom, right]
-    )  # from 1, ends included
+    # pixels are numbered from 1, ends included
+    table[BOX_COLUMNS] = np.column_stack([top - 1, left - 1, bottom, right])
     return table
 
 
