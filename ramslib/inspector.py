@@ -309,7 +309,7 @@ class Inspector:
         curve = pd.DataFrame(stats).assign(threshold=thresholds)
         return curve[["threshold", "area", "iou"]].dropna(axis=1)
 
-    def chances(self, proposed: Iterable[ProposalSettings]) -> Iterator[float]:
+    def true_probabilities(self, proposed: Iterable[ProposalSettings]) -> Iterator[float]:
         """Probability of the true class at scale 2, for each settings of what scale 1 proposes.
 
         Where the true class is unknown, that of the class which scale 1 predicts. One forward pass

@@ -587,7 +587,7 @@ def test_a_map_of_elsewhere_stops_when_its_tab_is_left(explorer, monkeypatch):
             yield 0.5
             time.sleep(0.02)
 
-    monkeypatch.setattr("ramslib.inspector.Inspector.chances", slow)
+    monkeypatch.setattr("ramslib.inspector.Inspector.true_probabilities", slow)
     explorer.tabs.selected_index = explorer.tabs.titles.index("by hand")
     assert steps.wait(20)
     explorer.tabs.selected_index = explorer.tabs.titles.index("gallery")

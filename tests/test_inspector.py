@@ -274,7 +274,7 @@ def test_probabilities_elsewhere_are_those_of_the_boxes(inspector):
     sizes = boxes[:, 2:] - boxes[:, :2]
     assert torch.allclose(sizes, torch.tensor([[25.0, 32.0]]).double().expand(9, 2))
     places = [inspector.by_hand(box) for box in boxes]
-    for place, chance in zip(places, inspector.chances(places), strict=True):
+    for place, chance in zip(places, inspector.true_probabilities(places), strict=True):
         outputs = inspector.outputs(place)
         assert chance == pytest.approx(float(outputs[1].logits[0].softmax(0)[1]), abs=1e-6)
 
@@ -379,7 +379,9 @@ def test_curves_are_the_numbers_at_every_threshold(inspector, table, label):
     inspector.set_image(table["path"][0], label, BOX)
     thresholds = [0.0, 0.9, 1.1, 9.0]
     curve = inspector.threshold_curve(thresholds)
-    chances = list(inspector.chances(inspector.changed(threshold=eta) for eta in thresholds))
+    chances = list(
+        inspector.true_probabilities(inspector.changed(threshold=eta) for eta in thresholds)
+    )
     for threshold, row, chance in zip(thresholds, curve.itertuples(), chances, strict=True):
         stats = inspector.region_stats(inspector.region(threshold=threshold))
         assert (row.area, row.iou) == pytest.approx((stats["area"], stats["iou"]))
@@ -390,10 +392,10 @@ def test_curves_are_the_numbers_at_every_threshold(inspector, table, label):
 
 def test_probabilities_run_each_crop_once(inspector, forwards):
     proposed = [inspector.changed(threshold=eta) for eta in (50.0, 60.0, 0.0, 70.0)]
-    list(inspector.chances(proposed))
+    list(inspector.true_probabilities(proposed))
     assert len(forwards) == 1, "no patch or every patch: the whole image"
     coarse = replace(proposed[0], from_high_res=False)
-    first, *_, last = inspector.chances([*proposed, coarse])
+    first, *_, last = inspector.true_probabilities([*proposed, coarse])
     assert len(forwards) == 3 and first != last, "the same box of other pixels"
 
 
@@ -446,7 +448,7 @@ def test_functions_of_ones_own_and_several_regions(inspector, forwards):
         assert torch.allclose(outputs[scale].logits[0], logits, atol=1e-5)
         assert torch.allclose(inspector.logits(3)[scale][0], logits, atol=1e-5)
     proposed = [inspector.changed(threshold=eta, proposal=halves) for eta in (0.5, 1.0)]
-    chances = list(inspector.chances(proposed))
+    chances = list(inspector.true_probabilities(proposed))
     expected = outputs[1].logits[0].softmax(0)[1]
     assert chances == pytest.approx([float(expected)] * 2, abs=1e-6)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,29 @@ from PIL import Image
 from ramslib.explorer.page import app_command
 from ramslib.explorer.panels import BackgroundWorker, Panel, probability_bars
 from ramslib.explorer.tabs import draw_curve
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_worker_is_not_kept_by_its_work(is_done):
+    """Else each explorer that a notebook shows stays in memory, with its model."""
+    worker, started = BackgroundWorker(threading.RLock(), print, delay=0), threading.Event()
+
+    def work():
+        started.set()
+        yield lambda: None
+
+    worker(work())
+    assert started.wait(10)
+    worker.wait()
+    if not is_done:
+        worker.delay = 60
+        worker(work())
+        worker.cancel()
+        worker.wait()
+    gone = weakref.ref(worker)
+    del worker
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_worker_does_the_newest_work_and_reports_errors():

@@ -418,30 +418,31 @@ class BackgroundWorker:
 
     def __init__(self, lock: threading.RLock, report: Callable[[Exception], None], delay=0.15):
         self.lock, self.report, self.delay, self.busy = lock, report, delay, threading.Lock()
-        self.threads, self.newest = torch.get_num_threads(), []  # a timer, once there was work
-        weakref.finalize(self, _stop, self.newest)
+        self.threads, self.jobs = torch.get_num_threads(), []  # threads, and what cancels each
+        weakref.finalize(self, _stop, self.jobs)
 
     def __call__(self, work: Iterator[Callable]) -> None:
         """Do this work when no other has come for ``delay`` seconds."""
         self.cancel()
-        timer = threading.Timer(self.delay, self._work, [work])
-        timer.daemon, self.newest[:] = True, [timer]
-        timer.start()
+        cancelled = threading.Event()
+        thread = threading.Thread(target=self._work, args=(cancelled, work), daemon=True)
+        thread.start()
+        self.jobs[:] = [job for job in self.jobs if job[0].is_alive()] + [(thread, cancelled)]
 
     def cancel(self) -> None:
         """Abandon what is done."""
-        for timer in self.newest:
-            timer.cancel()
+        for _, cancelled in self.jobs:
+            cancelled.set()
 
     @torch.inference_mode()
-    def _work(self, work: Iterator[Callable]) -> None:
+    def _work(self, cancelled: threading.Event, work: Iterator[Callable]) -> None:
         torch.set_num_threads(self.threads)  # each thread has its own number
-        is_cancelled = threading.current_thread().finished.is_set
         try:
+            cancelled.wait(self.delay)
             with self.busy:
-                for change_page in () if is_cancelled() else work:
+                for change_page in () if cancelled.is_set() else work:
                     with self.lock:
-                        if is_cancelled():
+                        if cancelled.is_set():
                             return
                         change_page()
         except Exception as error:
@@ -449,12 +450,14 @@ class BackgroundWorker:
 
     def wait(self) -> None:
         """Wait until all work is done."""
-        for timer in self.newest:
-            timer.join()
+        for thread, _ in self.jobs:
+            thread.join()
 
 
-def _stop(newest: list[threading.Timer]) -> None:
-    """End a worker's thread; Python aborts where torch still computes in one when it exits."""
-    for timer in newest:
-        timer.cancel()
-        timer.join(timeout=2)
+def _stop(jobs: list[tuple[threading.Thread, threading.Event]]) -> None:
+    """End a worker's threads; Python aborts where torch still computes in one when it exits."""
+    for _, cancelled in jobs:
+        cancelled.set()
+    for thread, _ in jobs:
+        if thread is not threading.current_thread():  # which may have been the last to know it
+            thread.join(timeout=2)

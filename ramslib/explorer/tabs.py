@@ -88,7 +88,9 @@ class ViewTab(widgets.VBox):
         for view, key in missing.items():
             if view == "elsewhere":
                 boxes, chances = inspector.sliding_boxes(options["box"]).tolist(), []
-                for chance in inspector.chances(inspector.by_hand(box, settings) for box in boxes):
+                for chance in inspector.true_probabilities(
+                    inspector.by_hand(box, settings) for box in boxes
+                ):
                     chances.append(chance)
                     yield _step
                 options = options | {"chances": chances}
@@ -280,7 +282,7 @@ class AnalysisTabs(widgets.Tab):
         yield partial(self.curve.show, (key, not note), lambda: drawn)
         if note:
             proposed = (inspector.changed(settings, threshold=eta) for eta in THRESHOLDS)
-            for chance in inspector.chances(proposed):
+            for chance in inspector.true_probabilities(proposed):
                 chances.append(chance)
                 yield _step
             curve["probability"] = chances

@@ -88,7 +88,7 @@ def threshold(inspector: Inspector, settings: ProposalSettings, figure: Figure) 
     curve = inspector.threshold_curve(PAGE_THRESHOLDS, settings)
     if inspector.classes:
         proposed = (inspector.changed(settings, threshold=eta) for eta in PAGE_THRESHOLDS)
-        curve["probability"] = list(inspector.chances(proposed))
+        curve["probability"] = list(inspector.true_probabilities(proposed))
     figure.set_size_inches(7, 2.8)
     plots.plot_threshold(curve, settings.threshold(0), ax=figure.subplots())
     return curve
@@ -196,7 +196,7 @@ def elsewhere(
     """
     boxes = inspector.sliding_boxes(box, steps)
     places = (inspector.by_hand(each, settings) for each in boxes.tolist())
-    chances = chances or list(inspector.chances(places))
+    chances = chances or list(inspector.true_probabilities(places))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2 * inspector.picture.height / inspector.size[0, 0]
     half = (centers[-1] - centers[0]) / (steps - 1) / 2
     frame = torch.cat([centers[0] - half, centers[-1] + half])
