@@ -107,8 +107,11 @@ def open_study(folder: Path, storage: str | None = None, heartbeat: int = 30) ->
             options["engine_kwargs"] = {"connect_args": patient}
             _check_header(Path(make_url(url).database or ""))
         try:
-            if sqlite and (names := inspect(create_engine(url)).get_table_names()):
-                if "studies" not in names:
+            if sqlite:
+                engine = create_engine(url)
+                names = inspect(engine).get_table_names()
+                engine.dispose()  # it would keep the file open
+                if names and "studies" not in names:
                     raise InputError(f"it holds tables of another program, {shorten(names)}")
             database = RDBStorage(url, **options)
             if sqlite:

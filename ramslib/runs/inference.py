@@ -437,7 +437,7 @@ def _measure(program: ExportedModel, loaded: LoadedModel) -> str:
     for model in (program, loaded.model):
         predictions = predict(model, table, loaded.transform)
         last = predictions["output"] == output_names(loaded.model.num_scales)[-1]
-        answers.append(predictions[last].reset_index())
+        answers.append(predictions[last].reset_index(drop=True))
     rounded, exact = (100 * (each["rank"] == 0).mean() for each in answers)
     same = 100 * (answers[0]["prediction"] == answers[1]["prediction"]).mean()
     return (

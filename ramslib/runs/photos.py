@@ -94,15 +94,15 @@ def predict(
         predict_table = partial(evaluation.predict_early_exit, threshold=loaded.exit_above)
         known = {"early exit": known[evaluation.output_names(loaded.model.num_scales)[-1]]}
     files = pd.DataFrame({"path": [str(file) for file in find_images(paths)], "label": 0})
-    errors, options = {}, {"batch_size": batch_size}
+    errors = {}
     try:
-        predictions = predict_table(loaded.model, files, loaded.transform, **options)
+        predictions = predict_table(loaded.model, files, loaded.transform, batch_size=batch_size)
     except InputError:
         errors = {path: error for path in files["path"] if (error := reading_error(path))}
         if len(errors) in (0, len(files)):  # the model is at fault, or nothing is left
             raise
         sound = files[~files["path"].isin(errors)].reset_index(drop=True)
-        predictions = predict_table(loaded.model, sound, loaded.transform, **options)
+        predictions = predict_table(loaded.model, sound, loaded.transform, batch_size=batch_size)
     names = np.array(loaded.classes, dtype=object)[predictions["prediction"]]
     table = predictions[["path", "output"]].assign(class_name=names)
     table["probability"] = predictions["calibrated"].round(4)
