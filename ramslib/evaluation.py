@@ -6,8 +6,8 @@ All scores are computed from it, also by a notebook from the CSV of a finished r
 of an image is its answer everywhere.
 
 Calibration (Guo et al., "On Calibration of Modern Neural Networks", 2017): the logarithms of an
-output's probabilities are divided by its temperature, which makes the nll of the validation split
-smallest. No prediction changes. ``confidence`` stays that of the logits; ``calibrated`` follows it.
+output's probabilities are divided by its temperature, which is fitted on the validation split. No
+prediction changes. ``confidence`` stays that of the logits; ``calibrated`` follows the temperature.
 
 Early exit: where the largest softmax probability of scale 1 is above a threshold, scale 1 is the
 answer; for other images alone the later scales run. `choose_exit_threshold` needs no model.
@@ -35,7 +35,9 @@ METRICS = ["prediction", "confidence", "true_probability", "rank", "calibrated"]
 COLUMNS = [*METRICS, *BOX_COLUMNS]
 CALIBRATED = 10_000  # images; their logits are kept
 TEMPERATURES = (0.05, 20.0)
+PRIOR_DEVIATION = 0.35  # of log T: without images, T is within a factor of 2 of 1 with 95 %
 RELIABLE = 0.95  # share of right images among those that are not unsure
+PRIOR_IMAGES = 50  # what calibrated confidences promise counts as so many validation images
 
 
 def output_names(scales: int) -> list[str]:
@@ -109,10 +111,13 @@ def fit_calibration(
     validation split, a sample is used.
 
     Returns:
-        One row per output: ``output``; ``temperature`` with the smallest nll, not below 1 where no
-        image is wrong; ``unsure_below``, the smallest calibrated confidence such that ``RELIABLE``
-        of the images that have it or more are right, 1 where there is none; and ``exit_above``, for
-        scale 1 of several, the threshold of `early_exit`. Without images 1, NaN and NaN.
+        One row per output: ``output``; ``temperature``, the most probable one: it has the smallest
+        nll where images are many and is near 1 where they are few, for its logarithm has a normal
+        prior of deviation ``PRIOR_DEVIATION``; ``unsure_below``, the smallest calibrated confidence
+        such that ``RELIABLE`` of the images that have it or more are right, 1 where there is none
+        (the images seen, and ``PRIOR_IMAGES`` more that are right as often as their confidences
+        say); and ``exit_above``, for scale 1 of several, the threshold of `early_exit`. Without
+        images 1, NaN and NaN.
     """
     table = table.sample(min(len(table), CALIBRATED), random_state=0).reset_index(drop=True)
     shape = model.num_scales, model.classifier.out_features
@@ -133,24 +138,23 @@ def fit_calibration(
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
-    """The temperature with the smallest nll, see `fit_calibration`: (N, K), (N,)."""
+    """The most probable temperature, see `fit_calibration`: (N, K), (N,)."""
 
-    def nll(exponent: float) -> float:
+    def surprise(exponent: float) -> float:
         true = temper(probabilities.double(), math.exp(exponent)).gather(1, labels[:, None])
-        return -float(true.clamp(min=1e-300).log().mean())
+        return -float(true.clamp(min=1e-300).log().sum()) + (exponent / PRIOR_DEVIATION) ** 2 / 2
 
-    low, high = TEMPERATURES
-    if (probabilities.argmax(dim=1) == labels).all():
-        low = 1.0  # else any confidence could be made 1
-    found = minimize_scalar(nll, bounds=(math.log(low), math.log(high)), method="bounded")
-    return math.exp(found.x)
+    bounds = math.log(TEMPERATURES[0]), math.log(TEMPERATURES[1])
+    return math.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x)
 
 
 def reliable_confidence(confidence: Tensor, correct: Tensor) -> float:
     """The smallest confidence from which on ``RELIABLE`` are right, see `fit_calibration`: (N,)."""
     order = confidence.argsort(descending=True, stable=True)
     confidence, correct = confidence[order], correct[order]
-    accuracy = correct.double().cumsum(0) / torch.arange(1, len(order) + 1)
+    images = torch.arange(1, len(order) + 1)
+    promised = confidence.double().cumsum(0) / images
+    accuracy = (correct.cumsum(0) + PRIOR_IMAGES * promised) / (images + PRIOR_IMAGES)
     ends = torch.cat([confidence[1:] < confidence[:-1], confidence[:1] > -1])  # of equal values
     reliable = confidence[(accuracy >= RELIABLE) & ends]
     return float(reliable[-1]) if len(reliable) else 1.0 if len(order) else math.nan
@@ -383,16 +387,6 @@ def confusion_matrix(
     return counts.loc[shown, shown]
 
 
-def most_confused(
-    predictions: pd.DataFrame, classes: Sequence[str], output: str, count: int = 10
-) -> pd.DataFrame:
-    """The most frequent mistakes: ``true, predicted, images``, most frequent first."""
-    wrong = predictions[(predictions["output"] == output) & (predictions["rank"] > 0)]
-    counts = wrong.groupby(["label", "prediction"]).size().sort_values(ascending=False)
-    rows = [(classes[true], classes[given], images) for (true, given), images in counts.items()]
-    return pd.DataFrame(rows[:count], columns=["true", "predicted", "images"])
-
-
 @torch.inference_mode()
 def early_exit(model: ImageClassifier, pixels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Run scale 1, and the later scales where it is not confident.
@@ -460,7 +454,9 @@ def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per threshold, from 0 up to 1: ``threshold, exit_rate`` (share of images with one
-        scale), ``top1`` and ``accuracy_drop``, the points of ``top1`` lost against all scales.
+        scale), ``top1``, ``accuracy_drop``, the points of ``top1`` lost against all scales, and
+        ``expected_drop``, those of other images: ``PRIOR_IMAGES`` are added to the ones seen, of
+        which scale 1 is wrong as often as its confidence says, and it alone as often as here.
 
     Raises:
         InputError: predictions of one scale, or of no image.
@@ -471,17 +467,21 @@ def early_exit_curve(predictions: pd.DataFrame) -> pd.DataFrame:
     first, full = (predictions[predictions["output"] == outputs[place]] for place in (0, -1))
     confidence = first.get("calibrated", first["confidence"]).to_numpy()
     correct = [(part["rank"] == 0).to_numpy() for part in (first, full)]
+    corrected = (1 + (correct[1] & ~correct[0]).sum()) / (2 + (~correct[0]).sum())  # Laplace's rule
     rows = []
     for threshold in sorted({0.0, *confidence, 1.0}):
         confident = confidence > threshold
         top1 = 100 * (confident * correct[0] + ~confident * correct[1]).mean()
-        rows.append({"threshold": threshold, "exit_rate": confident.mean(), "top1": top1})
-    curve = pd.DataFrame(rows)
-    return curve.assign(accuracy_drop=100 * correct[1].mean() - curve["top1"])
+        drop = 100 * correct[1].mean() - top1
+        promised = 100 * corrected * (confident * (1 - confidence)).mean()
+        expected = (len(first) * drop + PRIOR_IMAGES * promised) / (len(first) + PRIOR_IMAGES)
+        rows.append((threshold, confident.mean(), top1, drop, expected))
+    columns = ["threshold", "exit_rate", "top1", "accuracy_drop", "expected_drop"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def choose_exit_threshold(predictions: pd.DataFrame, accuracy_drop: float = 0.5) -> float:
-    """The lowest threshold from which on no more than ``accuracy_drop`` points are lost.
+    """The lowest threshold from which on at most ``accuracy_drop`` points are expected to be lost.
 
     Args:
         predictions: of the validation split, see `early_exit_curve`.
@@ -493,5 +493,5 @@ def choose_exit_threshold(predictions: pd.DataFrame, accuracy_drop: float = 0.5)
     if not accuracy_drop >= 0:
         raise InputError(f"accuracy_drop is {accuracy_drop}; give 0 or more points")
     curve = early_exit_curve(predictions)
-    too_much = curve.index[curve["accuracy_drop"] > accuracy_drop]
+    too_much = curve.index[curve["expected_drop"] > accuracy_drop]
     return float(curve["threshold"][0 if too_much.empty else too_much[-1] + 1])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
+from scipy.stats import norm
 from tiny import draw_photos, read_log, tiny_config, tiny_model
 
 import ramslib
@@ -51,26 +52,31 @@ def drawn(seed, true_temperature, count=400, classes=7):
     return logits, np.array([draw.choice(classes, p=row) for row in shares])
 
 
-def nll(logits, labels, temperature):
-    return -log_softmax(logits / temperature, axis=1)[np.arange(len(labels)), labels].mean()
+def surprise(logits, labels, temperature):
+    """Minus the log of the posterior: labels of a softmax, and log T normal, 0 ± 0.35."""
+    true = log_softmax(logits / temperature, axis=1)[np.arange(len(labels)), labels]
+    return -true.sum() - norm.logpdf(np.log(temperature), scale=0.35)
 
 
+@pytest.mark.parametrize("count", [4, 400])
 @pytest.mark.parametrize("true_temperature", [0.5, 1.0, 3.0])
-def test_the_temperature_is_where_the_nll_is_smallest(true_temperature):
-    logits, labels = drawn(1, true_temperature)
+def test_the_temperature_is_the_most_probable_one(true_temperature, count):
+    logits, labels = drawn(1, true_temperature, count)
     shares = torch.from_numpy(softmax(logits, axis=1))
     found = fit_temperature(shares, torch.from_numpy(labels))
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 3000))
-    best = grid[np.argmin([nll(logits, labels, each) for each in grid])]
+    best = grid[np.argmin([surprise(logits, labels, each) for each in grid])]
     assert found == pytest.approx(best, rel=3e-3)
-    assert found == pytest.approx(true_temperature, rel=0.2)
-    assert nll(logits, labels, found) <= nll(logits, labels, best) + 1e-6
+    if count == 400:
+        assert found == pytest.approx(true_temperature, rel=0.2)
 
 
-def test_nothing_is_made_surer_where_no_image_is_wrong():
-    logits, _ = drawn(2, 1.0)
-    shares = torch.from_numpy(softmax(logits, axis=1))
-    assert fit_temperature(shares, shares.argmax(dim=1)) == pytest.approx(1, abs=1e-3)
+@pytest.mark.parametrize("right", [0, 3])
+def test_three_images_say_little(right):
+    """By themselves they would make all that follows certain, or as good as unknown."""
+    shares = torch.tensor([[0.98, 0.01, 0.01]]).repeat(3, 1)
+    labels = torch.tensor([0] * right + [1] * (3 - right))
+    assert 0.5 < fit_temperature(shares, labels) < 2.5
 
 
 def test_tempered_probabilities_are_those_of_divided_logits():
@@ -84,15 +90,17 @@ def test_tempered_probabilities_are_those_of_divided_logits():
     assert temper(certain, 5.0).sum() == pytest.approx(1) and temper(certain, 5.0)[0, 0] > 0.999
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.2, 0.4, 0.5, 0.9]), st.booleans()), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from([0.2, 0.4, 0.93, 0.97]), st.booleans()), max_size=30))
 @settings(max_examples=60)
 def test_the_reliable_confidence_is_the_smallest_that_keeps_95_percent_right(images):
+    """Of the images that were seen and 50 more, right as often as their confidences say."""
     confidence = torch.tensor([each for each, _ in images], dtype=torch.float64)
     found = reliable_confidence(confidence, torch.tensor([right for _, right in images]).bool())
     reliable = []
     for threshold in {each for each, _ in images}:
         accepted = [right for each, right in images if each >= threshold]
-        if sum(accepted) >= 0.95 * len(accepted):
+        promised = np.mean([each for each, _ in images if each >= threshold])
+        if sum(accepted) + 50 * promised >= 0.95 * (len(accepted) + 50):
             reliable.append(threshold)
     if not images:
         assert np.isnan(found)
@@ -147,10 +155,9 @@ def test_a_run_keeps_temperatures_that_its_validation_split_gives(trained, check
     assert len(labels) == 18
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 3000))
     for name, shares in shares_of(logits).items():
-        low = 1.0 if (shares.argmax(axis=1) == labels).all() else 0.05
-        losses = [nll(np.log(shares), labels, each) if each >= low else np.inf for each in grid]
+        smallest = min(surprise(np.log(shares), labels, each) for each in grid)
         stored = results["temperature"][name]
-        assert nll(np.log(shares), labels, stored) <= min(losses) + 1e-5
+        assert surprise(np.log(shares), labels, stored) <= smallest + 1e-4
     predictions = read_predictions(run, checkpoint).groupby("output")
     logits, labels = logits_of(loaded, "test")
     for name, shares in shares_of(logits).items():
