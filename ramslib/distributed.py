@@ -10,6 +10,7 @@ that checkpoints and notebooks know, and there is exactly one synchronization.
 import gc
 import os
 import signal
+import sys
 import threading
 import traceback
 import warnings
@@ -212,6 +213,8 @@ def load_batches(dataset: Dataset, workers: int | None, **options) -> Iterator[d
     """
     workers = choose_workers() if workers is None else workers
     options |= {"num_workers": workers, "worker_init_fn": _leave_signals}
+    if workers and sys.platform == "linux":
+        options |= {"multiprocessing_context": "fork"}  # Python 3.14 has another default
     options |= {"pin_memory": torch.cuda.is_available()}
     options |= {"generator": torch.Generator()}  # else it draws a number from the global one
     try:

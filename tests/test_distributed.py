@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -61,6 +63,23 @@ def test_loaders_by_default(monkeypatch):
     for processes, share in (("4", 6), ("32", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert choose_workers() == share
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they import all for themselves")
+def test_loaders_are_forks_where_pythons_default_is_another():
+    """They share the file of kept images, inherit blocked signals, and start at once."""
+    code = """
+import multiprocessing, os
+multiprocessing.set_start_method("forkserver")  # the default of Python 3.14
+from ramslib.distributed import load_batches
+class Parents:
+    def __len__(self): return 4
+    def __getitem__(self, row): return {"parent": os.getppid()}
+found = [batch["parent"].tolist() for batch in load_batches(Parents(), 2, batch_size=2)]
+print(found == [[os.getpid()] * 2] * 2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

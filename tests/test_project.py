@@ -26,7 +26,7 @@ __main__
 """.split()
 
 # Of the whole package. The aim is 5,000 lines in 40 modules; what is added must earn its place.
-LINES, FILES, NODES = 8_432, 46, 105_900
+LINES, FILES, NODES = 8_471, 46, 106_240
 METHOD = "attention boxes dppm backbone classifier model".split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}

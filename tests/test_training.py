@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 
@@ -32,6 +33,7 @@ from tiny import (
 )
 
 from ramslib import extensions
+from ramslib.data.transforms import ImageDataset
 from ramslib.errors import InputError
 from ramslib.runs import folder
 from ramslib.runs.inference import load
@@ -52,6 +54,20 @@ TWO |= {"augment": "rand-m9-mstd0.5"}
 def photos(tmp_path_factory):
     """Photos of three classes: 30 to train with, of which 6 validate, and 15 to test."""
     return draw_photos(tmp_path_factory.mktemp("photos"), train=10)
+
+
+def test_a_photo_is_decoded_once_to_train_on_it(photos, tmp_path, monkeypatch):
+    decoded, resize = Counter(), ImageDataset._resize
+
+    def count_and_resize(images, row):
+        decoded[images.paths[row]] += 1
+        return resize(images, row)
+
+    monkeypatch.setattr(ImageDataset, "_resize", count_and_resize)
+    run = train(tiny_config(photos, epochs=4), tmp_path / "run")
+    paths = folder.read_run(run)[2].groupby("split")["path"]
+    assert [decoded[path] for path in paths.get_group("train")] == [1] * 24
+    assert min(decoded[path] for path in paths.get_group("validation")) >= 4
 
 
 def test_it_learns_what_the_photos_show(photos, tmp_path):

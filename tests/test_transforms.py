@@ -1,6 +1,9 @@
 """Every kind of image file, the transform against torchvision, boxes and seeded randomness."""
 
+import errno
+import os
 import random
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -24,6 +27,7 @@ from ramslib.data.transforms import (
     open_image,
     temporary_seed,
 )
+from ramslib.distributed import load_batches
 from ramslib.errors import InputError
 from ramslib.model import build_model
 
@@ -283,7 +287,8 @@ def test_large_jpeg_is_decoded_smaller_only_where_that_will_do(tmp_path, monkeyp
     item = ImageDataset(table, ImageTransform((20, 30)))[0]
     assert item["size"].tolist() == [800, 400]
     seen = []
-    monkeypatch.setattr(ImageTransform, "__call__", lambda self, image: seen.append(image.size))
+    keep = lambda self, image: seen.append(image.size) or image  # noqa: E731
+    monkeypatch.setattr(ImageTransform, "resize", keep)
     ImageDataset(table, ImageTransform((40, 50), 1.0))[0]
     assert seen == [(100, 200)]
     monkeypatch.undo()
@@ -460,6 +465,56 @@ def test_epochs_and_seeds_differ_and_repeat(table):
     keys = [[(0, 0), (1, 1)], [(1, 2), (0, 3)]]
     mixed = pixels_of(DataLoader(dataset, batch_sampler=keys))
     assert torch.equal(mixed, torch.stack([first[0], second[1], second[2], first[3]]))
+
+
+@pytest.fixture
+def lost(table, tmp_path):
+    """The same images, in files that can be removed."""
+    paths = [shutil.copy(path, tmp_path) for path in table["path"]]
+    return table.assign(path=paths)
+
+
+@pytest.mark.parametrize("augment", ["flip", "autoaugment"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_images_are_the_same_without_their_files(table, lost, augment, workers):
+    transform = ImageTransform((16, 20), 0.6, augment=augment)
+    plain = ImageDataset(table, transform, seed=3)
+    kept = ImageDataset(lost, transform, seed=3, keep=True)
+    for epoch in range(3):
+        keys = {"sampler": [(epoch, row) for row in range(6)], "batch_size": 2}
+        batches = list(load_batches(kept, workers, **keys))
+        assert torch.equal(pixels_of(batches), pixels_of(DataLoader(plain, **keys)))
+        assert torch.cat([batch["size"] for batch in batches])[:, 1].tolist() == [*range(50, 56)]
+        for path in lost["path"]:
+            Path(path).unlink(missing_ok=True)
+
+
+def test_of_more_images_than_fit_the_first_ones_are_kept(table, lost, monkeypatch):
+    usage = types.SimpleNamespace(free=4 * 2 * (8 + 3 * 16 * 16) + 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    kept = ImageDataset(lost, ImageTransform(16, 1), keep=True)
+    first = [kept[row]["pixels"] for row in range(6)]
+    for path in lost["path"]:
+        Path(path).unlink()
+    assert all(torch.equal(kept[row]["pixels"], first[row]) for row in (0, 1))
+    for row in range(2, 6):
+        assert f"{row}.png" in message(lambda row=row: kept[row])
+
+
+@pytest.mark.parametrize("end", ["error", "short"])
+def test_where_the_space_ends_images_are_decoded_again(table, monkeypatch, end):
+    def write(file, data, start):
+        if end == "error":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data[:9], start)
+
+    pwrite, plain = os.pwrite, ImageDataset(table, ImageTransform(16))
+    kept = ImageDataset(table, ImageTransform(16), keep=True)
+    kept[0]
+    monkeypatch.setattr(os, "pwrite", write)
+    for row in (1, 0, 1, 5):
+        assert torch.equal(kept[row]["pixels"], plain[row]["pixels"])
+    assert [kept.kept.read(row) is None for row in range(6)] == [False] + [True] * 5
 
 
 def test_rows_differ_even_of_one_image(table):

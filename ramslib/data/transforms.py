@@ -5,8 +5,12 @@ crop, at random with a flip in training, in the center otherwise. It is applied 
 resolution; the model shrinks the result to the input of scale 1, so that both show the same part.
 """
 
+import os
 import random
 import re
+import shutil
+import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -24,6 +28,8 @@ from torchvision.transforms import v2
 
 from ramslib.data.annotations import image_file, upright_size
 from ramslib.errors import InputError
+
+HEADER = struct.Struct("<2I")  # height and width, before the pixels of an image that is kept
 
 
 def open_image(path: Path | str, at_least: int | None = None) -> Image.Image:
@@ -128,7 +134,14 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an upright RGB image to (3, H, W) uint8."""
-        image = image.resize(self.resized[::-1], Image.Resampling.BILINEAR)
+        return self.crop(self.resize(image))
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The part that is the same every time."""
+        return image.resize(self.resized[::-1], Image.Resampling.BILINEAR)
+
+    def crop(self, image: Image.Image) -> Tensor:
+        """Crop and augment a resized image: (3, H, W) uint8."""
         (height, width), (top, left) = self.size, self.margins
         if self.is_random:
             top, left = (
@@ -201,12 +214,21 @@ class ImageDataset(Dataset):
     and width of the upright image in the file. What is random about it depends on seed, epoch and
     row alone: not on the worker or process that makes it, nor on what was made before. The epoch is
     given with the key, ``dataset[epoch, row]``; a row alone is of epoch 0.
+
+    Args:
+        table: a dataset table.
+        transform: of the images.
+        seed: of what is random.
+        keep: decode and resize each image once: the result stays in a temporary file (`Kept`).
     """
 
-    def __init__(self, table: pd.DataFrame, transform: ImageTransform, seed: int = 0):
+    def __init__(
+        self, table: pd.DataFrame, transform: ImageTransform, seed: int = 0, keep: bool = False
+    ):
         self.paths = table["path"].tolist()
         self.labels = table["label"].tolist()
         self.transform, self.seed = transform, seed
+        self.kept = Kept(len(self.paths), transform.resized) if keep else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -214,12 +236,53 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, row = key if isinstance(key, tuple) else (0, key)
         row = range(len(self))[row]
-        image, size = _open(self.paths[row], 2 * max(self.transform.resized))
+        image, size = (self.kept and self.kept.read(row)) or self._resize(row)
         seeded = temporary_seed(self.seed, epoch, row)
         with seeded if self.transform.is_random else nullcontext():
-            pixels = self.transform(image)
+            pixels = self.transform.crop(image)
         size = torch.tensor(size)
         return {"pixels": pixels, "label": self.labels[row], "index": row, "size": size}
+
+    def _resize(self, row: int) -> tuple[Image.Image, tuple[int, int]]:
+        image, size = _open(self.paths[row], 2 * max(self.transform.resized))
+        image = self.transform.resize(image)
+        if self.kept:
+            self.kept.write(row, image, size)
+        return image, size
+
+
+class Kept:
+    """Resized images, and the upright sizes of their files, in a temporary file.
+
+    It has no name, so it is gone with the last process that has it open, however that ends. Loader
+    processes share it if they are forks. It takes at most a quarter of the free space: of more
+    images, the first ones are kept, and of none where the space ends.
+
+    Args:
+        count: of the images.
+        size: (H, W) that they are resized to.
+    """
+
+    def __init__(self, count: int, size: tuple[int, int]):
+        self.size, self.length = size, HEADER.size + 3 * size[0] * size[1]
+        self.file = tempfile.TemporaryFile(prefix="ramslib-")
+        self.count = min(count, shutil.disk_usage(tempfile.gettempdir()).free // 4 // self.length)
+
+    def read(self, row: int) -> tuple[Image.Image, tuple[int, int]] | None:
+        """An image, and its (height, width) in the file; None if it is not here."""
+        found = os.pread(self.file.fileno(), self.length, row * self.length)
+        if len(found) < self.length or not any(size := HEADER.unpack_from(found)):
+            return None
+        pixels = memoryview(found)[HEADER.size :]
+        return Image.frombuffer("RGB", self.size[::-1], pixels, "raw", "RGB", 0, 1), size
+
+    def write(self, row: int, image: Image.Image, size: tuple[int, int]) -> None:
+        """Keep an image; the header, which says that it is complete, comes last."""
+        pixels, start = image.tobytes(), row * self.length
+        if row < self.count:
+            with suppress(OSError):  # no space left
+                if os.pwrite(self.file.fileno(), pixels, start + HEADER.size) == len(pixels):
+                    os.pwrite(self.file.fileno(), HEADER.pack(*size), start)
 
 
 @contextmanager

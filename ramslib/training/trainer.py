@@ -6,6 +6,7 @@ state, a resumed run gives bit-identical weights, and any number of processes se
 """
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -142,7 +143,8 @@ class Trainer:
     def batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
         keys = optimization.micro_batches(self.config, self.labels, steps, self.processes)
-        images = ImageDataset(self.train, self.train_transform, self.config.seed)
+        keep = sys.platform == "linux"  # elsewhere loader processes are no forks, and share no file
+        images = ImageDataset(self.train, self.train_transform, self.config.seed, keep)
         return distributed.load_batches(images, self.config.workers, batch_sampler=keys)
 
     def _bar(self, steps: range) -> tqdm:
