@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ramslib.config import PRESETS, Config, check_shares
-from ramslib.errors import InputError, one_line
+from ramslib.errors import InputError, one_line, plain_warnings
+from ramslib.extensions import loaded_files
 
 ABOUT = """Fine-grained image recognition with a Vision Transformer that looks twice. Settings are
 given as name=value, in any number; 'ramslib COMMAND --help' lists what a command takes."""
@@ -29,8 +29,7 @@ OLD_NAMES = {"data": "describe-data", "road": "notebooks"}  # of commands, in ve
 def run() -> None:
     """Entry point of the program ``ramslib`` and of ``python -m ramslib``."""
     atexit.register(gc.freeze)  # the end need not search torch for garbage: two seconds less
-    warnings.simplefilter("once")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    plain_warnings()
     sys.stdout.reconfigure(errors="backslashreplace")  # file names of any encoding
     sys.exit(main())
 
@@ -63,7 +62,8 @@ def _end_with_parent(parent: int, every: float = 0.5) -> None:
 def _with_place(error: Exception) -> str:
     if isinstance(error, InputError | OSError):
         return one_line(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if frame.filename in loaded_files()] or frames)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
     return f"{one_line(error)} ({where}; --debug shows the traceback)"
 
@@ -264,8 +264,9 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out:
         write_table(predictions, options.out)
     else:
-        shown = predictions if failed else predictions.drop(columns="error")
+        shown = predictions[predictions["error"] == ""].drop(columns="error")
         print(shown.to_string(index=False, na_rep=""))
+        sys.stderr.writelines(f"error: {text}\n" for text in predictions["error"] if text)
     if options.pictures:
         photos.save_pictures(predictions, options.pictures)
     if options.contact_sheet:

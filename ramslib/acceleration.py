@@ -303,7 +303,7 @@ class selective_checkpointing(TorchFunctionMode):  # noqa: N801 (a verb)
     def _unpack(self, kept: RecomputeEntry | tuple[Tensor, int]) -> Tensor:
         source, version, *_ = kept
         if source._version != version:
-            raise RuntimeError("a tensor that the gradient needs was changed in place")
+            raise InputError("your code changed a tensor that the gradient needs; copy it first")
         return kept.compute().view(kept.shape) if isinstance(kept, RecomputeEntry) else source
 
 

@@ -4,6 +4,7 @@ import difflib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,18 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, InputError | OSError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text[:MAX_LENGTH]}" if text else type(error).__name__
+
+
+def plain_warnings() -> None:
+    """Show a warning once, as one line that does not name the code."""
+    shown: set[str] = set()
+
+    def line(message: Warning | str, *_: object) -> str:
+        new = {f"warning: {message}\n"} - shown
+        shown.update(new)
+        return "".join(new)
+
+    warnings.formatwarning = line  # Python's own filter forgets what it showed at each change
 
 
 def shorten(names: Sequence[object], count: int = 3) -> str:
@@ -115,9 +128,10 @@ def file_errors(
     return input_errors(f"{path}: cannot be read", remedy, passed=(InputError, MemoryError))
 
 
-def write_table(table: "pd.DataFrame", path: Path) -> None:
+def write_table(table: "pd.DataFrame", path: Path, separator: str = ",") -> None:
     """Write a table as CSV, atomically; file names of any encoding are kept."""
-    write_atomically(path, lambda part: table.to_csv(part, index=False, errors="surrogateescape"))
+    how = {"sep": separator, "index": False, "errors": "surrogateescape"}
+    write_atomically(path, lambda part: table.to_csv(part, **how))
 
 
 @contextmanager

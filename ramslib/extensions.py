@@ -29,6 +29,7 @@ ARGUMENTS = {  # what the function of each setting that takes a reference is cal
     "loss": ("outputs", "labels"),
 }
 SETTINGS = tuple(ARGUMENTS)
+PREFIX = "ramslib_source_"  # of the names of modules that were imported by their path
 SOURCES = "sources"  # the folder of a run that holds the copies
 TRUSTED = Path("~/.config/ramslib/trusted_sources").expanduser()  # SHA-256 of code, one per line
 
@@ -120,7 +121,7 @@ def load_source(path: Path) -> ModuleType:
             f"{path}: this run brings code of its own, written elsewhere; read that file, then "
             f"allow it with: ramslib trust {path.parents[1]}"
         )
-    name = f"ramslib_source_{code[:16]}"
+    name = f"{PREFIX}{code[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -132,6 +133,11 @@ def load_source(path: Path) -> ModuleType:
         del sys.modules[name]
         raise InputError(f"{_cause(error, path)}; correct it") from error
     return module
+
+
+def loaded_files() -> set[str]:
+    """Files that `load_source` imported."""
+    return {module.__file__ for name, module in sys.modules.items() if name.startswith(PREFIX)}
 
 
 def digest(path: Path) -> str:

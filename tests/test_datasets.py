@@ -115,11 +115,11 @@ def test_mistake_is_named_by_file_and_line(tmp_path, file, line, text, why):
 
 
 @pytest.mark.parametrize("box,why", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
-def test_an_impossible_box_is_named_by_id_and_image(tmp_path, box, why):
+def test_an_impossible_box_is_named_by_file_and_id(tmp_path, box, why):
     root = write_cub(tmp_path)
     change_line(root / "bounding_boxes.txt", 6, f"6 {box}")
     found = message(lambda: read("cub", root))
-    assert f"{root}/images.txt: id 6: {root}/images/001.Crow/Crow_0005.jpg: the box" in found
+    assert f"{root}/bounding_boxes.txt: id 6: the box" in found
     assert why in found
 
 
@@ -264,7 +264,10 @@ def test_nabirds_mistakes(tmp_path):
     root = write_nabirds(tmp_path)
     change_line(root / "bounding_boxes.txt", 2, "2 3.0 2.0 9.0 9.0")
     found = message(lambda: read("nabirds", root))
-    assert "images.txt: id 2: " in found and "outside its image of [100.0, 3.0] pixels" in found
+    assert (
+        "bounding_boxes.txt: id 2: " in found
+        and "outside its image of [100.0, 3.0] pixels" in found
+    )
     change_line(root / "image_class_labels.txt", 4, "4 86")
     assert "image_class_labels.txt:4: " in message(lambda: read("nabirds", root))
 
@@ -294,7 +297,9 @@ def test_cars_broken_files(tmp_path):
     bad = cars_records(4)
     bad["class"][1] = 3
     savemat(file, {"annotations": bad})
-    assert "annos.mat: entry 2: class_name is 'nan'" in message(lambda: read("cars", root))
+    assert "annos.mat: entry 2: class_name of label 3 is missing" in message(
+        lambda: read("cars", root)
+    )
     bad["class"][1], bad["bbox_x2"][2] = 1, 0
     savemat(file, {"annotations": bad})
     assert "cars_train_annos.mat: entry 3" in message(lambda: read("cars", root))
@@ -388,7 +393,7 @@ def test_flowers_equals_torchvision(tmp_path, monkeypatch):
     assert table["class_name"][table["label"] == 4].eq("english marigold").all()
     savemat(home / "setid.mat", sets | {"tstid": [307]})
     found = message(lambda: read("flowers", tmp_path))
-    assert "setid.mat: image 307: class_name is 'nan'" in found
+    assert "setid.mat: image 307: label is missing" in found
 
 
 def test_pets_equals_torchvision(tmp_path):
@@ -662,6 +667,15 @@ def test_csv_of_labels(tmp_path, separator):
     assert table["path"][1] == f"{root}/a/photo1.png"
 
 
+@pytest.mark.parametrize("header", ['"","path","Class","split"', "number, path ,class , split"])
+def test_a_header_may_have_quotes_and_spaces(tmp_path, header):
+    """As R and people write it."""
+    for name in "ab":
+        write_image(tmp_path / f"{name}.png")
+    write(tmp_path / "labels.csv", f'{header}\n"1","a.png","crow","train"\n2,b.png,wren,train\n')
+    assert read("csv", tmp_path)["class_name"].tolist() == ["crow", "wren"]
+
+
 def test_csv_without_splits_is_drawn_by_class(tmp_path):
     root = write_folder(tmp_path, a=10)
     rows = [f"a/photo{index}.png,{'crow' if index < 5 else 'wren'}" for index in range(10)]
@@ -674,10 +688,10 @@ def test_csv_without_splits_is_drawn_by_class(tmp_path):
 CSV_MISTAKES = {
     "header": (1, "file,class", "the first line must name path and class"),
     "fields": (3, "a/photo1.png", "expected 'path,class,split,top,left,bottom,right', found"),
-    "no class": (3, "a/photo1.png,,test,,,,", "class_name is 'nan'"),
-    "no path": (3, ",crow,test,,,,", "path is 'nan'; give a path"),
+    "no class": (3, "a/photo1.png,,test,,,,", "class_name is missing"),
+    "no path": (3, ",crow,test,,,,", "path is missing; give a path"),
     "split": (3, "a/photo1.png,crow,tset,,,,", "split is 'tset'; use train, validation, test"),
-    "half a split": (3, "a/photo1.png,crow,,,,,", "split is 'nan'; use train, validation, test"),
+    "half a split": (3, "a/photo1.png,crow,,,,,", "split is missing; use train, validation, test"),
     "pixels": (3, "a/photo1.png,crow,test,1,x,5,5", "left is 'x'; use pixels"),
     "half a box": (3, "a/photo1.png,crow,test,1,2,5,", "has no area"),
     "area": (3, "a/photo1.png,crow,test,5,1,2,9", "has no area"),
@@ -738,10 +752,11 @@ def test_coco(tmp_path):
 
 def test_coco_with_a_folder_per_split(tmp_path):
     for folder, name in (("train", "a.png"), ("valid", "b.png"), ("test", "c.png")):
-        content = coco([name], [(0, 0, [1, 1, 2, 2])])
+        content = coco([name, f"2{name}"], [(0, 0, [1, 1, 2, 2]), (1, 1, [1, 1, 2, 2])])
+        write_image(tmp_path / folder / f"2{name}")
         write(tmp_path / folder / "_annotations.coco.json", json.dumps(content))
         write_image(tmp_path / folder / name)
-    assert read("coco", tmp_path)["split"].tolist() == ["test", "train", "validation"]
+    assert read("coco", tmp_path)["split"].tolist()[::2] == ["test", "train", "validation"]
 
 
 def test_coco_mistakes(tmp_path):
@@ -754,9 +769,21 @@ def test_coco_mistakes(tmp_path):
     content["annotations"][0]["category_id"] = 5
     write(file, json.dumps(content))
     assert "do not pair one to one by id" in message(lambda: read("coco", tmp_path))
-    content["annotations"][0]["bbox"] = [1, 2]
+    content["annotations"][0]["bbox"] = ["x"]
     write(file, json.dumps(content))
     assert f"{file}: cannot be read" in message(lambda: read("coco", tmp_path))
+
+
+def test_coco_boxes_that_are_no_boxes(tmp_path):
+    content = coco(["a.png", "b.png"], [(0, 0, [1, 1, 2, 2]), (1, 1, [1, 1])])
+    root = tmp_path / "birds"
+    for name in ("a.png", "b.png"):
+        write_image(root / name)
+    file = write(root / "train.json", json.dumps(content))
+    assert f"{file}: image 8: {root}/b.png: the box" in message(lambda: read("coco", root))
+    del content["annotations"][1]["bbox"]  # a class without a box
+    write(file, json.dumps(content))
+    assert read("coco", root)["top"].isna().tolist() == [False, True]
 
 
 # ---------------------------------------------------------------- lists: what to leave out, groups
@@ -791,8 +818,9 @@ def test_a_list_may_not_leave_out_everything(tmp_path):
     rows = [f"{name}/photo{index}.png,x" for name in ("crow", "wren") for index in range(2)]
     for left, lines in ((0, rows), (1, rows[:2])):
         file = write(root / "exclude.csv", "\n".join(["path,reason", *lines]))
-        found = message(lambda: read("folder", root))
-        assert found.startswith(f"{file}: leaves images of {left} classes; take lines out")
+        with pytest.warns(UserWarning, match=f"{file}: {len(lines)} of 4 images left out"):
+            found = message(lambda: read("folder", root))
+        assert found == f"{root}: images of {left} classes; at least two are needed"
 
 
 def test_the_only_photo_of_a_class_may_be_left_out(tmp_path):
@@ -897,7 +925,7 @@ def test_own_reader_leaves_columns_out(tmp_path):
 
 WRONG = {
     "nothing": ("return None", "this one returned a NoneType"),
-    "no rows": ("return pd.DataFrame({'path': [], 'label': []})", "this one returned"),
+    "no rows": ("return pd.DataFrame({'path': [], 'label': []})", "returned 0 rows of ['label', "),
     "no label": ("return pd.DataFrame({'path': ['a']})", "1 rows of ['path']"),
     "path": ("return pd.DataFrame({'path': ['a', 3], 'label': 0})", "row 1: path is '3'"),
     "label": (
@@ -908,7 +936,7 @@ WRONG = {
     "minus": ("return pd.DataFrame({'path': ['a'], 'label': [-1]})", "row 0: label is '-1'"),
     "name": (
         "return pd.DataFrame({'path': ['a', 'b'], 'class_name': ['c', None]})",
-        "row 1: class_name is 'nan'",
+        "row 1: class_name is missing",
     ),
     "names": (
         "return pd.DataFrame({'path': ['a', 'b'], 'label': [0, 0], 'class_name': ['c', 'd']})",
@@ -932,6 +960,10 @@ WRONG = {
         "1 of 1 classes have no training image",
     ),
     "missing": ("return pd.DataFrame({'path': ['a', 'b'], 'label': 0})", "images found: 0 of"),
+    "one class": (
+        NAMES + "return pd.DataFrame({'path': files, 'class_name': 'crow'})",
+        "images of 1 classes; at least two are needed",
+    ),
 }
 
 

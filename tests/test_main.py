@@ -405,6 +405,10 @@ def test_one_bad_image_among_many_is_reported_and_the_others_are_classified(
     failed = table[table["error"].notna()]
     assert failed["path"].tolist() == [str(bad)] and str(bad) in failed["error"].iloc[0]
     assert table["path"].nunique() == 15 and len(table) == 14 * 4 + 1
+    assert main([str(word) for word in words[:-2]]) == 1
+    shown, errors = capsys.readouterr()
+    assert str(bad) not in shown and "error" not in shown and shown.count("\n") == 14 * 4 + 1
+    assert errors.splitlines()[0].startswith(f"error: {bad}: ") and errors.count("\n") == 2
 
 
 def test_the_program_and_the_module_behave_alike():
@@ -449,6 +453,13 @@ def test_an_unexpected_error_is_one_line_that_says_where(world, capsys, monkeypa
     line = capsys.readouterr().err
     assert line.startswith("error: KeyError: ") and line.count("\n") == 1
     assert "test_main.py:" in line and "--debug" in line
+
+
+def test_an_error_in_a_file_of_ones_own_names_its_line(world, tmp_path, capsys):
+    file = tmp_path / "ideas.py"
+    file.write_text("import torch\n\n\ndef birds(root):\n    return torch.zeros(3).view(7)\n")
+    assert main(["describe-data", f"data={file}:birds"]) == 2
+    assert "RuntimeError: " in (line := capsys.readouterr().err) and "(ideas.py:5; " in line
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import warnings
 
 import nbformat
 import pandas as pd
@@ -298,11 +299,27 @@ def test_a_notebook_reads_its_parameters_whoever_gave_them(folder, monkeypatch):
     (read.out / "cells").mkdir()
     again = notebooks_command.read_parameters("01_first", given)
     assert again.runs == read.out / "cells", "runs of version 0.1 are found"
-    for wrong in ({"root": ""}, {"preset": "none"}, {"scales": "two"}, {"settings": {"x": 1}}):
+    for wrong in (
+        {"root": ""},
+        {"preset": "none"},
+        {"scales": "two"},
+        {"settings": {"x": 1}},
+        {"scales": []},
+    ):
         with pytest.raises(InputError):
             notebooks_command.read_parameters("01_first", given | wrong)
     with pytest.raises(InputError, match="no such notebook"):
         notebooks_command.read_parameters("02_second", given)
+
+
+def test_a_notebook_shows_a_warning_once_and_without_the_code(folder, monkeypatch):
+    monkeypatch.setattr(notebooks_command, "CLONE", folder)
+    write_notebook(folder, "01_first")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    given = {"data": "cub", "root": "data/cub", "out": "x", "preset": "tiny"}
+    notebooks_command.read_parameters("01_first", given)
+    texts = [warnings.formatwarning("text", UserWarning, "ideas.py", line) for line in range(3)]
+    assert texts == ["warning: text\n", "", ""]
 
 
 def test_links_pictures_and_equations_are_right_in_a_page_elsewhere(tmp_path):

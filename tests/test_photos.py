@@ -67,6 +67,11 @@ def test_an_answer_is_unsure_below_the_confidence_of_the_run(trained):
         assert rows["unsure"].tolist() == (rows["probability"] < limits[output]).tolist()
 
 
+def test_one_path_needs_no_list(trained):
+    photos, run = trained
+    assert predict(run, str(photos)).equals(predict(run, [photos]))
+
+
 def test_the_limit_can_be_given_and_may_be_unknown(trained, tmp_path):
     photos, run = trained
     assert predict(run, [photos], unsure_below=1)["unsure"].sum() > 100
@@ -103,6 +108,9 @@ def test_early_exit_answers_with_the_scales_that_are_needed(trained, tmp_path, c
     assert (found["output"] == "early exit").all() and not (found["error"] != "").any()
     limit = load_model(copy).unsure_below["mean logits"]
     assert found["unsure"].tolist() == (found["probability"] < limit).tolist()
+    (broken := tmp_path / "broken.jpg").write_text("none")
+    found = predict(copy, [photos, broken], early_exit=True)  # a count is whole beside a bad photo
+    assert found["scales"].dropna().map(str).isin(["1", "2"]).all() and found["scales"].isna().sum()
     arguments = ["predict", "--run", str(copy), str(photos), "--early-exit"]
     assert main([*arguments, "--sort-into", str(tmp_path / "sorted")]) == 0
     assert main([*arguments, "--pictures", str(tmp_path / "pictures")]) == 2

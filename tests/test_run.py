@@ -336,6 +336,19 @@ def test_one_training_at_a_time_holds_a_folder(tmp_path, capsys):
             assert not list(run.glob(".*.part"))
 
 
+def test_a_training_that_is_refused_leaves_no_folder_but_a_persons(tmp_path):
+    def refuse(run, name=None):
+        with pytest.raises(InputError, match="refused"), lock_run(run):
+            if name:
+                (run / name).touch()
+            raise InputError("refused")
+
+    (old := tmp_path / "old").mkdir()
+    refuse(tmp_path / "new"), refuse(tmp_path / "begun", "config.json"), refuse(old)
+    refuse(tmp_path / "noted", "notes.txt")
+    assert sorted(os.listdir(tmp_path)) == ["begun", "noted", "old"]
+
+
 def _hold_with_a_forked_process(folder, pids):
     with lock_folder(folder):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))

@@ -50,8 +50,8 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
         InputError: a column is missing, a value is not what its column holds, an image is listed
             twice, or a box is impossible.
     """
-    columns = set(found) if isinstance(found, pd.DataFrame) and len(found) else set()
-    if "path" not in columns or not {"label", "class_name"} & columns:
+    columns = set(found) if isinstance(found, pd.DataFrame) else set()
+    if "path" not in columns or not {"label", "class_name"} & columns or found.empty:
         got = f"{len(found)} rows of {sorted(columns)}" if columns else f"a {type(found).__name__}"
         raise InputError(
             f"{origin}: a reader returns a DataFrame with a row per image and the columns path, "
@@ -62,7 +62,7 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
     if "class_name" not in columns:
         table["class_name"] = table["label"].convert_dtypes()
     table["class_name"] = table["class_name"].astype(str)
-    if "label" not in columns:
+    if is_ranked := "label" not in columns:
         table["label"] = table["class_name"].rank(method="dense")
     names = table.groupby("label")["class_name"].transform("nunique")
     numbers = table[["label", *BOX_COLUMNS]].apply(pd.to_numeric, errors="coerce").astype(float)
@@ -70,15 +70,18 @@ def complete_table(found: object, root: str, origin: str) -> pd.DataFrame:
     sound = {  # column: whether each value is what it must be, and what to do
         "path": (table["path"].map(lambda path: isinstance(path, str | Path)), "give a path"),
         "split": (splits.notna() | table["split"].isna().all(), f"use {', '.join(SPLITS)}"),
+        "label": (labels.mod(1).eq(0) & labels.ge(0) | is_ranked, "use whole numbers from 0"),
         "class_name": (table["class_name"].notna() & ~(names > 1), "give one name to each label"),
-        "label": (labels.mod(1).eq(0) & labels.ge(0), "use whole numbers from 0"),
         **{side: (numbers[side].notna() | table[side].isna(), "use pixels") for side in numbers},
     }
     for column, (is_sound, remedy) in sound.items():
         if not is_sound.all():
             row = is_sound.idxmin()
-            value = str(table.loc[row, column])[:80]
-            raise InputError(f"{places[row]}: {column} is {value!r}; {remedy}")
+            value = table.loc[row, column]
+            shown = "missing" if pd.isna(value) else repr(str(value)[:80])
+            if column == "class_name" and not is_ranked:
+                column = f"class_name of label {labels[row]:g}"
+            raise InputError(f"{places[row]}: {column} is {shown}; {remedy}")
     table["path"] = [os.path.normpath(os.path.join(root, path)) for path in table["path"]]
     if (twice := table["path"].duplicated()).any():
         row = twice.idxmax()
@@ -122,7 +125,8 @@ def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.Data
         The rows whose images exist.
 
     Raises:
-        InputError: images are missing and that is not allowed, or a class has none to learn from.
+        InputError: images are missing and that is not allowed, a class has none to learn from, or
+            there is only one class.
     """
     entries = map(list_folder, set(map(os.path.dirname, table["path"])))
     files = {entry.path for folder in entries for entry in folder if is_file(entry)}
@@ -141,6 +145,8 @@ def check_images(table: pd.DataFrame, root: str, allow_missing: bool) -> pd.Data
             f"{root}: {len(without):,} of {len(classes):,} classes have no training image, first: "
             f"{without.iloc[0]}; add images, or take the class out of the dataset"
         )
+    if len(classes) < 2:
+        raise InputError(f"{root}: images of {len(classes)} classes; at least two are needed")
     return table[exists].reset_index(drop=True)
 
 
@@ -163,8 +169,6 @@ def find_root(root: Path | str, marker_file: str, *subfolders: str) -> str:
     for folder in (root, *(f"{root}/{name}" for name in subfolders)):
         if os.path.exists(f"{folder}/{marker_file}"):
             return folder
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; give the folder that holds {marker_file}")
     held = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
     raise InputError(f"{root}: no {marker_file} here (but {held}); give the folder that holds it")
 
@@ -242,7 +246,7 @@ def read_columns(file: str, *needed: str, exactly: bool = False) -> tuple[pd.Dat
     with file_errors(file, "correct it"), open(file, **CSV) as lines:
         header = lines.readline().rstrip().lower()
         separator = next((mark for mark in ";\t" if mark in header), ",")
-        names = header.split(separator)
+        names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
         if names != list(needed) if exactly else not set(needed) <= set(names):
             wanted = f"be {','.join(needed)}" if exactly else f"name {' and '.join(needed)}"
             raise InputError(f"{file}:1: the first line must {wanted}; correct or move this file")

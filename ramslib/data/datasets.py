@@ -28,7 +28,7 @@ import pandas as pd
 from ramslib.config import Config
 from ramslib.data import annotations, readers
 from ramslib.data.annotations import BOX_COLUMNS, LISTS, SPLIT_WORDS
-from ramslib.errors import InputError, write_atomically
+from ramslib.errors import InputError, write_table
 from ramslib.extensions import load_source, resolve
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".tif")
@@ -50,6 +50,8 @@ def load_table(config: Config) -> pd.DataFrame:
     reader, root = resolve(config.data, READERS, "data"), absolute(config.root)
     options = {"year": config.year} if reader is readers.read_inaturalist else {}
     folder, fraction = absolute(config.lists or root), config.test_fraction
+    if config.data in READERS.keys() - {"diagnostic"} and not os.path.isdir(root):
+        raise InputError(f"{root}: no such folder; give the folder of the dataset")
     if config.lists and not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; make it, or leave the setting lists out")
     table = annotations.complete_table(reader(Path(root), **options), root, config.data)
@@ -63,11 +65,6 @@ def load_table(config: Config) -> pd.DataFrame:
         drawn = _draw(table, relative_paths(table), fraction, seed=0)
         table["split"] = np.where(drawn, "test", "train")
     if is_out.any():
-        if (count := table["label"][~is_out].nunique()) < 2:
-            raise InputError(
-                f"{folder}/{LISTS['reason']}: leaves images of {count} classes; take lines out of "
-                "it, at least two classes are needed"
-            )
         report = f"{is_out.sum():,} of {len(table):,} images left out"
         warnings.warn(f"{folder}/{LISTS['reason']}: {report}", stacklevel=2)
     table = annotations.check_images(table[~is_out], root, config.allow_missing)
@@ -181,8 +178,7 @@ def write_list(folder: str, column: str, values: Mapping[str, str], separator: s
     """Write one of our `LISTS`; where it is a link to a file, that file."""
     file = Path(os.path.realpath(f"{folder}/{LISTS[column]}"))
     rows = pd.DataFrame(values.items(), columns=["path", column])
-    options = {"sep": separator, "index": False, "errors": "surrogateescape"}
-    write_atomically(file, lambda part: rows.to_csv(part, **options))
+    write_table(rows, file, separator)
 
 
 # ---------------------------------------------------------------- preparation
@@ -221,8 +217,6 @@ def read_folder(root: Path | str) -> pd.DataFrame:
         InputError: no class folders, a class without enough photos, a split.csv out of shape.
     """
     root = absolute(root)
-    if not os.path.isdir(root):
-        raise InputError(f"{root}: no such folder; give the folder that holds the class folders")
     given = _given_splits(root)
     photos = [
         (path, os.path.relpath(path, f"{root}/{folder}").split(os.sep)[0], split)

@@ -19,6 +19,7 @@ from ramslib.data.annotations import (
     LISTS,
     SIZE_COLUMNS,
     SPLIT_WORDS,
+    clip_boxes,
     find_root,
     list_folder,
     read_by_id,
@@ -54,7 +55,9 @@ def read_cub(root: Path | str) -> pd.DataFrame:
     if os.path.exists(file := f"{root}/bounding_boxes.txt"):
         found = read_by_id(file, ids, x=float, y=float, width=float, height=float)
         x, y, width, height = found.to_numpy().T
-        table[BOX_COLUMNS] = np.column_stack([y, x, y + height, x + width])
+        boxes = np.column_stack([y, x, y + height, x + width])
+        limits = table.reindex(columns=SIZE_COLUMNS, fill_value=np.inf).to_numpy()
+        table[BOX_COLUMNS] = clip_boxes(boxes, f"{file}: id " + ids, limits)
     table.index = f"{root}/images.txt: id " + ids
     return table
 
@@ -166,9 +169,11 @@ def _read_json(file: str) -> pd.DataFrame:
         images, labels = (pd.DataFrame(content[name]) for name in ("images", "annotations"))
         names = pd.DataFrame(content["categories"]).set_index("id")["name"]
         if "bbox" in labels:
-            left, top, width, height = np.array(labels["bbox"].tolist(), float).T
+            listed = [box if isinstance(box, list) else [] for box in labels["bbox"]]
+            sides = [[*box, np.nan, np.nan, np.nan, np.nan][:4] for box in listed]
+            left, top, width, height = np.array(sides, float).T
             labels[BOX_COLUMNS] = np.column_stack([top, left, top + height, left + width])
-            labels = labels.iloc[np.argsort(width * height, kind="stable")]
+            labels = labels.iloc[np.argsort(np.nan_to_num(width * height), kind="stable")]
             labels = labels.drop_duplicates("image_id", keep="last")
             images = images[images["id"].isin(labels["image_id"])]
         labels = labels.reindex(columns=["image_id", "category_id", *BOX_COLUMNS])

@@ -34,7 +34,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
 from ramslib.config import Config
-from ramslib.errors import InputError, file_errors, nearest, write_text, writing
+from ramslib.errors import InputError, file_errors, nearest, plain_warnings, write_text, writing
 from ramslib.experiments.comparison import describe, headlines
 from ramslib.extensions import key_values
 from ramslib.runs.folder import read_run
@@ -99,6 +99,7 @@ def read_parameters(notebook: str, given: Mapping[str, object]) -> SimpleNamespa
     Raises:
         InputError: a value of another type, an unknown preset or setting, or an empty path.
     """
+    plain_warnings()
     declared = declared_parameters(NOTEBOOKS / f"{notebook}.ipynb")
     values = {name: read_value(name, given.get(name, d), d) for name, d in declared.items()}
     for name in {"root", "out", "run"} & {name for name, value in values.items() if value}:
@@ -146,7 +147,7 @@ def read_value(name: str, value: object, default: object) -> object:
         if not any(isinstance(item, str) for item in default):
             value = [_read_literal(item) for item in value]  # to YAML, 1e0 is text
     number_for_bool = isinstance(value, bool) != isinstance(default, bool)
-    if not isinstance(value, kind) or number_for_bool or value == "":
+    if not isinstance(value, kind) or number_for_bool or value == "" or value == [] != default:
         raise InputError(f"{name}={value!r}: give a value like {default!r}")
     return value
 
@@ -454,7 +455,8 @@ def write_report(run: Path | str, root: Path | str | None = None) -> Path:
 
 def summarize_notebooks(out: Path, names: list[str], question: dict, probed: list[str]) -> Path:
     """Write ``results.csv`` and ``index.html``; print what came out and where to read on."""
-    tables = {name: pd.read_csv(out / f"results/{name}.csv") for name in names}
+    how = {"encoding_errors": "surrogateescape"}
+    tables = {name: pd.read_csv(out / f"results/{name}.csv", **how) for name in names}
     merged = pd.concat(tables, names=["notebook"]).reset_index("notebook")
     write_text(out / "results.csv", merged.to_csv(index=False))
     titles = {name: read_notebook(out / f"{name}.ipynb").cells[0].source for name in names}

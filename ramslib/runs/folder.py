@@ -101,11 +101,16 @@ def lock_run(run: Path, patience: float = 20.0) -> Iterator[None]:
         InputError: the folder is not a run's, cannot be written, or another training holds it.
     """
     check_folder(run)
+    is_new = not run.exists()
     with lock_folder(run, patience):
         for entry in os.scandir(run):
             if LEFTOVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry)
-        yield
+        try:
+            yield
+        finally:
+            if is_new and set(os.listdir(run)) <= {".lock", extensions.SOURCES}:  # refused
+                shutil.rmtree(run, ignore_errors=True)
 
 
 @contextmanager

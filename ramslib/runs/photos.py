@@ -28,14 +28,14 @@ SHEET = Path(__file__).with_name("contact_sheet.html.j2")
 THUMBNAIL = 240  # pixels
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
+def find_images(paths: Sequence[str | Path] | str | Path) -> list[Path]:
     """Image files named by files, folders (searched deeply) or patterns, in order, each once.
 
     Raises:
         InputError: a path that leads to no image.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in [paths] if isinstance(paths, str | Path) else paths:
         exists = os.path.lexists(path)
         named = [Path(path)] if exists else sorted(map(Path, glob(str(path), recursive=True)))
         inside = [file for one in named for file in (_photos(one) if one.is_dir() else [one])]
@@ -52,7 +52,7 @@ def _photos(folder: Path) -> list[Path]:
 
 def predict(
     run: Path | str,
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path] | str | Path,
     checkpoint: str = "best",
     batch_size: int = 16,
     unsure_below: float | None = None,
@@ -62,7 +62,7 @@ def predict(
 
     Args:
         run: its folder, or the file.
-        paths: image files, folders or patterns.
+        paths: image files, folders or patterns, or one of them.
         checkpoint: ``best`` or ``last``.
         batch_size: images per forward pass.
         unsure_below: the probability below which an answer is unsure; by default that of the run,
@@ -111,8 +111,8 @@ def predict(
     limits = predictions["output"].map(lambda name: known.get(name, np.nan))
     unsure = (predictions["calibrated"] < limits).astype("boolean")
     table["unsure"] = unsure.mask(limits.isna())
-    further = ["scales"] if early_exit else BOX_COLUMNS
-    table[further] = predictions[further]
+    further = {"scales": "Int64"} if early_exit else dict.fromkeys(BOX_COLUMNS, float)
+    table = table.join(predictions[list(further)].astype(further))
     failed = pd.DataFrame({"path": errors.keys(), "error": errors.values()})
     return pd.concat([table.assign(error=""), failed], ignore_index=True)
 
