@@ -139,6 +139,8 @@ def test_class_names_of_any_script_are_drawn_or_warned_of_once(monkeypatch):
 def test_class_names_that_are_no_unicode_are_drawn():
     name = drawing.clean_class_name(b"h\xe9ron_gris".decode(errors="surrogateescape"))
     assert name == "h?ron gris"
+    file = b"\xe9.png".decode(errors="surrogateescape")
+    plots.plot_image(Image.new("RGB", (9, 9)), title=file).figure.canvas.draw()
 
 
 def test_fonts_of_the_style_are_installed_and_fall_back():

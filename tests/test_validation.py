@@ -1,6 +1,7 @@
 """Cached validation predictions: computed once, equal to the library's, and sorted as they say."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pandas as pd
@@ -77,6 +78,14 @@ def test_it_is_of_the_validation_images_and_runs_once(loaded, cached, tmp_path, 
     assert torch.equal(again.strengths.maps["last_class"], cached.strengths.maps["last_class"])
     other = dataclasses.replace(loaded, key="other")
     assert read_cached_validation(other, tmp_path / "validation") is None
+
+
+def test_names_of_files_may_be_no_unicode(loaded, tmp_path):
+    for path in (table := loaded.table)["path"]:
+        os.rename(path, os.path.dirname(path).encode() + b"/\xe9" + os.path.basename(path).encode())
+    table["path"] = table["path"].str.replace(r"([^/]+)$", "\udce9\\1", regex=True)
+    cached = predict_validation(loaded, tmp_path / "validation", log=lambda text: None)
+    assert set(cached.predictions["path"]) == set(table["path"][table["split"] == "validation"])
 
 
 def test_a_large_split_is_sampled_once_and_for_all(loaded, monkeypatch):

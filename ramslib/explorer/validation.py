@@ -110,7 +110,7 @@ def read_stored(folder: Path | str, model: LoadedModel | Inspector) -> CachedVal
         maps = load_file((folder := Path(folder)) / "strengths.safetensors")
         table = read_csv(folder / "images.csv", TABLE, "")
         given = table, model.transform, maps.pop("sizes"), model.model.image_size
-        tables = [pd.read_csv(folder / f"{name}.csv") for name in ("predictions", "accuracy")]
+        tables = [read_csv(folder / f"{n}.csv", {}, "") for n in ("predictions", "accuracy")]
     except (OSError, ValueError, KeyError, SafetensorError):
         raise InputError(f"{folder}: no predictions; evaluate the validation set again") from None
     return CachedValidation(

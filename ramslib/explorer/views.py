@@ -234,7 +234,7 @@ def files(inspector: Inspector, settings: ProposalSettings, state: dict) -> dict
             content = io.BytesIO()
             figure.savefig(content, format=form)
             found[f"{view}.{form}"] = content.getvalue()
-        found[f"{view}.csv"] = numbers.to_csv(index=False).encode()
+        found[f"{view}.csv"] = numbers.to_csv(index=False).encode(errors="surrogateescape")
     return found
 
 

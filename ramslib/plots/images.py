@@ -51,7 +51,7 @@ def plot_image(
     """
     ax = new_axes(ax, 2.4, 2.4)
     ax.imshow(to_pil(image))
-    ax.set(xticks=[], yticks=[], title=title)
+    ax.set(xticks=[], yticks=[], title=title.encode(errors="replace").decode())  # names of files
     ax.spines[:].set_visible(False)
     for name, group in (boxes or {}).items():
         for box in torch.as_tensor(group).reshape(-1, 4).tolist():
