@@ -346,20 +346,24 @@ def test_properties_that_other_tools_add_do_no_harm(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example_of_the_documentation_serves(exported, trained, tmp_path):
-    photos, run = trained
+@pytest.mark.parametrize("scales", [1, 2])
+def test_the_example_of_the_documentation_serves(exported, trained, tmp_path, scales):
+    (photos, run), file = trained, exported[0]
+    if scales == 1:
+        run = train(tiny_config(photos, epochs=1, scales=1), tmp_path / "run")
+        file = export_run(run, tmp_path / "one.onnx")
     text = (ROOT / "docs" / "training.md").read_text()
     example = re.search(r"```python\n(import io.*?)```", text, re.S)[1]
     assert len(list(filter(None, example.splitlines()))) <= 23
     assert "birds.onnx" in example and "8000" in example
     port = 20_000 + time.time_ns() % 20_000
-    example = example.replace("birds.onnx", str(exported[0])).replace("8000", str(port))
+    example = example.replace("birds.onnx", str(file)).replace("8000", str(port))
     (tmp_path / "serve.py").write_text(example)
     server = subprocess.Popen([sys.executable, tmp_path / "serve.py"], stderr=subprocess.DEVNULL)
     try:
         for path in sorted((photos / "test").rglob("0.png")):
             found = post(f"http://localhost:{port}", path.read_bytes())
-            row = predict(run, [path]).query("output == 'mean logits'").iloc[0]
+            row = predict(run, [path]).iloc[-1]
             assert found["class_name"] == row["class_name"]
             assert found["probability"] == pytest.approx(row["probability"], abs=2e-4)
     finally:
