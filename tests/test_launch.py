@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,7 @@ from ramslib.training.launch import (
     command,
     find_job,
     overrides,
+    run_in_processes,
     start,
     train,
 )
@@ -219,6 +222,14 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path, victim):
     job.stop()
     with lock_run(run, patience=0):
         pass
+
+
+def test_processes_that_are_stopped_while_they_start_do_not_seem_killed(monkeypatch):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr("ramslib.training.launch.command", lambda arguments: sleep)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(InputError, match="^stopped as asked, before training began; the same"):
+        run_in_processes(["train"], 2)
 
 
 def test_a_folder_of_a_person_is_not_written_to(tmp_path):

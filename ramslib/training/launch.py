@@ -104,10 +104,10 @@ def run_in_processes(arguments: Sequence[str], processes: int, grace: float = 30
             time.sleep(0.05)
         code = code or next(filter(None, codes), 0)
     if code < 0:
-        raise InputError(
-            f"a training process was killed by signal {-code} (memory may have run out); the same "
-            "command resumes from the last checkpoint"
-        )
+        why = f"a training process was killed by signal {-code} (memory may have run out)"
+        if stop.is_set() and -code == signal.SIGTERM:  # before it listened to that
+            why = "stopped as asked, before training began"
+        raise InputError(f"{why}; the same command resumes from the last checkpoint")
     return code
 
 
