@@ -309,7 +309,8 @@ def test_fixes_are_lists_and_solve_what_they_can(tmp_path):
     assert hashes(root) == before
     with pytest.warns(UserWarning, match="7 of 42 images left out"):
         table = measure_images(read_table("folder", root, 0.3))
-    assert set(find_problems(table)["across"]) == {""}
+    left = find_problems(table)
+    assert set(left["across"]) == {""} and set(left["kind"]) == {"few to test"}
     groups = table.set_index("path")["group"]
     for one, other in (("wren/pair.png", "wren/wren5.jpg"), ("crow/IMG_0007_1", "crow/IMG_0007_2")):
         paths = [f"{root}/train/{name}{'' if '.' in name else '.jpg'}" for name in (one, other)]

@@ -125,7 +125,8 @@ def find_problems(
     Returns:
         Columns ``kind`` (a key of `REMEDIES`), ``across`` ("splits", "classes", "splits, classes"
         or ""), ``group`` (the first of images that belong together, or ""), ``path`` ("" of a class
-        or of the dataset) and ``detail``.
+        or of the dataset) and ``detail``. Near duplicates and bursts that are one group already
+        are no problem.
     """
     sound = table[table["error"] == ""]
     sides, patch = sound[["height", "width"]].min(axis=1), re.search(r"patch(\d+)|$", backbone)[1]
@@ -150,7 +151,11 @@ def find_problems(
     found += [_share("burst", sound, sound["class_name"] + names) for names in _bursts(sound)]
     given = _share("group", table, table["group"])
     found.append(given[given["across"].str.startswith("splits")])
-    return pd.concat(found, ignore_index=True)[COLUMNS].fillna("")
+    found = pd.concat(found, ignore_index=True)[COLUMNS].fillna("")
+    groups = found["path"].map(table.set_index("path")["group"]).fillna(found["path"])
+    of_one = groups.groupby([found["kind"], found["group"]]).transform("nunique") == 1
+    is_solved = of_one & (found["across"] == "") & found["kind"].isin(["near duplicate", "burst"])
+    return found[~is_solved].reset_index(drop=True)
 
 
 def _check_balance(table: pd.DataFrame) -> dict[str, pd.Series]:
