@@ -188,7 +188,7 @@ def images_per_second(dataset: Dataset, workers: int, each: int = 24) -> float:
 
     They are those of the first batches, in which the loaders begin, again and again.
     """
-    begin, count = each // 6 * workers, each * workers
+    begin, count = max(1, each // 6) * workers, each * workers
     rows = [row % (16 * begin) for row in range(16 * (begin + count + 2 * workers))]
     batches = load_batches(dataset, workers, batch_size=16, sampler=rows)
     for _ in range(begin):
