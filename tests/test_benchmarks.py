@@ -83,7 +83,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     table = main([*TINY, "--long", "--out", str(tmp_path), "--run", str(run)])
     kept = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert kept["figure"].tolist() == table["figure"].tolist()
-    assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 3 + 2
+    assert len(table) == (4 + 1 + 2) * len(STRENGTHS) + 4 + 2 + 4 + 2
     assert len(pd.read_csv(tmp_path / "curves.csv")) == 14
     assert (tmp_path / "curves.svg").read_text().count("number of") == 4
     assert (table["ratio"].notna() & (table["lowest"] <= table["highest"])).all()
