@@ -26,7 +26,7 @@ __main__
 """.split()
 
 # Of the whole package. The aim is 5,000 lines in 40 modules; what is added must earn its place.
-LINES, FILES, NODES = 8_497, 46, 106_778
+LINES, FILES, NODES = 8_497, 46, 106_790
 METHOD = "attention boxes dppm backbone classifier model".split()
 
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}

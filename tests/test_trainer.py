@@ -1,6 +1,7 @@
 """One step: micro-batches, the moving average, and the device that everything is on."""
 
 import itertools
+import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -54,6 +55,13 @@ def make(photos, tmp_path):
         return Trainer(config, run, Processes(device=torch.device(device)))
 
     return make
+
+
+def test_images_are_kept_only_where_they_are_read_again(make, monkeypatch):
+    is_kept = lambda images, *_, **__: images.kept is not None  # noqa: E731
+    monkeypatch.setattr("ramslib.distributed.load_batches", is_kept)
+    found = [make(epochs=epochs).batches(range(1)) for epochs in (1, 2)]
+    assert found == [False, sys.platform == "linux"]
 
 
 def batches(count, size):

@@ -87,13 +87,13 @@ class ViewTab(widgets.VBox):
     def _draw(self, missing: dict, inspector, settings, options: dict) -> Iterator[Callable]:
         for view, key in missing.items():
             if view == "elsewhere":
-                boxes, chances = inspector.sliding_boxes(options["box"]).tolist(), []
-                for chance in inspector.true_probabilities(
+                boxes, probabilities = inspector.sliding_boxes(options["box"]).tolist(), []
+                for probability in inspector.true_probabilities(
                     inspector.by_hand(box, settings) for box in boxes
                 ):
-                    chances.append(chance)
+                    probabilities.append(probability)
                     yield _step
-                options = options | {"chances": chances}
+                options = options | {"probabilities": probabilities}
             draw = partial(views.VIEWS[view], inspector, settings, **options)
             drawn = panels.draw_figure(draw, 5, 3), ""
             yield partial(self.panels[view].show, key, partial(tuple, drawn))
@@ -276,16 +276,16 @@ class AnalysisTabs(widgets.Tab):
 
     def _draw_curve(self, key, inspector: Inspector, settings: ProposalSettings) -> Iterator:
         """The threshold curve of an image; then with probabilities, which take longer."""
-        curve, chances = inspector.threshold_curve(THRESHOLDS, settings), []
+        curve, probabilities = inspector.threshold_curve(THRESHOLDS, settings), []
         note = "computing the probability of the true class …" * bool(self.explorer.loaded.classes)
         drawn = draw_curve(curve, note)
         yield partial(self.curve.show, (key, not note), lambda: drawn)
         if note:
             proposed = (inspector.changed(settings, threshold=eta) for eta in THRESHOLDS)
-            for chance in inspector.true_probabilities(proposed):
-                chances.append(chance)
+            for probability in inspector.true_probabilities(proposed):
+                probabilities.append(probability)
                 yield _step
-            curve["probability"] = chances
+            curve["probability"] = probabilities
             full = draw_curve(curve)
             yield partial(self.curve.show, (key, True), lambda: full)
 

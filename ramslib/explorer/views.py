@@ -182,7 +182,7 @@ def elsewhere(
     figure: Figure,
     box: Sequence[float],
     steps: int = 8,
-    chances: Sequence[float] | None = None,
+    probabilities: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """The true class's probability at scale 2 for a box slid over the image, at its centers.
 
@@ -192,18 +192,18 @@ def elsewhere(
         figure: where to draw.
         box: whose size the boxes have, in pixels of the image.
         steps: boxes per row and per column.
-        chances: the probabilities, where they are known.
+        probabilities: of the true class, where they are known.
     """
     boxes = inspector.sliding_boxes(box, steps)
     places = (inspector.by_hand(each, settings) for each in boxes.tolist())
-    chances = chances or list(inspector.true_probabilities(places))
+    probabilities = probabilities or list(inspector.true_probabilities(places))
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2 * inspector.picture.height / inspector.size[0, 0]
     half = (centers[-1] - centers[0]) / (steps - 1) / 2
     frame = torch.cat([centers[0] - half, centers[-1] + half])
     figure.set_size_inches(5, 3)
-    values = torch.tensor(chances).view(steps, steps)
+    values = torch.tensor(probabilities).view(steps, steps)
     plots.plot_map(inspector.picture, values, "probability at scale 2", frame, figure.subplots())
-    return pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(probability=chances)
+    return pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(probability=probabilities)
 
 
 def compare(
@@ -342,16 +342,16 @@ def inspector_of(loaded: LoadedModel) -> Inspector:
 
 
 def _scores(
-    inspector: Inspector, boxes: dict[str, Tensor], chances: dict[str, Tensor]
+    inspector: Inspector, boxes: dict[str, Tensor], probabilities: dict[str, Tensor]
 ) -> pd.DataFrame:
     """A row per output: its box (1, 4) in pixels of the image, its IoU, class probabilities."""
     rows = []
-    for name in chances if inspector.classes else boxes:
+    for name in probabilities if inspector.classes else boxes:
         row = {"output": name}
         if name in boxes:
             row |= dict(zip(BOX_COLUMNS, boxes[name][0].tolist(), strict=True))
             row["iou"] = float(box_iou(boxes[name], inspector.box)[0])
-        rows.append(row | dict(zip(inspector.classes, chances[name].tolist(), strict=False)))
+        rows.append(row | dict(zip(inspector.classes, probabilities[name].tolist(), strict=False)))
     return pd.DataFrame(rows)
 
 

@@ -143,7 +143,8 @@ class Trainer:
     def batches(self, steps: range) -> Iterator[dict]:
         """The micro-batches of this process."""
         keys = optimization.micro_batches(self.config, self.labels, steps, self.processes)
-        keep = sys.platform == "linux"  # elsewhere loader processes are no forks, and share no file
+        # elsewhere loader processes share no file, and in one epoch each image is read once
+        keep = sys.platform == "linux" and self.total_steps > self.epoch_steps
         images = ImageDataset(self.train, self.train_transform, self.config.seed, keep)
         return distributed.load_batches(images, self.config.workers, batch_sampler=keys)
 
